@@ -1,0 +1,44 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+version = next(
+    line.split('"')[1]
+    for line in Path(__file__).with_name("src").joinpath("flowback_hf", "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+extras = {
+    # training/train_rra.py draws its loss curve
+    "train": ["matplotlib>=3.8"],
+    # training/prepare_demo.py and the quickstart
+    "demo": ["matplotlib>=3.8", "scikit-learn>=1.4"],
+    "test": ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "setuptools>=68", "wheel>=0.42"],
+}
+
+setup(
+    name="flowback_hf",
+    version=version,
+    description="Normalizing flows for the Hugging Face ecosystem, with reverse representation alignment",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    author="The flowback_hf team",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "diffusers>=0.40",
+        "transformers>=5.0",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "evaluate>=0.4.5",
+        "pillow>=10.0",
+        "tqdm>=4.66",
+    ],
+    extras_require=extras,
+)

@@ -1,0 +1,25 @@
+"""Normalizing flows for the Hugging Face ecosystem: train, sample, score, classify and share them."""
+
+from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
+
+from flowback_hf.alignment.objective import AlignedFlowObjective, AlignedFlowOutput
+from flowback_hf.alignment.teacher import RepresentationTeacher
+from flowback_hf.models.transformer_tarflow import TarFlowOutput, TarFlowTransformer2DModel
+from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlignedFlowObjective",
+    "AlignedFlowOutput",
+    "FlowBackPipeline",
+    "RepresentationTeacher",
+    "TarFlowOutput",
+    "TarFlowTransformer2DModel",
+]
+
+# A saved pipeline then names its flow's library "flowback_hf", not the module that happens to hold it, and diffusers
+# imports this package to load it, also by Hub id.
+LOADABLE_CLASSES.setdefault("flowback_hf", {"TarFlowTransformer2DModel": ["save_pretrained", "from_pretrained"]})
+ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["flowback_hf"])

@@ -1,0 +1,321 @@
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+#
+# This file is uploaded with the weights of a model that loads without the package: it needs torch and diffusers only.
+
+import difflib
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models import AutoencoderKL, ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class FlowBackPipeline(DiffusionPipeline):
+    r"""
+    Class-conditional image generation with a normalizing flow.
+
+    Noise goes through the inverse of every flow block, from the noise's side to the image's; what the flow was trained
+    with of Gaussian noise is then removed by one step along its exact score; a latent flow's result is decoded.
+
+    Args:
+        transformer ([`TarFlowTransformer2DModel`]): The flow.
+        vae ([`~diffusers.AutoencoderKL`], *optional*): Decodes the samples of a latent flow.
+        id2label (`dict[int, str]`, *optional*): Class names; synonyms are separated by commas.
+        guidance_scale (`float`, defaults to 1.0), guidance_rule (`str`, defaults to `"linear"`):
+            What a call uses that names none, so that a checkpoint samples as its authors meant.
+
+    Example:
+        ```py
+        >>> import torch
+        >>> from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+
+        >>> transformer = TarFlowTransformer2DModel(
+        ...     sample_size=8, patch_size=2, num_blocks=2, num_layers=1, num_attention_heads=2, attention_head_dim=16,
+        ...     num_classes=2,
+        ... )
+        >>> pipe = FlowBackPipeline(transformer, id2label={0: "cat", 1: "dog"})
+        >>> images = pipe(class_labels=["dog", 0], generator=torch.Generator().manual_seed(0)).images
+        >>> [image.size for image in images]
+        [(8, 8), (8, 8)]
+        ```
+
+    References: Zhai et al., Normalizing Flows are Capable Generative Models, https://arxiv.org/abs/2412.06329;
+    Flowing Backwards: Improving Normalizing Flows via Reverse Representation Alignment,
+    https://arxiv.org/abs/2511.22345
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[int, str] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rule: str = "linear",
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae)
+        # JSON turns the keys into strings.
+        id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
+        self.register_to_config(id2label=id2label or None, guidance_scale=guidance_scale, guidance_rule=guidance_rule)
+        self.labels = {name.strip(): label_id for label_id, label in id2label.items() for name in label.split(",")}
+        self.image_processor = VaeImageProcessor()
+        self._guidance_scale = guidance_scale
+        self._num_timesteps = 0
+        self._interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance of the running call, read at every flow block; 1.0 is off."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of flow blocks of the last call: a step inverts one of them."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop after the current flow block."""
+        return self._interrupt
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """
+        Class names to class ids.
+
+        Args:
+            label (`str` or `list[str]`): Names, or any of their synonyms, as in `id2label`.
+        Returns:
+            `list[int]`: one id for each name.
+        Raises:
+            ValueError: for an unknown name, with the nearest known ones.
+        """
+        names = [label] if isinstance(label, str) else list(label)
+        for name in names:
+            if name not in self.labels:
+                nearest = difflib.get_close_matches(name, self.labels, n=3, cutoff=0.0)
+                known = f"The nearest known ones are {nearest}." if nearest else "This pipeline has no `id2label`."
+                raise ValueError(f"`class_labels` must be known names, but {name!r} is not one. {known}")
+        return [self.labels[name] for name in names]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        guidance_scale: float | None = None,
+        guidance_rule: str | None = None,
+        guidance_schedule: str = "constant",
+        guidance_temperature: float = 1.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        denoise: bool = True,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Args:
+            class_labels (`int`, `str`, a list of them or a `torch.Tensor`, *optional*):
+                The class of each image by number or name; -1 is no class. `None` samples without one, as an
+                unconditional model must.
+            guidance_scale (`float`, *optional*, defaults to the pipeline's):
+                Classifier-free guidance: at least 1.0, which is off. More makes the class plainer and costs variety.
+            guidance_rule (`str`, *optional*, defaults to the pipeline's):
+                `"linear"` (TARFlow's) or `"product"` (STARFlow's product of Gaussians).
+            guidance_schedule (`str`, defaults to `"constant"`): `"linear"` lets guidance grow along the sequence.
+            guidance_temperature (`float`, defaults to 1.0):
+                Divides the attention logits of the unguided branch; guides an unconditional model.
+            num_images_per_prompt (`int`, defaults to 1): Images per class label.
+            generator (`torch.Generator` or one for each image, *optional*):
+                Decides the noise. On the CPU, the same seed gives the same image on every device.
+            latents (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`, *optional*):
+                The noise itself. `pipe(latents=model(x, y).sample, class_labels=y, denoise=False)` gives `x` back.
+            denoise (`bool`, defaults to `True`):
+                Removes the Gaussian noise of training: `x + sigma^2 grad log p(x | y)`. Nothing to do for a flow that
+                was trained with uniform noise or none.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"` (num_images, height, width, channels) or `"pt"` (num_images, channels, height, width),
+                both in [0, 1], or `"latent"`: the flow's data, unclipped, before any VAE.
+            return_dict (`bool`, defaults to `True`): Otherwise a tuple `(images,)`.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, block, {"latents": ...})` after each flow block; may return others.
+            callback_on_step_end_tensor_inputs (`tuple[str]`): Which tensors it is given: `"latents"`.
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`.
+        Raises:
+            ValueError: for any argument out of its range, before any work is done.
+        """
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
+        class_labels = self.normalize_class_labels(class_labels)
+        self.check_inputs(
+            class_labels,
+            guidance_scale,
+            num_images_per_prompt,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+
+        device = self._execution_device
+        if class_labels is None:
+            num_images = num_images_per_prompt
+        else:
+            class_labels = torch.tensor(class_labels, device=device).repeat_interleave(num_images_per_prompt)
+            num_images = len(class_labels)
+        latents = self.prepare_latents(num_images, generator, latents).to(device)
+
+        num_blocks = self.transformer.config.num_blocks
+        self._num_timesteps = num_blocks
+        with self.progress_bar(total=num_blocks) as progress_bar:
+            for step, block in enumerate(range(num_blocks, 0, -1)):
+                if self.interrupt:
+                    break
+                latents = self.transformer(
+                    latents,
+                    class_labels,
+                    blocks=[block],
+                    inverse=True,
+                    guidance_scale=self.guidance_scale,
+                    guidance_rule=guidance_rule,
+                    guidance_schedule=guidance_schedule,
+                    guidance_temperature=guidance_temperature,
+                ).sample
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents}
+                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    callback_outputs = callback_on_step_end(self, step, block, callback_kwargs)
+                    latents = (callback_outputs or {}).get("latents", latents)
+                progress_bar.update()
+
+        sample = latents
+        noise_std = self.transformer.config.noise_std
+        if denoise and self.transformer.config.noise_type == "gaussian" and noise_std > 0:
+            sample = self._denoise(sample, class_labels, noise_std)
+        self._warn_of_overflow(sample)
+        if output_type != "latent":
+            if self.vae is not None:
+                sample = (sample / self.vae.config.scaling_factor).to(self.vae.dtype)
+                sample = self.vae.decode(sample, return_dict=False)[0]
+            sample = self.image_processor.postprocess(sample, output_type=output_type)
+
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=sample) if return_dict else (sample,)
+
+    def check_inputs(
+        self,
+        class_labels: list[int] | None,
+        guidance_scale: float,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end_tensor_inputs: Iterable[str] = (),
+    ):
+        """Raises ValueError with one sentence for the first argument of a call that is out of its range."""
+        config = self.transformer.config
+        if class_labels is not None:
+            if config.num_classes is None:
+                raise ValueError(f"`class_labels` must be None for an unconditional model, but are {class_labels}.")
+            if not class_labels:
+                raise ValueError("`class_labels` must name at least one class, but are empty.")
+            for label in class_labels:
+                if not -1 <= label < config.num_classes:
+                    raise ValueError(
+                        f"`class_labels` must lie between 0 and {config.num_classes - 1}, or be -1 for no class, but"
+                        f" one is {label}."
+                    )
+        if guidance_scale < 1.0:
+            raise ValueError(f"`guidance_scale` must be at least 1.0, which is off, but is {guidance_scale}.")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be at least 1, but is {num_images_per_prompt}.")
+        num_images = num_images_per_prompt * (1 if class_labels is None else len(class_labels))
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(
+                f"`generator` must be one generator, or a list of one for each of the {num_images} images, but has"
+                f" {len(generator)}."
+            )
+        expected = (num_images, config.in_channels, config.sample_size, config.sample_size)
+        if latents is not None and tuple(latents.shape) != expected:
+            raise ValueError(f"`latents` must have shape {expected}, but have shape {tuple(latents.shape)}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but is {output_type!r}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but"
+                f" holds {unknown}."
+            )
+
+    def prepare_latents(
+        self,
+        num_images: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Noise of shape `(num_images, in_channels, sample_size, sample_size)` in float32, or float64 for a float64
+        model, drawn image by image: the images of a seed do not depend on how they are batched."""
+        dtype = torch.promote_types(self.transformer.dtype, torch.float32)
+        if latents is not None:
+            return latents.to(dtype)
+        config = self.transformer.config
+        shape = (1, config.in_channels, config.sample_size, config.sample_size)
+        generators = generator if isinstance(generator, list) else [generator] * num_images
+        noise = [
+            randn_tensor(shape, generator=g, device=torch.device("cpu") if g is None else g.device, dtype=dtype)
+            for g in generators
+        ]
+        return torch.cat(noise)
+
+    def normalize_class_labels(
+        self, class_labels: int | str | list[int | str] | torch.Tensor | None
+    ) -> list[int] | None:
+        """One flat list of class ids, of names, numbers, nested lists or a tensor."""
+        if class_labels is None:
+            return None
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, str):
+            return self.get_label_ids(class_labels)
+        if isinstance(class_labels, Iterable):
+            return [label for entry in class_labels for label in self.normalize_class_labels(entry)]
+        try:
+            return [operator.index(class_labels)]
+        except TypeError:
+            raise ValueError(f"`class_labels` must be whole numbers or names, but one is {class_labels!r}.") from None
+
+    def _denoise(self, sample: torch.Tensor, class_labels: torch.Tensor | None, noise_std: float) -> torch.Tensor:
+        """Tweedie's formula on the exact score: `x + sigma^2 grad_x log p(x | y)` (TARFlow, section 3.4)."""
+        # A gradient is needed whatever mode the caller is in; inference tensors cannot be saved for one, clones can.
+        with torch.inference_mode(False), torch.enable_grad():
+            noisy_sample = sample.clone().requires_grad_()
+            class_labels = None if class_labels is None else class_labels.clone()
+            log_prob = self.transformer.log_prob(noisy_sample, class_labels)
+            (score,) = torch.autograd.grad(log_prob.sum(), noisy_sample)
+        return sample + noise_std**2 * score
+
+    def _warn_of_overflow(self, sample: torch.Tensor):
+        overflowed = (~torch.isfinite(sample).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        if overflowed:
+            logger.warning(
+                f"Images {overflowed} of this call overflowed and are not finite. Try another seed, a smaller"
+                " `guidance_scale` or `guidance_rule='product'`."
+            )

@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
+
+
+torch.set_num_threads(1)
+
+# Smallest model that has several heads, several classes, both token orders and a first block after a reversed one.
+TINY_CONFIG = {
+    "sample_size": 4,
+    "patch_size": 2,
+    "in_channels": 3,
+    "num_blocks": 3,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 4,
+    "mlp_ratio": 2.0,
+    "num_classes": 5,
+}
+
+
+def randomise_weights(model: torch.nn.Module, seed: int):
+    """Weights of the size a trained model has, everywhere: what starts at zero or one hides most mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        if parameter.ndim == 1:
+            noise = 0.1 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        elif name.endswith("embed"):
+            noise = 0.5 * noise
+        else:
+            # The output layer's log-scales are exponentiated once for every block.
+            noise = noise * (0.15 if "proj_out" in name else 1.0) / parameter.shape[1] ** 0.5
+        parameter.data.copy_(noise)
+
+
+@pytest.fixture(scope="session")
+def randomised_model():
+    """A function of the config's values: a float64 model in evaluation mode with random weights everywhere."""
+
+    def build(seed: int = 0, **config) -> TarFlowTransformer2DModel:
+        model = TarFlowTransformer2DModel(**{**TINY_CONFIG, **config}).to(torch.float64).eval()
+        randomise_weights(model, seed)
+        return model
+
+    return build
