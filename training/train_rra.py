@@ -223,13 +223,19 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 def load_splits(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training and validation rows, their columns checked."""
     if args.train_data_dir is not None:
-        if not Path(args.train_data_dir).is_dir():
-            raise ValueError(f"`--train_data_dir` must be an existing folder, but is {args.train_data_dir!r}.")
-        splits = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, cache_dir=args.cache_dir)
-    elif args.dataset_name.endswith(".parquet"):
-        splits = datasets.load_dataset("parquet", data_files=args.dataset_name, cache_dir=args.cache_dir)
+        option, source = "--train_data_dir", args.train_data_dir
+        if not Path(source).is_dir():
+            raise ValueError(f"`--train_data_dir` must be an existing folder, but is {source!r}.")
+        builder = {"path": "imagefolder", "data_dir": source}
     else:
-        splits = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+        option, source = "--dataset_name", args.dataset_name
+        builder = {"path": source, "name": args.dataset_config_name}
+        if source.endswith(".parquet"):
+            builder = {"path": "parquet", "data_files": source}
+    try:
+        splits = datasets.load_dataset(**builder, cache_dir=args.cache_dir)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"`{option}` {source!r} holds no images that can be loaded: {error}") from error
 
     if "train" not in splits:
         raise ValueError(f"The data set must have a split named 'train', but has {list(splits)}.")

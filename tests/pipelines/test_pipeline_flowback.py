@@ -305,7 +305,8 @@ from flowback_hf import FlowBackPipeline
 torch.set_num_threads(1)
 folder, dtype, output = sys.argv[1:]
 pipe = FlowBackPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
-images = pipe(class_labels=[1, 4], guidance_scale=1.5, generator=torch.Generator().manual_seed(0), output_type="latent")
+generator = torch.Generator().manual_seed(0)
+images = pipe(class_labels=[1, 4], guidance_scale=1.5, generator=generator, output_type="latent")
 torch.save(images.images, output)
 """
 

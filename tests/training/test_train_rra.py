@@ -1,0 +1,416 @@
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+
+from .conftest import REPOSITORY, write_images
+
+
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--cpu",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+]
+LAUNCH += ["--dynamo_backend", "no"]
+
+
+def launch(arguments, num_processes=1, **options):
+    command = [*LAUNCH, "--num_processes", str(num_processes), str(REPOSITORY / "training" / "train_rra.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([*command, *arguments], env=environment, start_new_session=True, **options)
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def state_of(folder):
+    """All weights of a run's last checkpoint and of its pipeline."""
+    state = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return state | {f"objective.{name}": tensor for name, tensor in load_file(last / "model.safetensors").items()}
+
+
+# Runs
+
+
+def test_a_launched_run_leaves_a_pipeline_metrics_and_pictures(arguments, tmp_path):
+    output_dir = tmp_path / "run"
+    process = launch(arguments(output_dir=output_dir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert names(output_dir) == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "loss_curve.png",
+        "metrics.jsonl",
+        "model_index.json",
+        "samples",
+        "training_args.json",
+        "transformer",
+    ]
+    assert names(output_dir / "samples") == ["step-0000000.png", "step-0000004.png"]
+    assert "Training" in output and "loss=" in output  # the progress bar
+
+    metrics = read_metrics(output_dir)
+    assert [record["step"] for record in metrics] == [0, 1, 2, 3, 4, 4]
+    assert set(metrics[1]) == {
+        "step", "epoch", "loss", "nll", "alignment", "cosine_similarity/block1_layer2",
+        "cosine_similarity/block2_layer2", "neumann_growth/block1", "neumann_growth/block2", "max_log_scale",
+        "gradient_norm", "learning_rate", "images_per_second", "images_skipped",
+    }  # fmt: skip
+    assert metrics[1]["loss"] == pytest.approx(metrics[1]["nll"] + 0.1 * metrics[1]["alignment"], abs=1e-6)
+    assert metrics[-1]["validation_nll"] < metrics[0]["validation_nll"]
+
+    pipeline = FlowBackPipeline.from_pretrained(output_dir)
+    assert pipeline.get_label_ids(["cat", "dog"]) == [0, 1]
+    assert pipeline(class_labels=["dog"]).images[0].size == (8, 8)
+    # the pipeline has the averaged weights, not the last ones
+    last = load_file(output_dir / "checkpoint-4" / "model.safetensors")["flow.blocks.0.proj_in.weight"]
+    averaged = pipeline.transformer.blocks[0].proj_in.weight
+    assert 0 < (last - averaged).abs().max() < 0.1
+
+
+def test_a_killed_run_goes_on_exactly(arguments, tmp_path):
+    # 5 batches an epoch, 2 batches a step: the kill comes in the middle of the third epoch
+    options = {"max_train_steps": 16, "gradient_accumulation_steps": 2, "random_flip": True, "validation_steps": 3}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference = launch(arguments(output_dir=whole, **options), **quiet)
+
+    process = launch(arguments(output_dir=killed, **options), **quiet)
+    deadline = time.monotonic() + 300
+    while not (killed / "checkpoint-6").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model_index.json").exists(), "the run ended before it was killed"
+
+    process = launch(arguments(output_dir=killed, resume_from_checkpoint="latest", **options), **quiet)
+    assert process.wait(timeout=300) == 0 and reference.wait(timeout=300) == 0
+    expected, actual = state_of(whole), state_of(killed)
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+    timeless = [
+        [{name: value for name, value in record.items() if name != "images_per_second"} for record in records]
+        for records in (read_metrics(whole), read_metrics(killed))
+    ]
+    assert timeless[0] == timeless[1]
+    assert names(whole) == names(killed) and names(whole / "samples") == names(killed / "samples")
+
+
+def test_two_processes(arguments, tmp_path):
+    output_dir = tmp_path / "run"
+    process = launch(
+        arguments(output_dir=output_dir), num_processes=2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    metrics = read_metrics(output_dir)
+    assert [record["step"] for record in metrics] == [0, 1, 2, 3, 4, 4]
+    assert metrics[-1]["validation_nll"] < metrics[0]["validation_nll"]
+    assert FlowBackPipeline.from_pretrained(output_dir)(class_labels=[0]).images
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"alignment": "none"}, {"loss", "nll"}),
+        ({"alignment": "forward"}, {"alignment"}),
+        ({"alignment": "detach"}, {"alignment"}),
+        ({"alignment_order": "exact"}, {"alignment", "neumann_growth/block1"}),
+        ({"alignment_blocks": [1], "alignment_layer": 1}, {"cosine_similarity/block1_layer1"}),
+        ({"gradient_checkpointing": True, "mixed_precision": "bf16"}, {"alignment"}),
+        ({"scale_lr": True, "learning_rate": 1e-3, "lr_scheduler": "constant"}, {"loss"}),
+        ({"unconditional": True, "label_column": "nothing"}, {"alignment"}),
+        ({"in_channels": 1, "num_layers": [1, 2], "use_ema": True}, {"alignment"}),
+    ],
+)
+def test_options(train_rra, arguments, tmp_path, options, expected):
+    train_rra.main(train_rra.parse_args(arguments(output_dir=tmp_path / "run", max_train_steps=2, **options)))
+    metrics = read_metrics(tmp_path / "run")
+    assert expected <= set(metrics[1])
+    assert ("alignment" in metrics[1]) == (options.get("alignment") != "none")
+    config = FlowBackPipeline.from_pretrained(tmp_path / "run").transformer.config
+    assert config.num_classes == (None if "unconditional" in options else 2)
+    assert config.in_channels == options.get("in_channels", 3)
+    if options.get("scale_lr"):
+        assert metrics[1]["learning_rate"] == pytest.approx(1e-3 * 4)
+
+
+def test_uniform_noise_trains_a_density_model_and_logs_bits(train_rra, arguments, tmp_path):
+    line = arguments(output_dir=tmp_path / "run", noise_type="uniform", max_train_steps=2)
+    train_rra.main(train_rra.parse_args(line))
+    first = read_metrics(tmp_path / "run")[0]
+    nats = first["validation_nll"]
+    assert first["validation_bits_per_dim"] == pytest.approx((nats + math.log(128)) / math.log(2))
+    # The images are uniform noise, of which an untrained flow has 8.566 bits: half their second moment, 1/6 nat, the
+    # constant and log 128.
+    assert first["validation_bits_per_dim"] == pytest.approx(8.566, abs=0.03)
+
+
+def test_no_ema_saves_the_last_weights(train_rra, arguments, tmp_path):
+    line = arguments(output_dir=tmp_path / "run", max_train_steps=2) + ["--no-use_ema"]
+    train_rra.main(train_rra.parse_args(line))
+    state = state_of(tmp_path / "run")
+    assert torch.equal(state["blocks.0.proj_in.weight"], state["objective.flow.blocks.0.proj_in.weight"])
+
+
+def test_old_checkpoints_are_deleted_once_a_new_one_is_safe(train_rra, arguments, tmp_path):
+    output_dir = tmp_path / "run"
+    (output_dir / "checkpoint-best").mkdir(parents=True)
+    with pytest.raises(ValueError, match="already holds another model"):
+        train_rra.main(train_rra.parse_args(arguments(output_dir=output_dir)))
+    (output_dir / "checkpoint-best").rmdir()
+    line = arguments(output_dir=output_dir, checkpointing_steps=1, checkpoints_total_limit=2)
+    train_rra.main(train_rra.parse_args(line))
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+# Data and models
+
+
+def test_a_parquet_file_without_a_validation_split(train_rra, arguments, tmp_path):
+    rows = {"picture": [], "kind": []}
+    for number in range(12):
+        rows["picture"].append(PIL.Image.new("RGB", (9, 12), (20 * number, 10, 90)))
+        rows["kind"].append("bird" if number % 3 else "ant")
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    line = arguments(
+        train_data_dir=None,
+        dataset_name=tmp_path / "rows.parquet",
+        image_column="picture",
+        label_column="kind",
+        train_val_split=0.25,
+        output_dir=tmp_path / "run",
+    )
+    train_rra.main(train_rra.parse_args(line))
+    assert FlowBackPipeline.from_pretrained(tmp_path / "run").labels == {"ant": 0, "bird": 1}
+
+
+def test_odd_images_are_converted_and_broken_ones_skipped(train_rra, arguments, tmp_path, caplog):
+    folder = tmp_path / "odd"
+    for name in ("cat", "dog"):
+        write_images(folder / "train" / name, 4, seed=1)
+    PIL.Image.new("L", (20, 9), 200).save(folder / "train" / "cat" / "grey.png")
+    PIL.Image.new("CMYK", (8, 8), (10, 20, 30, 40)).save(folder / "train" / "cat" / "cmyk.jpg")
+    PIL.Image.new("RGBA", (8, 8), (10, 20, 30, 40)).save(folder / "train" / "dog" / "alpha.png")
+    PIL.Image.new("P", (8, 8)).save(folder / "train" / "dog" / "palette.png")
+    whole = (folder / "train" / "cat" / "0.png").read_bytes()
+    (folder / "train" / "dog" / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "train" / "dog" / "text.png").write_text("not an image")
+    line = arguments(train_data_dir=folder, train_val_split=0.1, output_dir=tmp_path / "run", max_train_steps=8)
+    with caplog.at_level("WARNING"):
+        train_rra.main(train_rra.parse_args(line))
+    for name in ("truncated.png", "text.png"):
+        assert caplog.text.count(f"{name}: it cannot be decoded") == 1
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics[-2]["images_skipped"] >= 4  # two files in each of the two to three epochs
+
+
+def test_an_item_is_in_range_cropped_and_replaces_a_broken_one(train_rra):
+    image = PIL.Image.new("RGB", (8, 4))
+    image.paste((255, 0, 0), (2, 0, 6, 4))
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": b"broken", "path": "bad.png"}, image], "label": [0, 1]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    dataset = train_rra.ImageDataset(rows, "image", "label", [5, 7], sample_size=4, in_channels=3)
+    item = dataset[0]
+    assert item["skipped"] == ["bad.png"] and item["class_labels"] == 7
+    assert torch.equal(item["images"], torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, 4, 4))
+
+
+def test_noise(train_rra):
+    images = torch.linspace(-1, 1, 256).view(1, 1, 16, 16)  # every 8-bit value
+    config = TarFlowTransformer2DModel(8, 4, num_blocks=1, num_layers=1, noise_std=0.3).config
+    noise = train_rra.add_noise(images.expand(200, 1, 16, 16), config, torch.Generator().manual_seed(0)) - images
+    assert noise.std() == pytest.approx(0.3, rel=0.02)
+    config = {**config, "noise_type": "uniform"}
+    config = type("Config", (), config)
+    dequantized = train_rra.add_noise(images.double(), config, torch.Generator().manual_seed(0))
+    cells = (dequantized + 1) * 128
+    assert torch.equal(cells.floor().flatten(), torch.arange(256.0, dtype=torch.float64))
+
+
+def test_fine_tuning_keeps_known_classes_and_starts_new_ones_at_the_mean(
+    train_rra, arguments, randomised_model, tmp_path
+):
+    flow = randomised_model(sample_size=8, num_classes=2, noise_std=0.2).float()
+    FlowBackPipeline(flow, id2label={0: "dog", 1: "wolf"}).save_pretrained(tmp_path / "pretrained")
+    sizes = ("resolution", "patch_size", "num_blocks", "num_layers", "num_attention_heads", "attention_head_dim")
+    line = arguments(
+        pretrained_model_name_or_path=tmp_path / "pretrained",
+        output_dir=tmp_path / "run",
+        learning_rate=0.0,
+        adam_weight_decay=0.0,
+        **dict.fromkeys(sizes),
+    )
+    train_rra.main(train_rra.parse_args(line))
+    pipeline = FlowBackPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.labels == {"dog": 0, "wolf": 1, "cat": 2} and pipeline.transformer.config.noise_std == 0.2
+    sample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, -1])
+    torch.testing.assert_close(pipeline.transformer(sample, labels).sample, flow(sample, labels).sample)
+    for block, old in zip(pipeline.transformer.blocks, flow.blocks):
+        torch.testing.assert_close(block.class_embed[2], old.class_embed.mean(dim=0))
+
+
+def test_a_model_config_file(train_rra, arguments, tmp_path):
+    config = {"sample_size": 8, "patch_size": 4, "num_blocks": 1, "num_layers": 1, "num_attention_heads": 1,
+              "attention_head_dim": 8}  # fmt: skip
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    sizes = ("resolution", "patch_size", "num_blocks", "num_layers", "num_attention_heads", "attention_head_dim")
+    line = arguments(model_config=tmp_path / "model.json", output_dir=tmp_path / "run", **dict.fromkeys(sizes))
+    train_rra.main(train_rra.parse_args(line))
+    saved = FlowBackPipeline.from_pretrained(tmp_path / "run").transformer.config
+    assert {name: saved[name] for name in config} == config and saved.num_classes == 2
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"image_column": "photo"}, r"`--image_column` must be a column .*'image', 'label'.* but is 'photo'"),
+        ({"label_column": "class"}, r"`--label_column` must be a column .*'image', 'label'.* but is 'class'"),
+        ({"train_data_dir": "nowhere"}, "`--train_data_dir` must be an existing folder, but is 'nowhere'"),
+        ({"alignment_blocks": [3]}, "`places` names flow block 3"),
+        ({"alignment_layer": 5}, "`places` names layer 5 of flow block 1"),
+        ({"alignment": "detach", "alignment_order": 1}, "`order` belongs to the strategy 'reverse' alone"),
+        ({"patch_size": 3}, "`sample_size` must be divisible by `patch_size`, but they are 8 and 3"),
+        ({"num_layers": [1, 2, 3]}, "`num_layers` must be a positive integer, or one such for each of the 2"),
+        ({"train_batch_size": 64}, "`--train_batch_size` 64 on 1 processes needs 64 images, but .* has 20"),
+        ({"validation_class_labels": ["horse"]}, "'horse' is not one. The nearest known ones are"),
+        ({"validation_class_labels": [7]}, "`class_labels` must lie between 0 and 1"),
+        ({"resume_from_checkpoint": "checkpoint-9"}, "`--resume_from_checkpoint` must be latest or one of"),
+    ],
+)
+def test_bad_arguments_raise_and_leave_nothing(train_rra, arguments, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train_rra.main(train_rra.parse_args(arguments(output_dir=tmp_path / "run", **options)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (["--output_dir", "x"], "give one of --dataset_name and --train_data_dir"),
+        (["--output_dir", "x", "--train_data_dir", "y", "--train_batch_size", "0"], "--train_batch_size must be at"),
+        (
+            ["--output_dir", "x", "--train_data_dir", "y", "--label_dropout", "2"],
+            r"--label_dropout must lie in \[0, 1",
+        ),
+        (["--output_dir", "x", "--train_data_dir", "y", "--alignment", "up"], "invalid choice: 'up'"),
+        (["--output_dir", "x", "--train_data_dir", "y", "--alignment_order", "all"], "--alignment_order"),
+    ],
+)
+def test_the_parser_refuses(train_rra, capsys, line, message):
+    with pytest.raises(SystemExit):
+        train_rra.parse_args(line)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_empty_parquet_file_raises(train_rra, arguments, tmp_path):
+    rows = datasets.Dataset.from_dict(
+        {"image": [], "label": []},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])}),
+    )
+    rows.to_parquet(tmp_path / "rows.parquet")
+    line = arguments(train_data_dir=None, dataset_name=tmp_path / "rows.parquet", output_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match="`--dataset_name` '.*rows.parquet' holds no images that can be loaded"):
+        train_rra.main(train_rra.parse_args(line))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder_raises(train_rra, arguments, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="`--train_data_dir` '.*empty' holds no images that can be loaded"):
+        line = arguments(train_data_dir=tmp_path / "empty", output_dir=tmp_path / "run")
+        train_rra.main(train_rra.parse_args(line))
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_broken_images_raise(train_rra):
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": b"broken", "path": "bad.png"}] * 2, "label": [0, 1]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    dataset = train_rra.ImageDataset(rows, "image", "label", [0, 1], sample_size=4, in_channels=3)
+    with pytest.raises(ValueError, match="None of the 2 images of the data set can be decoded; the first is bad.png"):
+        dataset[1]
+
+
+def test_an_output_folder_of_another_run_is_refused(train_rra, arguments, tmp_path):
+    output_dir = tmp_path / "run"
+    train_rra.main(train_rra.parse_args(arguments(output_dir=output_dir, max_train_steps=2)))
+    before = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*")}
+    with pytest.raises(ValueError, match="already holds a run: add --resume_from_checkpoint latest"):
+        train_rra.main(train_rra.parse_args(arguments(output_dir=output_dir, max_train_steps=2)))
+    line = arguments(output_dir=output_dir, resume_from_checkpoint="latest", learning_rate=0.5, alignment="none")
+    with pytest.raises(ValueError, match=r"--alignment \('reverse' then, 'none' now\), --learning_rate \(0.01 then"):
+        train_rra.main(train_rra.parse_args(line))
+    assert {path: path.stat().st_mtime_ns for path in output_dir.rglob("*")} == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no progress"])
+def test_a_broken_checkpoint_falls_back_to_the_one_before(train_rra, arguments, tmp_path, caplog, damage):
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    for folder in (whole, damaged):
+        train_rra.main(train_rra.parse_args(arguments(output_dir=folder)))
+    weights = damaged / "checkpoint-4" / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (damaged / "checkpoint-4" / "progress.json").unlink()
+    with caplog.at_level("WARNING"):
+        line = arguments(output_dir=damaged, resume_from_checkpoint="latest")
+        train_rra.main(train_rra.parse_args(line))
+    assert "checkpoint-4 is truncated or incomplete: falling back to the checkpoint before it" in caplog.text
+    expected, actual = state_of(whole), state_of(damaged)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+def test_resuming_without_a_checkpoint_says_so(train_rra, arguments, tmp_path, caplog):
+    line = arguments(output_dir=tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=2)
+    with caplog.at_level("WARNING"):
+        train_rra.main(train_rra.parse_args(line))
+    assert "There is no checkpoint to resume from" in caplog.text
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [0, 1, 2, 2]
+
+
+def test_a_non_finite_loss_stops_with_the_last_checkpoint_intact(train_rra, arguments, tmp_path):
+    output_dir = tmp_path / "run"
+    line = arguments(output_dir=output_dir, learning_rate=1e30, max_grad_norm=1e30, lr_scheduler="constant",
+                     lr_warmup_steps=0, checkpointing_steps=1, validation_steps=100)  # fmt: skip
+    with pytest.raises(FloatingPointError, match=r"Step 2: the loss is (nan|inf).*checkpoint-1, is intact"):
+        train_rra.main(train_rra.parse_args(line))
+    assert train_rra.read_progress(output_dir / "checkpoint-1")["global_step"] == 1
+    assert not (output_dir / "model_index.json").exists()
