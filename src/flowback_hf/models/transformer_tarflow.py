@@ -259,7 +259,7 @@ class TarFlowBlock(nn.Module):
             class_embedding = class_labels @ self.class_embed.to(class_labels.dtype)
         else:
             has_class = (class_labels >= 0).unsqueeze(-1)
-            class_embedding = torch.where(has_class, self.class_embed[class_labels.clamp(min=0)], no_class)
+            class_embedding = torch.where(has_class, self.class_embed[class_labels.clamp(min=0).long()], no_class)
         return conditioning + class_embedding.to(conditioning.dtype).unsqueeze(1)
 
     def _predict(
@@ -330,9 +330,9 @@ class TarFlowBlock(nn.Module):
 
     def _allocate_key_value_caches(self, conditioning: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """One pair of `(batch_size, num_tokens, heads, head_dim)` a layer, in its projections' dtype."""
-        device_type = conditioning.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else conditioning.dtype
+        device_type, dtype = conditioning.device.type, conditioning.dtype
+        if torch.is_autocast_enabled(device_type) and dtype == torch.float32:  # autocast leaves float64 alone
+            dtype = torch.get_autocast_dtype(device_type)
         shapes = [(*conditioning.shape[:2], layer.attn.heads, layer.attn.head_dim) for layer in self.layers]
         return [
             (conditioning.new_empty(shape, dtype=dtype), conditioning.new_empty(shape, dtype=dtype))
@@ -364,10 +364,11 @@ def apply_guidance(
     shift_c, shift_u = shift.chunk(2)
     if rule == "linear":
         return log_scale_c + weight * (log_scale_c - log_scale_u), shift_c + weight * (shift_c - shift_u)
-    variance_ratio = torch.exp(2 * (log_scale_c - log_scale_u).clamp(max=0))
-    precision_ratio = 1 + weight - weight * variance_ratio
-    guided_shift = ((1 + weight) * shift_c - weight * variance_ratio * shift_u) / precision_ratio
-    return log_scale_c - 0.5 * torch.log(precision_ratio), guided_shift
+    # 1 - s by expm1 and m rewritten around m_c: the formulas above, without the differences of large numbers
+    log_variance_ratio = 2 * (log_scale_c - log_scale_u).clamp(max=0)
+    precision_ratio = 1 - weight * torch.expm1(log_variance_ratio)
+    pull = weight * torch.exp(log_variance_ratio) / precision_ratio
+    return log_scale_c - 0.5 * torch.log(precision_ratio), shift_c + pull * (shift_c - shift_u)
 
 
 class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
@@ -629,13 +630,13 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         guidance_schedule: str,
         guidance_temperature: float,
     ):
-        if guidance_scale < 1.0:
+        if not guidance_scale >= 1.0:  # NaN is refused too
             raise ValueError(f"`guidance_scale` must be at least 1.0, which is off, but is {guidance_scale}.")
         if guidance_rule not in GUIDANCE_RULES:
             raise ValueError(f"`guidance_rule` must be one of {GUIDANCE_RULES}, but is {guidance_rule!r}.")
         if guidance_schedule not in GUIDANCE_SCHEDULES:
             raise ValueError(f"`guidance_schedule` must be one of {GUIDANCE_SCHEDULES}, but is {guidance_schedule!r}.")
-        if guidance_temperature <= 0:
+        if not guidance_temperature > 0:
             raise ValueError(f"`guidance_temperature` must be positive, but is {guidance_temperature}.")
         if guidance_scale == 1.0:
             return

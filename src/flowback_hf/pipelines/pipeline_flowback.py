@@ -243,7 +243,7 @@ class FlowBackPipeline(DiffusionPipeline):
                         f"`class_labels` must lie between 0 and {config.num_classes - 1}, or be -1 for no class, but"
                         f" one is {label}."
                     )
-        if guidance_scale < 1.0:
+        if not guidance_scale >= 1.0:  # NaN is refused too
             raise ValueError(f"`guidance_scale` must be at least 1.0, which is off, but is {guidance_scale}.")
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be at least 1, but is {num_images_per_prompt}.")
