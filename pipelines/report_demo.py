@@ -69,7 +69,7 @@ def draw_grid(images: list[PIL.Image.Image], labels: list[str], read: list[str],
 def main(args: argparse.Namespace):
     pipeline = FlowBackPipeline.from_pretrained(args.model)
     label_ids = list(range(pipeline.transformer.config.num_classes))
-    names = [pipeline.config.id2label[str(label)] for label in label_ids]
+    names = [pipeline.config.id2label[label] for label in label_ids]
     images = pipeline(
         class_labels=label_ids,
         num_images_per_prompt=args.images_per_class,
@@ -89,7 +89,9 @@ def main(args: argparse.Namespace):
         "num_samples": len(images),
         "guidance_scale": pipeline.guidance_scale,
         "judge_reads_label": sum(reading == label for reading, label in zip(read, labels)) / len(images),
-        "judge_accuracy_on_real_images": json.loads((args.data_dir / "demo.json").read_text())["judge_accuracy"],
+        "judge_validation_accuracy": json.loads((args.data_dir / "demo.json").read_text())[
+            "judge_validation_accuracy"
+        ],
     }
     (args.output_dir / "report.json").write_text(json.dumps(report, indent=2))
     print(json.dumps(report, indent=2))

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import flowback_hf
-from flowback_hf.models.transformer_tarflow import TarFlowBlock
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -30,14 +29,24 @@ def test_docstring_examples_run(public):
     assert example.examples or public.__name__.endswith("Output")
 
 
-def documented_defaults():
-    functions = [TarFlowBlock.forward]
+def documented_functions():
+    """Every public function with arguments, and the docstring that holds them: the class's for a constructor."""
     for public in PUBLIC:
-        functions += [public.__init__, public.forward] if hasattr(public, "forward") else [public.__init__]
-        functions += [public.__call__] if public is flowback_hf.FlowBackPipeline else []
-    for function in functions:
-        owner = flowback_hf.__dict__.get(function.__qualname__.split(".")[0])
-        docstring = (owner.__doc__ if function.__name__ == "__init__" and owner else function.__doc__) or ""
+        for name, function in inspect.getmembers(public, inspect.isroutine):
+            own = getattr(function, "__qualname__", "").startswith(f"{public.__name__}.")
+            docstring = public.__doc__ if name == "__init__" else function.__doc__
+            if own and "Args:" in (docstring or ""):
+                yield pytest.param(function, docstring, id=function.__qualname__)
+
+
+@pytest.mark.parametrize("function, docstring", list(documented_functions()))
+def test_docstrings_name_every_argument(function, docstring):
+    for name in inspect.signature(function).parameters.keys() - {"self"}:
+        assert re.search(rf"^ +([^:]*, )?`?{name}`?(, \w+)*( \(|:)", docstring, re.MULTILINE), name
+
+
+def documented_defaults():
+    for function, docstring in (parameter.values for parameter in documented_functions()):
         parameters = inspect.signature(function).parameters
         for names, default in re.findall(r"^ +((?:\w+, )*\w+) \([^)]*defaults to `?([^`)]+)`?\)", docstring, re.M):
             for name in names.split(", "):

@@ -39,7 +39,7 @@ def stages(args: argparse.Namespace) -> dict[str, list[str]]:
     train += ["--mixed_precision", "no", "--dynamo_backend", "no", FOLDER / "train_rra.py"]
     train += ["--train_data_dir", digits / "images", "--teacher_model_name_or_path", digits / "teacher"]
     train += ["--output_dir", flow, "--model_config", FOLDER / "configs" / "demo_digits.json", "--seed", args.seed]
-    train += ["--max_train_steps", args.max_train_steps, "--train_batch_size", 128, "--learning_rate", 2e-3]
+    train += ["--max_train_steps", args.max_train_steps, "--train_batch_size", 64, "--learning_rate", 2e-3]
     train += ["--lr_warmup_steps", 50, "--ema_decay", 0.99, "--projector_dim", 128, "--alignment_weight", 0.3]
     train += ["--validation_steps", 500, "--validation_guidance_scale", 2.0, "--eval_batch_size", 297]
     train += ["--resume_from_checkpoint", "latest"]

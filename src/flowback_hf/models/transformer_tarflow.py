@@ -28,7 +28,7 @@ class TarFlowOutput(BaseOutput):
 
     Args:
         sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
-            Latents, or with `inverse=True` data. float32, or float64 for a float64 model.
+            Latents, or with `inverse=True` data. float32, or float64 for a float64 model or sample.
         log_abs_det (`torch.Tensor` of shape `(batch_size,)`):
             `log |det d output / d input|` of the map that was applied, in nats, summed over all dimensions.
         hidden_states (`dict` of `(block, layer)` to `torch.Tensor` of shape `(batch_size, num_tokens, width)`):
@@ -93,9 +93,9 @@ class TarFlowAttnProcessor:
 
         if key_value_cache is not None:
             keys, values = key_value_cache
-            keys[:, position : position + 1] = key
-            values[:, position : position + 1] = value
-            key, value = keys[:, : position + 1], values[:, : position + 1]
+            keys[:, :, position : position + 1] = key.transpose(1, 2)
+            values[:, :, position : position + 1] = value.transpose(1, 2)
+            key, value = keys[:, :, : position + 1].transpose(1, 2), values[:, :, : position + 1].transpose(1, 2)
 
         hidden_states = dispatch_attention_fn(
             query,
@@ -144,7 +144,7 @@ class TarFlowLayer(nn.Module):
             All tokens of the sequence, or its token number `position` alone where a `key_value_cache` is given.
         temperature (`torch.Tensor` of shape `(batch_size, 1, 1, 1)`, *optional*):
             Divides the attention logits, sample by sample.
-        key_value_cache (pair of `torch.Tensor` of shape `(batch_size, num_tokens, heads, head_dim)`, *optional*):
+        key_value_cache (pair of `torch.Tensor` of shape `(batch_size, heads, num_tokens, head_dim)`, *optional*):
             Keys and values of the tokens before `position`; those of this token are written into it.
         position (`int`): 0-based number of the token in the sequence. Without a cache it has no meaning.
     """
@@ -256,7 +256,10 @@ class TarFlowBlock(nn.Module):
         if class_labels is None:
             class_embedding = no_class
         elif class_labels.is_floating_point():
-            class_embedding = class_labels @ self.class_embed.to(class_labels.dtype)
+            # in full precision: what classification differentiates must agree with the rows of the table
+            dtype = torch.promote_types(torch.promote_types(class_labels.dtype, self.class_embed.dtype), torch.float32)
+            with torch.autocast(class_labels.device.type, enabled=False):
+                class_embedding = class_labels.to(dtype) @ self.class_embed.to(dtype)
         else:
             has_class = (class_labels >= 0).unsqueeze(-1)
             class_embedding = torch.where(has_class, self.class_embed[class_labels.clamp(min=0).long()], no_class)
@@ -329,11 +332,12 @@ class TarFlowBlock(nn.Module):
         return tokens, log_scale, shift
 
     def _allocate_key_value_caches(self, conditioning: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """One pair of `(batch_size, num_tokens, heads, head_dim)` a layer, in its projections' dtype."""
+        """One pair of `(batch_size, heads, num_tokens, head_dim)` a layer, in its projections' dtype."""
+        batch_size, num_tokens, _ = conditioning.shape
         device_type, dtype = conditioning.device.type, conditioning.dtype
         if torch.is_autocast_enabled(device_type) and dtype == torch.float32:  # autocast leaves float64 alone
             dtype = torch.get_autocast_dtype(device_type)
-        shapes = [(*conditioning.shape[:2], layer.attn.heads, layer.attn.head_dim) for layer in self.layers]
+        shapes = [(batch_size, layer.attn.heads, num_tokens, layer.attn.head_dim) for layer in self.layers]
         return [
             (conditioning.new_empty(shape, dtype=dtype), conditioning.new_empty(shape, dtype=dtype))
             for shape in shapes
@@ -459,7 +463,9 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             )
         if noise_type not in NOISE_TYPES:
             raise ValueError(f"`noise_type` must be one of {NOISE_TYPES}, but is {noise_type!r}.")
-        if noise_std < 0:
+        if not mlp_ratio > 0:
+            raise ValueError(f"`mlp_ratio` must be positive, but is {mlp_ratio}.")
+        if not noise_std >= 0:
             raise ValueError(f"`noise_std` must not be negative, but is {noise_std}.")
 
         self.blocks = nn.ModuleList(
@@ -538,7 +544,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 Divides the attention logits of the weak branch. It is what guides an unconditional model.
             return_dict (`bool`, defaults to `True`): Otherwise a tuple `(sample, log_abs_det[, hidden_states])`.
         Returns:
-            [`TarFlowOutput`] or `tuple`. All in float32, or float64 for a float64 model.
+            [`TarFlowOutput`] or `tuple`. All in float32, or float64 for a float64 model or sample.
         Raises:
             ValueError: for a shape, a number or a name that does not fit the model. Labels themselves are not looked
                 at, so that the whole model compiles into one graph: [`FlowBackPipeline`] checks them.
@@ -592,6 +598,8 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         num_classes = self.config.num_classes
         if num_classes is None:
             raise ValueError("`class_labels` must be None: this model is unconditional (`num_classes` is None).")
+        if not isinstance(class_labels, torch.Tensor):
+            raise ValueError(f"`class_labels` must be a tensor, but are {class_labels!r}.")
         expected = (batch_size, num_classes) if class_labels.is_floating_point() else (batch_size,)
         if tuple(class_labels.shape) != expected or class_labels.dtype == torch.bool:
             raise ValueError(

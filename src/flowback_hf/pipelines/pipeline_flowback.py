@@ -62,7 +62,7 @@ class FlowBackPipeline(DiffusionPipeline):
         self,
         transformer: ModelMixin,
         vae: AutoencoderKL | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
         guidance_scale: float = 1.0,
         guidance_rule: str = "linear",
     ):

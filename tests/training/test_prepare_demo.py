@@ -1,0 +1,251 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, Dinov2Model
+
+
+SCRIPT = Path(__file__).parents[2] / "training" / "prepare_demo.py"
+
+ARGUMENTS = {
+    "digits": ["--kind", "digits", "--teacher_epochs", "6", "--judge_epochs", "4"],
+    "shapes": [
+        *["--kind", "shapes", "--resolution", "16", "--num_train_images", "70", "--num_validation_images", "20"],
+        *["--seed", "3", "--teacher_epochs", "1", "--judge_epochs", "1"],
+    ],
+}
+KINDS = tuple(ARGUMENTS)
+RESOLUTIONS = {"digits": 8, "shapes": 16}
+NUM_IMAGES = {"digits": {"train": 1500, "validation": 297}, "shapes": {"train": 70, "validation": 20}}
+
+
+def load_script():
+    specification = importlib.util.spec_from_file_location("prepare_demo", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+prepare_demo = load_script()
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory) -> dict[str, Path]:
+    """The folder the script made of each kind; that of the digits was there before, and empty."""
+    folder = tmp_path_factory.mktemp("demos")
+    (folder / "digits").mkdir()
+    environment = {**os.environ, "HF_HOME": str(tmp_path_factory.mktemp("huggingface")), "HF_HUB_OFFLINE": "1"}
+    for kind in KINDS:
+        command = [sys.executable, str(SCRIPT), *ARGUMENTS[kind], "--output_dir", str(folder / kind)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+        assert "validation accuracy" in result.stdout
+    return {kind: folder / kind for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def image_folders(demos, tmp_path_factory) -> dict[str, datasets.DatasetDict]:
+    cache_dir = str(tmp_path_factory.mktemp("datasets"))
+    return {
+        kind: datasets.load_dataset("imagefolder", data_dir=str(demos[kind] / "images"), cache_dir=cache_dir)
+        for kind in KINDS
+    }
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_report(folder: Path) -> dict:
+    return json.loads((folder / "demo.json").read_text())
+
+
+def images_are_equal(first: Image.Image, second: Image.Image) -> bool:
+    return np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_nothing_but_the_finished_folders_is_left_behind(demos):
+    assert {path.name for path in demos["digits"].parent.iterdir()} == {"digits", "shapes"}
+    for folder in demos.values():
+        assert {path.name for path in folder.iterdir()} == {"images", "teacher", "judge", "demo.json"}
+        for network in ("teacher", "judge"):
+            names = {path.name for path in (folder / network).iterdir()}
+            assert names == {"config.json", "model.safetensors", "preprocessor_config.json"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_images_load_as_an_image_folder(image_folders, demos, kind):
+    splits = image_folders[kind]
+    assert {split: len(images) for split, images in splits.items()} == NUM_IMAGES[kind]
+    class_names = splits["train"].features["label"].names
+    assert len(class_names) == 10
+    assert class_names == read_report(demos[kind])["class_names"]
+    for images in splits.values():
+        assert set(images["label"]) == set(range(10))
+        sizes = {image.size for image in images["image"]}
+        assert sizes == {(RESOLUTIONS[kind], RESOLUTIONS[kind])}
+
+
+def test_the_classes_of_the_shapes_are_balanced(image_folders):
+    for images in image_folders["shapes"].values():
+        assert set(np.bincount(images["label"])) == {len(images) // 10}
+
+
+def test_the_digits_are_those_of_scikit_learn_each_once(image_folders):
+    values = prepare_demo.load_digits().images
+    expected = sorted(np.round(image / 16 * 255).astype(np.uint8).tobytes() for image in values)
+    found = [image for images in image_folders["digits"].values() for image in images["image"]]
+    assert {image.mode for image in found} == {"L"}
+    assert sorted(np.asarray(image).tobytes() for image in found) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("network", ["teacher", "judge"])
+def test_the_image_processor_only_rescales_and_makes_three_channels(image_folders, demos, kind, network):
+    image = image_folders[kind]["train"][0]["image"]
+    processor = AutoImageProcessor.from_pretrained(demos[kind] / network)
+    pixel_values = processor(image, return_tensors="pt").pixel_values
+    expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(pixel_values[0], expected)
+    larger = processor(image.resize((24, 40)), return_tensors="pt").pixel_values
+    assert larger.shape == pixel_values.shape
+
+
+@pytest.mark.parametrize("kind, num_patches", [("digits", 4 * 4), ("shapes", 8 * 8)])
+def test_the_teacher_is_a_dinov2_backbone_that_has_been_trained(demos, kind, num_patches):
+    teacher = AutoModel.from_pretrained(demos[kind] / "teacher")
+    assert type(teacher) is Dinov2Model
+    resolution = RESOLUTIONS[kind]
+    tokens = teacher(torch.zeros(1, 3, resolution, resolution)).last_hidden_state
+    assert tokens.shape == (1, 1 + num_patches, teacher.config.hidden_size)
+    report = read_report(demos[kind])
+    untrained = prepare_demo.make_teacher(
+        resolution, teacher.config.patch_size, report["class_names"], report["seed"]
+    ).dinov2.state_dict()
+    # The mask token is for DINOv2's own pre-training, and the key bias cannot change the softmax but by rounding.
+    for name, weight in teacher.state_dict().items():
+        if "mask_token" not in name and "k_proj.bias" not in name:
+            assert not torch.equal(weight, untrained[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_saved_judge_has_the_reported_accuracy_and_knows_the_class_names(image_folders, demos, kind):
+    judge = AutoModelForImageClassification.from_pretrained(demos[kind] / "judge")
+    processor = AutoImageProcessor.from_pretrained(demos[kind] / "judge")
+    report = read_report(demos[kind])
+    assert judge.config.model_type == "resnet"
+    assert judge.config.id2label == dict(enumerate(report["class_names"]))
+    assert judge.config.label2id == {name: label for label, name in enumerate(report["class_names"])}
+    images = image_folders[kind]["validation"]
+    with torch.no_grad():
+        logits = judge(**processor(list(images["image"]), return_tensors="pt")).logits
+    accuracy = (logits.argmax(dim=1) == torch.tensor(images["label"])).float().mean().item()
+    assert accuracy == pytest.approx(report["judge_validation_accuracy"])
+
+
+def test_both_networks_learn_the_digits(demos):
+    report = read_report(demos["digits"])
+    assert report["teacher_validation_accuracy"] > 0.4
+    assert report["judge_validation_accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_seed_gives_the_same_images_and_weights_to_the_bit(demos, tmp_path, kind):
+    prepare_demo.main([*ARGUMENTS[kind], "--output_dir", str(tmp_path / "again")])
+    first, second = read_files(demos[kind]), read_files(tmp_path / "again")
+    first_report, second_report = json.loads(first.pop("demo.json")), json.loads(second.pop("demo.json"))
+    assert first == second
+    assert set(first_report.pop("seconds")) == set(second_report.pop("seconds")) == {"images", "teacher", "judge"}
+    assert first_report == second_report
+
+
+def test_another_seed_gives_other_images():
+    assert not images_are_equal(
+        prepare_demo.draw_shape_image(0, "train", 5, 16), prepare_demo.draw_shape_image(1, "train", 5, 16)
+    )
+    first_digits, second_digits = (prepare_demo.make_digits(seed)["validation"][0] for seed in (0, 1))
+    assert not all(images_are_equal(*pair) for pair in zip(first_digits, second_digits))
+
+
+def test_the_two_splits_differ():
+    assert not images_are_equal(
+        prepare_demo.draw_shape_image(0, "train", 5, 16), prepare_demo.draw_shape_image(0, "validation", 5, 16)
+    )
+
+
+def test_a_shape_does_not_depend_on_how_many_are_made(demos):
+    fewer = prepare_demo.make_shapes(3, 16, {"train": 12, "validation": 10})
+    for split, (images, labels) in fewer.items():
+        for index, (image, label) in enumerate(zip(images, labels)):
+            class_name = list(prepare_demo.SHAPE_OUTLINES)[label]
+            saved = Image.open(demos["shapes"] / "images" / split / class_name / f"{index:05d}.png")
+            assert images_are_equal(image, saved)
+
+
+def test_the_shape_classes_are_in_the_order_of_an_image_folder():
+    names = list(prepare_demo.SHAPE_OUTLINES)
+    assert len(names) == 10
+    assert names == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--kind", "digits", "--resolution", "8"], "--resolution 8 was given with --kind digits"),
+        (["--kind", "digits", "--num_train_images", "99"], "--num_train_images 99 was given with --kind digits"),
+        (["--kind", "digits", "--num_validation_images", "99"], "--num_validation_images 99 was given"),
+        (["--kind", "shapes", "--resolution", "12"], "--resolution must be a positive multiple of 8, not 12"),
+        (["--kind", "shapes", "--resolution", "0"], "--resolution must be a positive multiple of 8, not 0"),
+        (["--kind", "shapes", "--num_train_images", "9"], "--num_train_images must be at least 10"),
+        (["--kind", "shapes", "--num_validation_images", "0"], "--num_validation_images must be at least 10"),
+        (["--kind", "digits", "--teacher_epochs", "0"], "--teacher_epochs must be at least 1, not 0"),
+        (["--kind", "shapes", "--judge_epochs", "-1"], "--judge_epochs must be at least 1, not -1"),
+        (["--kind", "digits", "--seed", "-1"], "--seed must be at least 0 and below 2**32, not -1"),
+        (["--kind", "cats"], "invalid choice: 'cats'"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        prepare_demo.main([*arguments, "--output_dir", str(tmp_path / "parent" / "demo")])
+    assert stopped.value.code != 0
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_as_output_dir_is_refused(tmp_path, capsys):
+    (tmp_path / "demo").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        prepare_demo.main([*ARGUMENTS["shapes"], "--output_dir", str(tmp_path / "demo")])
+    assert stopped.value.code != 0
+    assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "demo").read_text() == "mine"
+
+
+def test_a_folder_with_something_in_it_is_refused_and_left_as_it_was(tmp_path, capsys):
+    output_dir = tmp_path / "demo"
+    output_dir.mkdir()
+    (output_dir / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        prepare_demo.main([*ARGUMENTS["shapes"], "--output_dir", str(output_dir)])
+    assert stopped.value.code != 0
+    assert f"--output_dir {output_dir} is not empty" in capsys.readouterr().err
+    assert read_files(tmp_path) == {"demo/notes.txt": b"mine"}
+
+
+def test_a_failure_half_way_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(*arguments):
+        assert [path.name for path in tmp_path.glob(".demo-*/demo/teacher")] == ["teacher"]
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(prepare_demo, "make_judge", fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        prepare_demo.main([*ARGUMENTS["shapes"], "--output_dir", str(tmp_path / "demo")])
+    assert list(tmp_path.iterdir()) == []
