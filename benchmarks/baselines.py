@@ -84,11 +84,9 @@ def predict_next(
 
 
 def attend(attention: TarFlowAttention, hidden_states: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
-    # (batch_size, heads, 1, head_dim)
-    query, key, value = (
-        projection(hidden_states).unflatten(-1, (attention.heads, attention.head_dim)).transpose(1, 2)
-        for projection in (attention.to_q, attention.to_k, attention.to_v)
-    )
+    # (batch_size, 3, heads, 1, head_dim)
+    states = attention.to_qkv(hidden_states).unflatten(-1, (3, attention.heads, attention.head_dim))
+    query, key, value = states.permute(0, 2, 3, 1, 4).unbind(dim=1)
     keys, values = cache
     keys.append(key)
     values.append(value)

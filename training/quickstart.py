@@ -25,7 +25,7 @@ FOLDER = Path(__file__).resolve().parent
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--max_train_steps", type=int, default=1500)
+    parser.add_argument("--max_train_steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--setup_seconds", type=int, default=0, help="What the set-up before this script took.")
     return parser.parse_args()
@@ -41,7 +41,7 @@ def stages(args: argparse.Namespace) -> dict[str, list[str]]:
     train += ["--output_dir", flow, "--model_config", FOLDER / "configs" / "demo_digits.json", "--seed", args.seed]
     train += ["--max_train_steps", args.max_train_steps, "--train_batch_size", 64, "--learning_rate", 2e-3]
     train += ["--lr_warmup_steps", 50, "--ema_decay", 0.99, "--projector_dim", 128, "--alignment_weight", 0.3]
-    train += ["--validation_steps", 500, "--validation_guidance_scale", 2.0, "--eval_batch_size", 297]
+    train += ["--validation_steps", 300, "--validation_guidance_scale", 2.0, "--eval_batch_size", 297]
     train += ["--resume_from_checkpoint", "latest"]
     report = [sys.executable, FOLDER.parent / "pipelines" / "report_demo.py", "--model", flow, "--data_dir", digits]
     report += ["--output_dir", args.output_dir]

@@ -79,39 +79,40 @@ class TarFlowAttnProcessor:
         attn: "TarFlowAttention",
         hidden_states: torch.Tensor,
         temperature: torch.Tensor | None = None,
-        key_value_cache: tuple[torch.Tensor, torch.Tensor] | None = None,
+        key_value_cache: torch.Tensor | None = None,
         position: int = 0,
     ) -> torch.Tensor:
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        # (batch_size, num_tokens, heads, head_dim)
-        query, key, value = (states.unflatten(-1, (-1, attn.head_dim)) for states in (query, key, value))
+        # (batch_size, num_tokens, 3, heads, head_dim)
+        states = attn.to_qkv(hidden_states).view(*hidden_states.shape[:2], 3, -1, attn.head_dim)
+        query, key, value = states.unbind(dim=2)
         if temperature is not None:
             query = query / temperature.to(query.dtype)
 
-        if key_value_cache is not None:
-            keys, values = key_value_cache
-            keys[:, :, position : position + 1] = key.transpose(1, 2)
-            values[:, :, position : position + 1] = value.transpose(1, 2)
-            key, value = keys[:, :, : position + 1].transpose(1, 2), values[:, :, : position + 1].transpose(1, 2)
-
-        hidden_states = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            # One query at the end of the cache sees all of it. The kernels' causal mode would align it with the start.
-            is_causal=key_value_cache is None,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        return attn.to_out[0](hidden_states.flatten(2, 3).to(query.dtype))
+        if key_value_cache is None:
+            attended = dispatch_attention_fn(
+                query,
+                key,
+                value,
+                is_causal=True,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+        else:
+            key_value_cache[:, :, :, position : position + 1] = states[:, 0, 1:].unsqueeze(3)
+            # One query at the end of the cache sees all of it; a causal kernel would align it with the start. Backends
+            # made for long sequences have nothing to gain here, and choosing one takes as long as a small product.
+            keys, values = key_value_cache[:, :, :, : position + 1].unbind(dim=1)
+            attended = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values).transpose(1, 2)
+        return attn.to_out[0](attended.flatten(2, 3).to(query.dtype))
 
 
 class TarFlowAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention. Queries, keys and values are one product: rows of `to_qkv` in this order."""
+
     _default_processor_cls = TarFlowAttnProcessor
     _available_processors = [TarFlowAttnProcessor]
+    _supports_qkv_fusion = False  # they are fused as they are
+    fused_projections = True
 
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
@@ -119,9 +120,7 @@ class TarFlowAttention(nn.Module, AttentionModuleMixin):
         self.head_dim = head_dim
         self.use_bias = True
         width = heads * head_dim
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
+        self.to_qkv = nn.Linear(width, 3 * width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.set_processor(self._default_processor_cls())
 
@@ -129,7 +128,7 @@ class TarFlowAttention(nn.Module, AttentionModuleMixin):
         self,
         hidden_states: torch.Tensor,
         temperature: torch.Tensor | None = None,
-        key_value_cache: tuple[torch.Tensor, torch.Tensor] | None = None,
+        key_value_cache: torch.Tensor | None = None,
         position: int = 0,
     ) -> torch.Tensor:
         return self.processor(self, hidden_states, temperature, key_value_cache, position)
@@ -144,7 +143,7 @@ class TarFlowLayer(nn.Module):
             All tokens of the sequence, or its token number `position` alone where a `key_value_cache` is given.
         temperature (`torch.Tensor` of shape `(batch_size, 1, 1, 1)`, *optional*):
             Divides the attention logits, sample by sample.
-        key_value_cache (pair of `torch.Tensor` of shape `(batch_size, heads, num_tokens, head_dim)`, *optional*):
+        key_value_cache (`torch.Tensor` of shape `(batch_size, 2, heads, num_tokens, head_dim)`, *optional*):
             Keys and values of the tokens before `position`; those of this token are written into it.
         position (`int`): 0-based number of the token in the sequence. Without a cache it has no meaning.
     """
@@ -161,7 +160,7 @@ class TarFlowLayer(nn.Module):
         self,
         hidden_states: torch.Tensor,
         temperature: torch.Tensor | None = None,
-        key_value_cache: tuple[torch.Tensor, torch.Tensor] | None = None,
+        key_value_cache: torch.Tensor | None = None,
         position: int = 0,
     ) -> torch.Tensor:
         attended = self.attn(self.norm1(hidden_states), temperature, key_value_cache, position)
@@ -331,17 +330,14 @@ class TarFlowBlock(nn.Module):
             tokens[:, following] = next_shift + torch.exp(next_log_scale) * latents[:, following]
         return tokens, log_scale, shift
 
-    def _allocate_key_value_caches(self, conditioning: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """One pair of `(batch_size, heads, num_tokens, head_dim)` a layer, in its projections' dtype."""
+    def _allocate_key_value_caches(self, conditioning: torch.Tensor) -> list[torch.Tensor]:
+        """One `(batch_size, 2, heads, num_tokens, head_dim)` a layer, in the dtype of its projections."""
         batch_size, num_tokens, _ = conditioning.shape
         device_type, dtype = conditioning.device.type, conditioning.dtype
         if torch.is_autocast_enabled(device_type) and dtype == torch.float32:  # autocast leaves float64 alone
             dtype = torch.get_autocast_dtype(device_type)
-        shapes = [(batch_size, layer.attn.heads, num_tokens, layer.attn.head_dim) for layer in self.layers]
-        return [
-            (conditioning.new_empty(shape, dtype=dtype), conditioning.new_empty(shape, dtype=dtype))
-            for shape in shapes
-        ]
+        shapes = [(batch_size, 2, layer.attn.heads, num_tokens, layer.attn.head_dim) for layer in self.layers]
+        return [conditioning.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
 def apply_guidance(
