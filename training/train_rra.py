@@ -554,7 +554,7 @@ def validate(
 
 
 def draw_samples(pipeline: FlowBackPipeline, args: argparse.Namespace, path: Path):
-    """A grid with one row a class."""
+    """A grid with one row a class, small images enlarged so that a person can see them."""
     num_images = 4
     class_labels = args.validation_class_labels
     if class_labels is None and pipeline.transformer.config.num_classes is not None:
@@ -567,7 +567,8 @@ def draw_samples(pipeline: FlowBackPipeline, args: argparse.Namespace, path: Pat
         generator=torch.Generator().manual_seed(args.seed),
     ).images
     path.parent.mkdir(exist_ok=True)
-    make_image_grid(images, rows=len(images) // num_images, cols=num_images).save(path)
+    size = max(64, pipeline.transformer.config.sample_size)
+    make_image_grid(images, rows=len(images) // num_images, cols=num_images, resize=size).save(path)
 
 
 def main(args: argparse.Namespace):
@@ -609,8 +610,9 @@ def main(args: argparse.Namespace):
     if args.alignment != "none":
         places = alignment_places(flow, args.alignment_blocks, args.alignment_layer)
         grid_size = flow.config.sample_size // flow.config.patch_size
+        teacher_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         teacher = RepresentationTeacher.from_pretrained(
-            args.teacher_model_name_or_path, grid_size=grid_size, cache_dir=args.cache_dir
+            args.teacher_model_name_or_path, grid_size=grid_size, dtype=teacher_dtype, cache_dir=args.cache_dir
         ).to(accelerator.device)
         objective_arguments |= {
             "places": places,

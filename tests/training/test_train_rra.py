@@ -71,6 +71,8 @@ def test_a_launched_run_leaves_a_pipeline_metrics_and_pictures(arguments, tmp_pa
         "transformer",
     ]
     assert names(output_dir / "samples") == ["step-0000000.png", "step-0000004.png"]
+    # two classes of four images, enlarged
+    assert PIL.Image.open(output_dir / "samples" / "step-0000004.png").size == (4 * 64, 2 * 64)
     assert "Training" in output and "loss=" in output  # the progress bar
 
     metrics = read_metrics(output_dir)
