@@ -144,7 +144,8 @@ class FlowBackPipeline(DiffusionPipeline):
             generator (`torch.Generator` or one for each image, *optional*):
                 Decides the noise. On the CPU, the same seed gives the same image on every device.
             latents (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`, *optional*):
-                The noise itself. `pipe(latents=model(x, y).sample, class_labels=y, denoise=False)` gives `x` back.
+                The noise itself. `pipe(latents=model(x, y).sample, class_labels=y, denoise=False)` gives `x` back,
+                where `guidance_scale` is 1.0.
             denoise (`bool`, defaults to `True`):
                 Removes the Gaussian noise of training: `x + sigma^2 grad log p(x | y)`. Nothing to do for a flow that
                 was trained with uniform noise or none.
