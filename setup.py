@@ -30,7 +30,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
-        "diffusers>=0.40",
+        "diffusers>=0.42",
         "transformers>=5.0",
         "accelerate>=1.10",
         "datasets>=4.0",
