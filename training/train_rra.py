@@ -40,7 +40,7 @@ from flowback_hf.models.transformer_tarflow import NOISE_TYPES
 
 logger = get_logger(__name__, log_level="INFO")
 
-# What a resumed run may change: how it is run and watched, not what is computed.
+# What a resumed run may change: how it is run and watched, and how long, which stretches the learning rate's schedule.
 RESUMABLE_ARGUMENTS = {
     "cache_dir",
     "checkpointing_steps",
@@ -305,6 +305,8 @@ def make_flow(
         config = pipeline.transformer.config
         source = "--pretrained_model_name_or_path"
     elif args.model_config is not None:
+        if not Path(args.model_config).is_file():
+            raise ValueError(f"`--model_config` must be an existing JSON file, but is {args.model_config!r}.")
         config = json.loads(Path(args.model_config).read_text())
         source = "--model_config"
     else:
@@ -611,9 +613,14 @@ def main(args: argparse.Namespace):
         places = alignment_places(flow, args.alignment_blocks, args.alignment_layer)
         grid_size = flow.config.sample_size // flow.config.patch_size
         teacher_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        teacher = RepresentationTeacher.from_pretrained(
-            args.teacher_model_name_or_path, grid_size=grid_size, dtype=teacher_dtype, cache_dir=args.cache_dir
-        ).to(accelerator.device)
+        try:
+            teacher = RepresentationTeacher.from_pretrained(
+                args.teacher_model_name_or_path, grid_size=grid_size, dtype=teacher_dtype, cache_dir=args.cache_dir
+            ).to(accelerator.device)
+        except OSError as error:
+            raise ValueError(
+                f"`--teacher_model_name_or_path` {args.teacher_model_name_or_path!r} cannot be loaded: {error}"
+            ) from error
         objective_arguments |= {
             "places": places,
             "teacher_dim": teacher.feature_dim,

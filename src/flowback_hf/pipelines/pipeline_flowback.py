@@ -297,6 +297,10 @@ class FlowBackPipeline(DiffusionPipeline):
         if isinstance(class_labels, str):
             return self.get_label_ids(class_labels)
         if isinstance(class_labels, Iterable):
+            if any(entry is None for entry in class_labels):
+                raise ValueError(
+                    f"`class_labels` must be whole numbers or names, -1 for no class, not {class_labels}."
+                )
             return [label for entry in class_labels for label in self.normalize_class_labels(entry)]
         try:
             return [operator.index(class_labels)]
