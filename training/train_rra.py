@@ -247,7 +247,7 @@ def load_splits(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Da
                 f"`--{option}` must be a column of the data set, one of {train_rows.column_names}, but is {column!r}."
             )
     if not args.unconditional and not isinstance(train_rows.features[args.label_column], datasets.ClassLabel):
-        splits = datasets.DatasetDict({name: s.class_encode_column(args.label_column) for name, s in splits.items()})
+        splits = encode_labels(splits, args.label_column)
         train_rows = splits["train"]
 
     held_out = next((splits[name] for name in ("validation", "val", "test") if name in splits), None)
@@ -264,6 +264,15 @@ def load_splits(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Da
     # Class folders lie side by side: the first rows alone would be of few classes.
     held_out = held_out.shuffle(seed=0).select(range(min(args.max_validation_samples, len(held_out))))
     return train_rows, held_out
+
+
+def encode_labels(splits: datasets.DatasetDict, label_column: str) -> datasets.DatasetDict:
+    """Numbers for text or other labels, all splits together: a split that lacks a class numbers the others alike."""
+    encoded = datasets.concatenate_datasets(list(splits.values())).class_encode_column(label_column)
+    ends = np.cumsum([len(rows) for rows in splits.values()])
+    return datasets.DatasetDict(
+        {name: encoded.select(range(end - len(splits[name]), end)) for name, end in zip(splits, ends.tolist())}
+    )
 
 
 def add_noise(images: torch.Tensor, config: Any, generator: torch.Generator) -> torch.Tensor:

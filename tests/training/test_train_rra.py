@@ -214,6 +214,19 @@ def test_a_parquet_file_without_a_validation_split(train_rra, arguments, tmp_pat
     assert FlowBackPipeline.from_pretrained(tmp_path / "run").labels == {"ant": 0, "bird": 1}
 
 
+def test_splits_agree_on_the_classes_of_text_labels(train_rra, arguments, tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    for split, labels in {"train": ["bird", "ant", "cat"], "validation": ["cat", "bird"]}.items():
+        rows = {"image": [PIL.Image.new("RGB", (8, 8))] * len(labels), "label": labels}
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows" / f"{split}.parquet")
+    line = arguments(train_data_dir=None, dataset_name=tmp_path / "rows", output_dir=tmp_path / "run")
+    train_rows, validation_rows = train_rra.load_splits(train_rra.parse_args(line))
+    assert train_rows["label"][:] == [1, 0, 2]
+    assert sorted(validation_rows["label"][:]) == [1, 2]
+    assert train_rows.features["label"].names == validation_rows.features["label"].names == ["ant", "bird", "cat"]
+
+
 def test_odd_images_are_converted_and_broken_ones_skipped(train_rra, arguments, tmp_path, caplog):
     folder = tmp_path / "odd"
     for name in ("cat", "dog"):
