@@ -118,7 +118,6 @@ class TarFlowAttention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim
-        self.use_bias = True
         width = heads * head_dim
         self.to_qkv = nn.Linear(width, 3 * width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])

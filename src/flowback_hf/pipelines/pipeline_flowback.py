@@ -163,7 +163,8 @@ class FlowBackPipeline(DiffusionPipeline):
         """
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         guidance_rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
-        class_labels = self.normalize_class_labels(class_labels)
+        if class_labels is not None:
+            class_labels = self.normalize_class_labels(class_labels)
         self.check_inputs(
             class_labels,
             guidance_scale,
@@ -286,21 +287,13 @@ class FlowBackPipeline(DiffusionPipeline):
         ]
         return torch.cat(noise)
 
-    def normalize_class_labels(
-        self, class_labels: int | str | list[int | str] | torch.Tensor | None
-    ) -> list[int] | None:
+    def normalize_class_labels(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
         """One flat list of class ids, of names, numbers, nested lists or a tensor."""
-        if class_labels is None:
-            return None
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.tolist()
         if isinstance(class_labels, str):
             return self.get_label_ids(class_labels)
         if isinstance(class_labels, Iterable):
-            if any(entry is None for entry in class_labels):
-                raise ValueError(
-                    f"`class_labels` must be whole numbers or names, -1 for no class, not {class_labels}."
-                )
             return [label for entry in class_labels for label in self.normalize_class_labels(entry)]
         try:
             return [operator.index(class_labels)]
