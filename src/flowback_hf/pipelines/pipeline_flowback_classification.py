@@ -479,24 +479,42 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
                 f"`generator` must be one generator, or a list of one for each image, but has {len(generator)} for"
                 f" {'an unknown number of' if num_images is None else num_images} images."
             )
-        noise_type = self.transformer.config.noise_type if noise_type is None else noise_type
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        generators = iter(generator) if isinstance(generator, list) else itertools.repeat(generator)
+        generators = iter(generator if isinstance(generator, list) else itertools.repeat(generator))
         numbered = enumerate(images)
         with self.progress_bar(total=num_images or float("inf")) as progress_bar:
             while pixels := [self._to_pixels(x, i, strict) for i, x in itertools.islice(numbered, batch_size)]:
                 sample = self._encode(torch.stack(pixels))
-                yield self._add_noise(sample, num_noise_draws, noise_type, itertools.islice(generators, len(sample)))
+                yield self.add_noise(
+                    sample, num_noise_draws, list(itertools.islice(generators, len(sample))), noise_type
+                )
                 progress_bar.update(len(sample))
         self.maybe_free_model_hooks()
 
-    def _add_noise(
-        self, sample: torch.Tensor, num_noise_draws: int, noise_type: str, generators: Iterable[torch.Generator]
+    def add_noise(
+        self,
+        sample: torch.Tensor,
+        num_noise_draws: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise_type: str | None = None,
     ) -> torch.Tensor:
-        """The noise of training, drawn image by image; without draws, the clean sample, or the middle of its bins."""
+        """
+        The noise that the flow was trained with, drawn image by image: it does not depend on how they are batched.
+
+        Args:
+            sample (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): Of `preprocess`.
+            num_noise_draws (`int`, defaults to 1): 0 gives the clean sample, or the middle of its 8-bit bins.
+            generator: As in a call.
+            noise_type (`str`, *optional*): `"gaussian"` or `"uniform"`. The flow's by default.
+        Returns:
+            `torch.Tensor` of shape `(num_noise_draws or 1, num_images, in_channels, sample_size, sample_size)`.
+        """
+        noise_type = self.transformer.config.noise_type if noise_type is None else noise_type
         if num_noise_draws == 0:
             noise = torch.zeros_like(sample)[None] + (0.5 if noise_type == "uniform" else 0.0)
         else:
+            generator = torch.Generator().manual_seed(0) if generator is None else generator
+            generators = generator if isinstance(generator, list) else [generator] * len(sample)
             shape = (num_noise_draws, *sample.shape[1:])
             draw = randn_tensor if noise_type == "gaussian" else _rand_tensor
             noise = [draw(shape, generator=g, device=g.device, dtype=sample.dtype) for g in generators]
