@@ -5,6 +5,7 @@ import warnings
 import datasets
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -341,13 +342,16 @@ def test_what_the_sampling_pipeline_gives_is_understood(randomised_model):
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=0.2)  # PIL's are rounded to 8 bits
 
 
-def test_preprocessing_is_that_of_training(pipe):
-    image = PIL.Image.new("RGB", (8, 4))
-    image.paste((255, 0, 0), (2, 0, 6, 4))
+@pytest.mark.parametrize("size", [(9, 12), (30, 7), (3, 3)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_preprocessing_is_that_of_training(randomised_model, size, channels):
+    pipeline = make_pipe(randomised_model(in_channels=channels))
+    (image,) = pil_images(1, size=size)
     with pytest.warns(UserWarning, match="Images that are not 4x4 pixels are resized and center-cropped"):
-        sample = pipe.preprocess(image)
-    expected = torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64).view(1, 3, 1, 1).expand(1, 3, 4, 4)
-    assert torch.equal(sample, expected)
+        sample = pipeline.preprocess(image)
+    fitted = PIL.ImageOps.fit(image.convert({1: "L", 3: "RGB"}[channels]), (4, 4), PIL.Image.Resampling.BICUBIC)
+    expected = torch.from_numpy(np.array(fitted)).view(4, 4, channels).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(sample[0], expected.double(), rtol=0, atol=1e-6)
 
 
 def test_grey_flows_take_coloured_images_and_the_other_way_round(randomised_model, pipe):

@@ -14,7 +14,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL, ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import load_image
+from diffusers.utils import PIL_INTERPOLATION, load_image
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -83,7 +83,6 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         # JSON turns the keys into strings.
         id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
         self.register_to_config(id2label=id2label or None, guidance_scale=guidance_scale, guidance_rule=guidance_rule)
-        self.image_processor = VaeImageProcessor(resample="bicubic")
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "FlowBackClassificationPipeline":
@@ -441,7 +440,10 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
             warnings.warn(
                 f"Images that are not {size}x{size} pixels are resized and center-cropped; `strict=True` refuses them."
             )
-            image = self.image_processor.resize(image, size, size, resize_mode="crop")
+            # as training/train_rra.py does: the middle square
+            side = min(image.size)
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            image = image.resize((size, size), PIL_INTERPOLATION["bicubic"], box=(left, top, left + side, top + side))
         return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy([image]))[0]
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
