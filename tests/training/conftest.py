@@ -5,7 +5,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 
@@ -19,12 +18,6 @@ def train_rra():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_images(folder: Path, num_images: int, seed: int, size: int = 8):
