@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 
@@ -45,3 +46,10 @@ def randomised_model():
         return model
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate's state is one a process: a test that makes an Accelerator would decide for all that follow."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
