@@ -6,14 +6,11 @@ Bayes' rule, which takes a forward for each class; and counts the bytes that the
 """
 
 import argparse
-import json
-import shlex
 import statistics
-import sys
 from pathlib import Path
 
 import torch
-from sampling import current_commit, describe_machine, time_once
+from reporting import markdown_table, seconds_of, write_report
 
 from flowback_hf import FlowBackClassificationPipeline, TarFlowTransformer2DModel
 
@@ -91,7 +88,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     for repeat in range(args.repeats + 1):
         # Alternately, so that whatever else the machine does meets both; the first time is a warm-up.
         for num_classes, pipeline in pipelines.items():
-            time = time_once(gradient, (pipeline,), args.device)
+            time = seconds_of(lambda: gradient(pipeline), args.device)
             if repeat > 0:
                 seconds[num_classes].append(time)
     results = []
@@ -104,7 +101,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
                 "gradient_min_ms": min(milliseconds),
                 "gradient_max_ms": max(milliseconds),
                 "gradient_kib": bytes_kept_for_backward(pipeline, images) / 1024 / args.batch_size,
-                "bayes_ms": 1000 * time_once(bayes, (pipeline,), args.device) / args.num_bayes_images,
+                "bayes_ms": 1000 * seconds_of(lambda: bayes(pipeline), args.device) / args.num_bayes_images,
             }
         )
     few = results[0]
@@ -117,26 +114,24 @@ def measure(args: argparse.Namespace) -> list[dict]:
     return results
 
 
-def markdown_table(results: list[dict]) -> str:
-    """Per image."""
+def make_table(results: list[dict]) -> str:
+    """Per image: medians, then their range."""
     few = results[0]["num_classes"]
     header = ["classes", "gradient, ms", f"time / {few} classes", "kept for backward, KiB", f"memory / {few} classes"]
     header += ["Bayes, ms", "Bayes / gradient"]
-    rows = [header, ["---"] * len(header)]
-    for result in results:
-        spread = f"({result['gradient_min_ms']:.2f} to {result['gradient_max_ms']:.2f})"
-        rows.append(
-            [
-                str(result["num_classes"]),
-                f"{result['gradient_median_ms']:.2f} {spread}",
-                f"{result['gradient_time_ratio']:.3f}",
-                f"{result['gradient_kib']:.0f}",
-                f"{result['gradient_memory_ratio']:.3f}",
-                f"{result['bayes_ms']:.0f}",
-                f"{result['bayes_times_slower']:.1f}",
-            ]
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [
+        [
+            str(result["num_classes"]),
+            f"{result['gradient_median_ms']:.2f} ({result['gradient_min_ms']:.2f} to {result['gradient_max_ms']:.2f})",
+            f"{result['gradient_time_ratio']:.3f}",
+            f"{result['gradient_kib']:.0f}",
+            f"{result['gradient_memory_ratio']:.3f}",
+            f"{result['bayes_ms']:.0f}",
+            f"{result['bayes_times_slower']:.1f}",
+        ]
+        for result in results
+    ]
+    return markdown_table(header, rows)
 
 
 def main(arguments: list[str] | None = None):
@@ -144,20 +139,9 @@ def main(arguments: list[str] | None = None):
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     results = measure(args)
-    table = markdown_table(results)
+    table = make_table(results)
     print(table)
-    options = sys.argv[1:] if arguments is None else arguments
-    report = {
-        "command": shlex.join(["python", "benchmarks/classification.py", *options]),
-        "commit": current_commit(),
-        "machine": describe_machine(args.device),
-        "results": results,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
-    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    about = f"`{report['command']}`\n\nCommit {report['commit']}; {machine}. Per image; medians, then their range."
-    args.output.with_suffix(".md").write_text(f"{about}\n\n{table}\n")
+    write_report(args.output, arguments, args.device, results, table)
 
 
 if __name__ == "__main__":

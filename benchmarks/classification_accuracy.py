@@ -7,14 +7,11 @@ data set.
 """
 
 import argparse
-import json
-import shlex
-import sys
 import time
 from pathlib import Path
 
 import torch
-from sampling import current_commit, describe_machine
+from reporting import markdown_table, write_report
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackClassificationPipeline
@@ -75,14 +72,20 @@ def measure(flow: Path, files: list[Path], names: list[str], args: argparse.Name
     return results
 
 
-def markdown_table(results: list[dict]) -> str:
+def make_table(results: list[dict]) -> str:
     header = ["flow", "noise draws", "method", "accuracy", "agrees with Bayes", "ms/image"]
-    rows = [header, ["---"] * len(header)]
-    for result in results:
-        shares = [f"{100 * result[name]:.1f} %" for name in ("accuracy", "agreement_with_bayes")]
-        cells = [result["flow"], str(result["num_noise_draws"]), result["method"], *shares]
-        rows.append([*cells, f"{result['ms_per_image']:.2f}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [
+        [
+            result["flow"],
+            str(result["num_noise_draws"]),
+            result["method"],
+            f"{100 * result['accuracy']:.1f} %",
+            f"{100 * result['agreement_with_bayes']:.1f} %",
+            f"{result['ms_per_image']:.2f}",
+        ]
+        for result in results
+    ]
+    return markdown_table(header, rows)
 
 
 def main(arguments: list[str] | None = None):
@@ -91,26 +94,14 @@ def main(arguments: list[str] | None = None):
         torch.set_num_threads(args.threads)
     files, names = list_images(args.images, args.max_images)
     results = [result for flow in args.flows for result in measure(flow, files, names, args)]
-    table = markdown_table(results)
+    table = make_table(results)
     print(table)
-    options = sys.argv[1:] if arguments is None else arguments
-    report = {
-        "command": shlex.join(["python", "benchmarks/classification_accuracy.py", *options]),
-        "commit": current_commit(),
-        "machine": describe_machine("cpu"),
-        "num_images": len(files),
-        "shortlist_size": args.shortlist_size,
-        "num_steps": args.num_steps,
-        "results": results,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
-    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    settings = {"num_images": len(files), "shortlist_size": args.shortlist_size, "num_steps": args.num_steps}
     about = (
-        f"`{report['command']}`\n\nCommit {report['commit']}; {machine}. {len(files)} images, the same noise for all"
+        f"{len(files)} images, the same noise for all; a shortlist of {args.shortlist_size} classes, {args.num_steps}"
     )
-    about += f" flows and methods; a shortlist of {args.shortlist_size}, {args.num_steps} steps of ascent."
-    args.output.with_suffix(".md").write_text(f"{about}\n\n{table}\n")
+    about += " steps of ascent."
+    write_report(args.output, arguments, "cpu", {**settings, "methods": results}, f"{table}\n\n{about}")
 
 
 if __name__ == "__main__":

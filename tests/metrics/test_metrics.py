@@ -21,6 +21,8 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
 )
 
@@ -328,6 +330,18 @@ def test_the_image_half_of_clip_and_an_encoder_without_a_pooler(tmp_path):
     with torch.no_grad():
         tokens = vit(pixel_values=processor(colours(2), return_tensors="pt").pixel_values).last_hidden_state
     torch.testing.assert_close(extractor(colours(2)).features, tokens.mean(dim=1))
+
+
+def test_mae_sees_the_whole_image(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTMAEModel(ViTMAEConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(tmp_path)
+    BitImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False).save_pretrained(tmp_path)
+    extractor = ImageFeatureExtractor.from_pretrained(tmp_path)
+    images = colours(3)
+    features = extractor(images).features
+    torch.testing.assert_close(extractor(images).features, features, rtol=0, atol=1e-6)
+    images[0].putpixel((3, 3), (255, 255, 255))
+    assert (extractor(images).features - features)[0].abs().max() > 1e-5
 
 
 # The linear probe

@@ -5,7 +5,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import PartialState
 from transformers import BitImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
 from flowback_hf import FlowBackPipeline
@@ -19,8 +18,7 @@ CLASS_NAMES = ["ant", "bee", "cat"]
 def script(monkeypatch):
     """A function that imports a script of the pipelines' folder as running one of them does."""
     monkeypatch.syspath_prepend(REPOSITORY / "pipelines")
-    yield importlib.import_module
-    PartialState._reset_state()
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,10 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn as nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    CLIPVisionModel,
-    SiglipVisionModel,
-)
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+from flowback_hf.alignment.teacher import ENCODER_KINDS
 
 
 @dataclass
@@ -76,11 +72,16 @@ class ImageFeatureExtractor(nn.Module):
             OSError: if it cannot be found; says which file was looked for.
         """
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # The image half of two-towered models; their whole would want text.
-        towers = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
-        is_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or [])
-        model_class = AutoModelForImageClassification if is_classifier else towers.get(config.model_type, AutoModel)
+        if any(name.endswith("ForImageClassification") for name in config.architectures or []):
+            model_class = AutoModelForImageClassification
+        elif config.model_type in ENCODER_KINDS:
+            # of a two-tower model, the vision tower: the whole would want text
+            model_class = getattr(transformers, ENCODER_KINDS[config.model_type].model_class)
+        else:
+            model_class = AutoModel
         model = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if config.model_type == "vit_mae":
+            model.config.mask_ratio = 0.0  # it would hide three patches of four, others each time
         processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         # The last parts of a folder tell it from others and do not name the machine.
         path = Path(pretrained_model_name_or_path)
