@@ -75,6 +75,7 @@ def main(args: argparse.Namespace):
     files = find_files(args.images)
     pipeline = FlowBackClassificationPipeline.from_pretrained(args.model).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer.requires_grad_(False)  # a backward to the classes then keeps less
     read, skipped = [], []
     images = read_images(files, read, skipped)
     first = next(images, None)

@@ -740,6 +740,7 @@ def main(args: argparse.Namespace, command: list[str] | None = None):
     # Everything a user can get wrong is found before anything is written.
     pipeline = FlowBackPipeline.from_pretrained(args.model).to(state.device)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.transformer.requires_grad_(False)  # a backward to the classes then keeps less
     classifier = FlowBackClassificationPipeline.from_pipe(pipeline)
     classifier.set_progress_bar_config(disable=True)
     args.guidance_rule = pipeline.config.guidance_rule if args.guidance_rule is None else args.guidance_rule

@@ -407,15 +407,35 @@ def test_bits_per_dim_are_those_of_the_log_prob(randomised_model):
     torch.testing.assert_close(bits, (-log_prob / 48 + math.log(128)) / math.log(2), rtol=0, atol=1e-10)
 
 
-def test_the_out_of_distribution_score_is_the_likelihood_ratio(pipe):
+def test_the_out_of_distribution_score_is_the_distance_from_typical_likelihoods(pipe):
     images = random_images(4)
-    predicted = pipe.class_scores(images, num_noise_draws=2).argmax(dim=1)
-    expected = pipe.log_prob(images, num_noise_draws=2) - pipe.log_prob(images, predicted, num_noise_draws=2)
-    passes = []
-    pipe.transformer.register_forward_hook(lambda *args: passes.append(1))
-    actual = pipe.out_of_distribution_score(images, num_noise_draws=2)
+    reference = torch.tensor([-3.0, -5.0, -7.0], dtype=torch.float64)
+    expected = (pipe.log_prob(images, num_noise_draws=2) + 5.0).abs() / 2.0
+    actual = pipe.out_of_distribution_score(images, reference, num_noise_draws=2)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
-    assert len(passes) == 4  # two for each draw
+
+
+def test_plain_images_and_noise_are_out_of_distribution(randomised_model):
+    """An identity flow finds what lies nearest to zero likeliest: typical images lie between the two others."""
+    model = randomised_model()
+    for block in model.blocks:
+        block.proj_out.reset_parameters()
+    pipeline = make_pipe(model)
+    typical = 0.5 + 0.4 * (random_images(60) - 0.5)
+    plain, extreme = torch.full((1, 3, 4, 4), 0.5), (random_images(1) > 0.5).double()
+    reference = pipeline.log_prob(typical[:50])
+    log_prob = [pipeline.log_prob(images).mean() for images in (plain, typical[50:], extreme)]
+    assert log_prob[0] > log_prob[1] > log_prob[2]
+    familiar = pipeline.out_of_distribution_score(typical[50:], reference)
+    assert familiar.mean() < 2
+    for images in (plain, extreme):
+        assert pipeline.out_of_distribution_score(images, reference).min() > 2 * familiar.max()
+
+
+@pytest.mark.parametrize("reference", [[-1.0], [-1.0, -1.0], [-1.0, float("nan")], [[-1.0, -2.0]]])
+def test_a_reference_that_does_not_vary_is_refused(pipe, reference):
+    with pytest.raises(ValueError, match="`reference_log_prob` must hold the finite log-likelihoods of at least two"):
+        pipe.out_of_distribution_score(random_images(1), torch.tensor(reference))
 
 
 # Repositories, latent flows, offloading
@@ -547,7 +567,7 @@ def test_an_unconditional_flow_has_likelihoods_and_no_classes(randomised_model):
     pipeline = make_pipe(randomised_model(num_classes=None))
     images = random_images(2)
     assert pipeline.log_prob(images).shape == (2,)
-    for call in (pipeline, pipeline.class_scores, pipeline.out_of_distribution_score):
+    for call in (pipeline, pipeline.class_scores):
         with pytest.raises(ValueError, match="This flow is unconditional"):
             call(images)
     with pytest.raises(ValueError, match="`class_labels` must be None for an unconditional flow"):

@@ -37,6 +37,8 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
     draws of the noise that it was trained with. `generator` decides them; without one they are the same in every call.
     Zero draws show it the clean image.
 
+    With `pipe.transformer.requires_grad_(False)` a gradient keeps a third less memory for its backward.
+
     Args:
         transformer ([`TarFlowTransformer2DModel`]): The flow.
         vae ([`~diffusers.AutoencoderKL`], *optional*): Encodes the images for a latent flow.
@@ -286,39 +288,44 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
             bits.append((-log_prob / draws[0][0].numel() + math.log(128)) / math.log(2))
         return torch.cat(bits).cpu()
 
-    @torch.no_grad()
     def out_of_distribution_score(
         self,
         images: Any,
+        reference_log_prob: torch.Tensor,
         num_noise_draws: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int = 32,
         strict: bool = False,
     ) -> torch.Tensor:
         """
-        How little an image gains from being told its class: `log p(x | no class) - log p(x | k)`, with `k` the class
-        that `"gradient"` predicts. Two forwards and one backward, whatever the number of classes.
+        How far an image's likelihood, without a class, is from that of typical images, on either side: `|log p(x) -
+        mean| / standard deviation`. One forward.
 
-        A likelihood alone calls plain images familiar and busy ones strange, whatever they show; what both terms share
-        of that cancels in their difference.
+        A flow finds plain images more likely than those it was trained on, and strange ones less: neither a low
+        likelihood nor a small gain from a class tells both from typical ones, the distance does.
 
         Args:
             images, num_noise_draws, generator, batch_size, strict: As in a call.
+            reference_log_prob (`torch.Tensor` of shape `(num_typical_images,)`):
+                What [`~FlowBackClassificationPipeline.log_prob`] gives for typical images, with as many noise draws;
+                a few hundred that the flow was not trained on are enough.
         Returns:
-            `torch.Tensor` of shape `(num_images,)`, on the CPU: nats; the higher, the less the image looks like any
-            class. Only comparable between images of the same flow.
+            `torch.Tensor` of shape `(num_images,)`, on the CPU: at least 0, in standard deviations of typical images.
         Raises:
-            ValueError: as a call.
+            ValueError: as a call, or for a reference that does not vary.
+
+        Reference: Nalisnick et al., Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality,
+        https://arxiv.org/abs/1906.02994, for one image at a time
         """
-        if self.transformer.config.num_classes is None:
-            raise ValueError("This flow is unconditional (`num_classes` is None): compare its `log_prob`.")
-        scores = []
-        for draws in self._batches(images, num_noise_draws, generator, batch_size, strict):
-            no_class, gradient = self._log_prob_and_gradient(draws, self._zero_logits(draws))
-            predicted = gradient.argmax(dim=1)
-            log_prob = torch.stack([self.transformer.log_prob(draw, predicted) for draw in draws]).mean(dim=0)
-            scores.append(no_class - log_prob)
-        return torch.cat(scores).cpu()
+        reference_log_prob = torch.as_tensor(reference_log_prob)
+        deviation = reference_log_prob.std() if reference_log_prob.numel() > 1 else torch.tensor(math.nan)
+        if reference_log_prob.ndim != 1 or not (deviation > 0 and torch.isfinite(deviation)):
+            raise ValueError(
+                "`reference_log_prob` must hold the finite log-likelihoods of at least two different images, but are"
+                f" of shape {tuple(reference_log_prob.shape)} with the standard deviation {deviation:.3g}."
+            )
+        log_prob = self.log_prob(images, None, num_noise_draws, generator, batch_size, strict)
+        return (log_prob - reference_log_prob.mean()).abs() / deviation
 
     # Methods
 
