@@ -14,11 +14,11 @@ launch` shares the work between processes, which must see the same output folder
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +31,15 @@ import PIL.Image
 import PIL.ImageOps
 from accelerate import PartialState
 from classify import UNREADABLE
-from sample import check_settings, draw_first_images, image_path, make_generators, sample_images, write_atomically
+from sample import (
+    check_settings,
+    choose_class_labels,
+    draw_first_images,
+    image_path,
+    make_generators,
+    sample_images,
+    write_atomically,
+)
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
@@ -273,6 +281,13 @@ class Parts:
             self.state.wait_for_everyone()
         return json.loads(results_file.read_text())
 
+    def forget_batches(self):
+        """Deletes what only an unfinished part needs."""
+        for path in self.folder.rglob("*.npz"):
+            path.unlink()
+        for folder in self.folder.glob("*/*/"):
+            folder.rmdir()
+
 
 def concatenate(batches: Iterator[Arrays]) -> Arrays:
     batches = list(batches)
@@ -403,7 +418,7 @@ def evaluate_samples(
     from flowback_hf.metrics import FrechetDistance, InceptionScore, KernelDistance, PrecisionRecall
 
     num_classes = pipeline.transformer.config.num_classes
-    class_labels = None if num_classes is None else list(range(num_classes))
+    class_labels = choose_class_labels(pipeline, None)
     samples_dir = sample_folder(args, guidance_scale)
     samples_dir.mkdir(parents=True, exist_ok=True)
     made = sample_images(
@@ -622,7 +637,7 @@ def draw_linear_probe(results: Results, path: Path):
             axis.axhline(
                 100 * accuracy, color={"gradient": "C3", "bayes": "0.35"}[method], linestyle=style, label=name
             )
-    axis.set_xticks(depths, [str(layer) for _, layer in places], fontsize=8)
+    axis.set_xticks(depths, [str(layer) for _, layer in places], fontsize=9)
     axis.set(xlabel="layer, within flow blocks", ylabel="accuracy, %", xlim=(0.5, len(places) + 0.5))
     blocks_axis = axis.secondary_xaxis("top")
     centers = [depths[blocks == block].mean() for block in np.unique(blocks)]
@@ -731,6 +746,35 @@ def write_best_guidance(model_dir: Path, guidance_scale: float, guidance_rule: s
     write_atomically(path, json.dumps(index, indent=2) + "\n")
 
 
+def write_report(results: Results, pipeline: FlowBackPipeline, args: argparse.Namespace):
+    write_atomically(args.output_dir / "evaluation.json", json.dumps(results, indent=2) + "\n")
+    if args.features is not None:
+        draw_guidance_curve(results, args.output_dir / "guidance_curve.png")
+        best_folder = sample_folder(args, results["best_guidance_scale"])
+        class_labels = choose_class_labels(pipeline, None)
+        draw_first_images(pipeline, best_folder, class_labels, args.num_samples, args.output_dir / "samples.png")
+        if args.write_best_guidance:
+            write_best_guidance(Path(args.model), results["best_guidance_scale"], args.guidance_rule)
+    if args.linear_probe:
+        draw_linear_probe(results, args.output_dir / "linear_probe.png")
+    write_markdown(results, args.output_dir)
+    print((args.output_dir / "evaluation.md").read_text())
+
+
+def check_extras(args: argparse.Namespace):
+    """Raises ImportError for what this evaluation needs and is not there."""
+    needed = []
+    if args.features is not None:
+        needed += ["matplotlib", "torchmetrics"]
+    if args.linear_probe:
+        needed += ["matplotlib", "sklearn"]
+    for module in needed:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(f'This evaluation needs {module}: pip install "flowback_hf[eval]".') from error
+
+
 def main(args: argparse.Namespace, command: list[str] | None = None):
     state = PartialState()
     datasets.utils.logging.set_verbosity_error()
@@ -738,6 +782,7 @@ def main(args: argparse.Namespace, command: list[str] | None = None):
         datasets.utils.logging.disable_progress_bar()
 
     # Everything a user can get wrong is found before anything is written.
+    check_extras(args)
     pipeline = FlowBackPipeline.from_pretrained(args.model).to(state.device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.requires_grad_(False)  # a backward to the classes then keeps less
@@ -747,6 +792,15 @@ def main(args: argparse.Namespace, command: list[str] | None = None):
     config = pipeline.transformer.config
     if config.num_classes is None and args.linear_probe:
         raise ValueError("`--linear_probe` needs classes, but this flow is unconditional.")
+    if (
+        config.num_classes is None
+        and args.guidance_temperature == 1.0
+        and args.features
+        and max(args.guidance_scales) > 1
+    ):
+        raise ValueError(
+            "An unconditional flow guides itself: give --guidance_temperature, or --guidance_scales 1.0, which is off."
+        )
     channels = config.in_channels if pipeline.vae is None else pipeline.vae.config.in_channels
 
     def images_of(split: str, max_images: int | None) -> LabelledImages:
@@ -780,7 +834,10 @@ def main(args: argparse.Namespace, command: list[str] | None = None):
     if args.features is not None:
         from flowback_hf.metrics import ReferenceFeatures, load_feature_extractor
 
-        extractor = load_feature_extractor(args.features).to(state.device)
+        try:
+            extractor = load_feature_extractor(args.features, cache_dir=args.cache_dir).to(state.device)
+        except OSError as error:
+            raise ValueError(f"`--features` {args.features!r} cannot be loaded: {error}") from error
         if args.reference is not None:
             reference = ReferenceFeatures.load(args.reference, extractor.name)
         else:
@@ -862,26 +919,9 @@ def main(args: argparse.Namespace, command: list[str] | None = None):
         )
     options = sys.argv[1:] if command is None else command
     results["command"] = shlex.join(["python", "pipelines/evaluate_flow.py", *options])
-
     if state.is_main_process:
-        write_atomically(args.output_dir / "evaluation.json", json.dumps(results, indent=2) + "\n")
-        if extractor is not None:
-            draw_guidance_curve(results, args.output_dir / "guidance_curve.png")
-            id2label = {int(label): name for label, name in (pipeline.config.id2label or {}).items()}
-            class_labels = None if config.num_classes is None else list(range(config.num_classes))
-            best_folder = sample_folder(args, results["best_guidance_scale"])
-            draw_first_images(best_folder, class_labels, args.num_samples, id2label, args.output_dir / "samples.png")
-            if args.write_best_guidance:
-                write_best_guidance(Path(args.model), results["best_guidance_scale"], args.guidance_rule)
-        if args.linear_probe:
-            draw_linear_probe(results, args.output_dir / "linear_probe.png")
-        write_markdown(results, args.output_dir)
-        print((args.output_dir / "evaluation.md").read_text())
-        # Of the parts, the results and their settings are enough to go on from.
-        for path in parts.folder.rglob("*.npz"):
-            path.unlink()
-        for path in sorted(parts.folder.glob("*/*/")):
-            shutil.rmtree(path)
+        write_report(results, pipeline, args)
+        parts.forget_batches()
     state.destroy_process_group()
 
 

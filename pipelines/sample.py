@@ -154,16 +154,17 @@ def draw_grid(rows: dict[str, list[PIL.Image.Image]], path: Path):
 
 
 def draw_first_images(
+    pipeline: FlowBackPipeline,
     output_dir: Path,
     class_labels: list[int] | None,
     num_images: int,
-    id2label: dict[int, str],
     path: Path,
     max_rows: int = 10,
     columns: int = 8,
 ):
     """A grid of the first images of each of the first classes."""
     rows = {}
+    id2label = {int(label): name for label, name in (pipeline.config.id2label or {}).items()}
     labels = [-1] if class_labels is None else class_labels
     for number, label in enumerate(labels[:max_rows]):
         name = "" if label == -1 else id2label.get(label, str(label)).split(",")[0]
@@ -228,8 +229,7 @@ def main(args: argparse.Namespace):
         pipeline, class_labels, args.num_images, args.output_dir, state, args.batch_size, args.seed, **arguments
     )
     if state.is_main_process:
-        id2label = {int(label): name for label, name in (pipeline.config.id2label or {}).items()}
-        draw_first_images(args.output_dir, class_labels, args.num_images, id2label, args.output_dir / "grid.png")
+        draw_first_images(pipeline, args.output_dir, class_labels, args.num_images, args.output_dir / "grid.png")
         print(f"{args.num_images} images are in {args.output_dir}; this run made {made['num_made']}.")
         if args.npz:
             print(f"All of them: {write_npz(args.output_dir, class_labels, args.num_images)}")

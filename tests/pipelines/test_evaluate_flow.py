@@ -206,6 +206,8 @@ def test_a_density_model_without_classes(script, unconditional_folder, options, 
     assert "bits per dimension" in (tmp_path / "evaluation" / "evaluation.md").read_text()
     with pytest.raises(ValueError, match="`--linear_probe` needs classes, but this flow is unconditional"):
         run(script, output_dir=tmp_path / "probe", linear_probe=True, **options)
+    with pytest.raises(ValueError, match="guides itself: give --guidance_temperature, or --guidance_scales 1.0"):
+        run(script, output_dir=tmp_path / "guided", **{**options, "guidance_scales": [1.0, 2.0]})
 
 
 def test_the_best_guidance_is_written_where_it_is_asked_for(script, model_folder, options, tmp_path):
@@ -318,12 +320,21 @@ def test_labels_that_do_not_match_the_flows_raise(script, options, tmp_path, lab
         ({"reference_split": "all"}, r"no split 'all', but \['train', 'validation'\]"),
         ({"image_column": "photo"}, "`--image_column` must be a column .* but is 'photo'"),
         ({"label_column": "kind"}, "`--label_column` must be a column .* but is 'kind'"),
+        ({"features": "./nowhere"}, "`--features` './nowhere' cannot be loaded"),
         ({"reference": "nowhere.npz"}, "'nowhere.npz' is no reference that flowback_hf has saved"),
     ],
 )
 def test_bad_arguments_leave_nothing(script, options, tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
         run(script, output_dir=tmp_path / "evaluation", **{**options, **changed})
+    assert not (tmp_path / "evaluation").exists()
+
+
+@pytest.mark.parametrize("module", ["torchmetrics", "matplotlib", "sklearn"])
+def test_a_missing_extra_is_named_before_any_work(script, options, tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf'This evaluation needs {module}: pip install "flowback_hf\[eval\]"'):
+        run(script, output_dir=tmp_path / "evaluation", linear_probe=True, **options)
     assert not (tmp_path / "evaluation").exists()
 
 
