@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
 from flowback_hf.metrics import FrechetDistance, ImageFeatureExtractor, ReferenceFeatures
@@ -208,6 +209,29 @@ def test_a_density_model_without_classes(script, unconditional_folder, options, 
         run(script, output_dir=tmp_path / "probe", linear_probe=True, **options)
     with pytest.raises(ValueError, match="guides itself: give --guidance_temperature, or --guidance_scales 1.0"):
         run(script, output_dir=tmp_path / "guided", **{**options, "guidance_scales": [1.0, 2.0]})
+
+
+def test_a_latent_flow(script, randomised_model, options, tmp_path):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=32,
+        scaling_factor=0.5,
+    )
+    flow = randomised_model(num_classes=3, in_channels=4, noise_std=0.2).float()
+    model = tmp_path / "latent"
+    FlowBackPipeline(flow, vae=vae, id2label=dict(enumerate(CLASS_NAMES))).save_pretrained(model)
+    options = {**options, "model": model, "guidance_scales": [1.0], "methods": ["gradient"]}
+    run(script, output_dir=tmp_path / "evaluation", linear_probe=True, **options)
+    results = read_results(tmp_path / "evaluation")
+    assert results["num_images_resized"] == 12  # 4x4 to the VAE's 8x8
+    assert "bits_per_dim" not in results and math.isfinite(results["nll"])
+    (first, *_) = sorted((tmp_path / "evaluation" / "samples" / "guidance_1.0").iterdir())
+    assert PIL.Image.open(first).size == (8, 8)
+    assert "linear_probe/block3_layer1" in results and "frechet_distance/guidance_1.0" in results
 
 
 def test_the_best_guidance_is_written_where_it_is_asked_for(script, model_folder, options, tmp_path):
