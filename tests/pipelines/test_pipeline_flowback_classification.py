@@ -262,6 +262,17 @@ def test_noise_is_averaged_over(randomised_model, noise_type, method):
     torch.testing.assert_close(likelihood, log_prob[2:3], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_draws_of_no_noise_change_nothing(randomised_model, method):
+    pipeline = make_pipe(randomised_model(noise_std=0.0))
+    images = random_images(6)
+    # a tolerance at which some images stop and others go on
+    arguments = {"num_steps": 6, "tolerance": 0.5}
+    one = pipeline.class_scores(images, method, num_noise_draws=1, **arguments)
+    three = pipeline.class_scores(images, method, num_noise_draws=3, **arguments)
+    torch.testing.assert_close(three, one, rtol=0, atol=1e-10)
+
+
 def test_the_noise_is_the_same_in_every_call_and_other_with_another_seed(pipe):
     images = random_images(2)
     first, second = pipe.class_scores(images), pipe.class_scores(images)
