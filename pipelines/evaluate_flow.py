@@ -726,6 +726,8 @@ def write_markdown(results: Results, output_dir: Path):
             f" {results['reference']}, in the features of {results['features']}. These numbers compare with others of"
             " the same features, reference and number of samples alone."
         ]
+        if len(scales) > 1 and results["best_guidance_scale"] == max(float(scale) for scale in scales):
+            lines[-1] += " The best scale is the largest that was tried: a larger one may be better still."
         lines += ["", "![Guidance](guidance_curve.png)", "", "![Samples](samples.png)"]
 
     if "linear_probe_best" in results:

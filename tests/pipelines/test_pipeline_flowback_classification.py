@@ -215,6 +215,34 @@ def test_ascent_undoes_a_step_that_loses(pipe):
     assert (scores[~lost].amax(dim=1) > 0.5).all()
 
 
+def test_ascent_is_the_loop_of_its_docstring(pipe):
+    image, steps, rate = random_images(1), 4, 0.02
+    logits = torch.zeros(1, 5, dtype=torch.float64)
+    log_probs = []
+    for _ in range(steps):
+        logits = logits.detach().requires_grad_()
+        log_prob = pipe.transformer.log_prob(2 * image - 1, logits.softmax(dim=1))
+        (gradient,) = torch.autograd.grad(log_prob.sum(), logits)
+        logits = logits + rate * 5 * gradient
+        log_probs.append(log_prob.item())
+    assert log_probs == sorted(log_probs)  # no step was undone
+    arguments = {"num_steps": steps, "learning_rate": rate, "tolerance": 0.0, "num_noise_draws": 0}
+    actual = pipe.class_scores(image, "ascent", **arguments)
+    torch.testing.assert_close(actual, logits.detach().softmax(dim=1), rtol=0, atol=1e-10)
+
+
+def test_ascent_undoes_the_last_step_alone(pipe):
+    """An image that rises first and falls then keeps what it had risen to."""
+    images = random_images(16)
+    arguments = {"learning_rate": 0.6, "tolerance": 0.0, "num_noise_draws": 0}
+    sample, start = 2 * images - 1, pipe.log_prob(images, num_noise_draws=0)
+    steps = [pipe.class_scores(images, "ascent", num_steps=number, **arguments) for number in (1, 2, 3)]
+    one, two = (pipe.transformer.log_prob(sample, weights).detach() for weights in steps[:2])
+    turned = (start < one) & (two < one)
+    assert turned.any()
+    torch.testing.assert_close(steps[2][turned], steps[0][turned], rtol=0, atol=1e-10)
+
+
 def test_ascent_stops_early_image_by_image(pipe):
     sizes = []
     pipe.transformer.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
