@@ -213,6 +213,9 @@ def test_precision_and_recall_by_hand():
     results = PrecisionRecall(reference_of(real), num_neighbors=1).compute(predictions=generated)
     assert results["precision"] == pytest.approx(2 / 3)
     assert results["recall"] == 0.0
+    on_the_border = torch.tensor([[5.0], [-1.0], [5.001]])
+    metric = PrecisionRecall(reference_of(real), num_neighbors=1)
+    assert metric.compute(predictions=on_the_border)["precision"] == pytest.approx(2 / 3)
     swapped = PrecisionRecall(reference_of(generated), num_neighbors=1).compute(predictions=real)
     assert (swapped["precision"], swapped["recall"]) == (0.0, pytest.approx(2 / 3))
 

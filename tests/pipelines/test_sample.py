@@ -150,6 +150,6 @@ def test_the_parser_refuses_counts_below_one(script, capsys, option):
 def test_noise_is_a_function_of_the_seed_and_the_images_number(script):
     make_generators = script("sample").make_generators
     first, second = make_generators(0, [5, 6])
-    assert torch.equal(torch.rand(3, generator=first), torch.rand(3, generator=make_generators(0, [5])[0]))
-    other = make_generators(1, [6])[0]
-    assert not torch.equal(torch.rand(3, generator=second), torch.rand(3, generator=other))
+    draws = [torch.rand(3, generator=generator) for generator in (first, second, *make_generators(1, [6]))]
+    assert torch.equal(draws[0], torch.rand(3, generator=make_generators(0, [5])[0]))
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
