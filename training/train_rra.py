@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from flowback_hf import AlignedFlowObjective, FlowBackPipeline, RepresentationTeacher, TarFlowTransformer2DModel
 from flowback_hf.alignment.objective import STRATEGIES, AlignedFlowOutput, projector_name
-from flowback_hf.models.transformer_tarflow import NOISE_TYPES
+from flowback_hf.models.transformer_tarflow import ACTIVATION_FNS, NOISE_TYPES, POSITION_EMBEDDINGS
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -91,6 +91,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--num_layers", type=int, nargs="+", help="Of every block, or of each. Default: 8.")
     model.add_argument("--num_attention_heads", type=int, help="Default: 16.")
     model.add_argument("--attention_head_dim", type=int, help="Default: 64.")
+    model.add_argument("--position_embedding", choices=POSITION_EMBEDDINGS, help="Default: learned.")
+    model.add_argument("--activation_fn", choices=ACTIVATION_FNS, help="Of the feed-forward layers. Default: gelu.")
     model.add_argument("--noise_std", type=float, help="Of the noise added to images in [-1, 1]. Default: 0.05.")
     model.add_argument("--noise_type", choices=NOISE_TYPES, help="uniform trains a density model. Default: gaussian.")
 
@@ -305,6 +307,8 @@ def make_flow(
         "num_layers": args.num_layers[0] if args.num_layers and len(args.num_layers) == 1 else args.num_layers,
         "num_attention_heads": args.num_attention_heads,
         "attention_head_dim": args.attention_head_dim,
+        "position_embedding": args.position_embedding,
+        "activation_fn": args.activation_fn,
         "noise_std": args.noise_std,
         "noise_type": args.noise_type,
     }
