@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 
@@ -45,3 +46,20 @@ def randomised_model():
         return model
 
     return build
+
+
+@pytest.fixture
+def tiny_vae() -> AutoencoderKL:
+    """The class of Stable Diffusion's VAE with random weights: factor 2, four latent channels, a scale and a shift."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=8,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+    ).eval()

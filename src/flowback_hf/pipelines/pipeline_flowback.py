@@ -20,6 +20,16 @@ logger = logging.get_logger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
+def scale_latents(latents: torch.Tensor, vae_config: Any) -> torch.Tensor:
+    """A VAE's latents to the data of a flow, which is trained on about unit variance."""
+    return (latents - (vae_config.shift_factor or 0.0)) * vae_config.scaling_factor
+
+
+def unscale_latents(sample: torch.Tensor, vae_config: Any) -> torch.Tensor:
+    """The inverse of [`scale_latents`]."""
+    return sample / vae_config.scaling_factor + (vae_config.shift_factor or 0.0)
+
+
 class FlowBackPipeline(DiffusionPipeline):
     r"""
     Class-conditional image generation with a normalizing flow.
@@ -29,7 +39,9 @@ class FlowBackPipeline(DiffusionPipeline):
 
     Args:
         transformer ([`TarFlowTransformer2DModel`]): The flow.
-        vae ([`~diffusers.AutoencoderKL`], *optional*): Decodes the samples of a latent flow.
+        vae ([`~diffusers.AutoencoderKL`], *optional*):
+            Of a latent flow: encodes its data and decodes its samples. Noise, guidance and denoising are in the space
+            of its latents, on the scale of [`~FlowBackPipeline.encode`].
         id2label (`dict[int, str]`, *optional*): Class names; synonyms are separated by commas.
         guidance_scale (`float`, defaults to 1.0), guidance_rule (`str`, defaults to `"linear"`):
             What a call uses that names none, so that a checkpoint samples as its authors meant.
@@ -49,6 +61,9 @@ class FlowBackPipeline(DiffusionPipeline):
         [(8, 8), (8, 8)]
         ```
 
+    Raises:
+        ValueError: if the VAE's latent channels are not the flow's.
+
     References: Zhai et al., Normalizing Flows are Capable Generative Models, https://arxiv.org/abs/2412.06329;
     Flowing Backwards: Improving Normalizing Flows via Reverse Representation Alignment,
     https://arxiv.org/abs/2511.22345
@@ -67,6 +82,11 @@ class FlowBackPipeline(DiffusionPipeline):
         guidance_rule: str = "linear",
     ):
         super().__init__()
+        if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
+            raise ValueError(
+                f"`vae` must have as many latent channels as the flow has channels, but they are"
+                f" {vae.config.latent_channels} and {transformer.config.in_channels} (`in_channels`)."
+            )
         self.register_modules(transformer=transformer, vae=vae)
         # JSON turns the keys into strings.
         id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
@@ -76,6 +96,11 @@ class FlowBackPipeline(DiffusionPipeline):
         self._guidance_scale = guidance_scale
         self._num_timesteps = 0
         self._interrupt = False
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """How many pixels of an image one cell of the sample covers along each side: 1 without a VAE."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def guidance_scale(self) -> float:
@@ -215,8 +240,7 @@ class FlowBackPipeline(DiffusionPipeline):
         self._warn_of_overflow(sample)
         if output_type != "latent":
             if self.vae is not None:
-                sample = (sample / self.vae.config.scaling_factor).to(self.vae.dtype)
-                sample = self.vae.decode(sample, return_dict=False)[0]
+                sample = self._decode(sample)
             sample = self.image_processor.postprocess(sample, output_type=output_type)
 
         self.maybe_free_model_hooks()
@@ -299,6 +323,37 @@ class FlowBackPipeline(DiffusionPipeline):
             return [operator.index(class_labels)]
         except TypeError:
             raise ValueError(f"`class_labels` must be whole numbers or names, but one is {class_labels!r}.") from None
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """
+        Images to the data of a latent flow: a draw from the VAE's posterior, on the scale the flow is trained on.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): In [-1, 1].
+            generator (`torch.Generator`, *optional*): Decides the draw.
+        Returns:
+            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)` in float32, without the
+            noise of training: `(latents - shift_factor) * scaling_factor`. `encode` and decoding are each other's
+            inverse as far as the VAE is.
+        Raises:
+            ValueError: if the pipeline has no VAE, or the images are not `sample_size` times its factor.
+        """
+        if self.vae is None:
+            raise ValueError("`encode` needs a pipeline with a `vae`: the data of this flow are images themselves.")
+        size = self.transformer.config.sample_size * self.vae_scale_factor
+        if tuple(images.shape[2:]) != (size, size):
+            raise ValueError(
+                f"`images` must be of {size}x{size} pixels, the flow's {self.transformer.config.sample_size} times the"
+                f" VAE's factor {self.vae_scale_factor}, but have shape {tuple(images.shape)}."
+            )
+        posterior = self.vae.encode(images.to(self._execution_device, self.vae.dtype)).latent_dist
+        return scale_latents(posterior.sample(generator).float(), self.vae.config)
+
+    def _decode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Data of a latent flow to images in [-1, 1]."""
+        latents = unscale_latents(sample, self.vae.config)
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
 
     def _denoise(self, sample: torch.Tensor, class_labels: torch.Tensor | None, noise_std: float) -> torch.Tensor:
         """Tweedie's formula on the exact score: `x + sigma^2 grad_x log p(x | y)` (TARFlow, section 3.4)."""
