@@ -7,19 +7,14 @@ one run, and refuses to report times of results that differ.
 
 import argparse
 import copy
-import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from baselines import published_token_loop
+from reporting import markdown_table, seconds_of, write_report
 
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 
@@ -98,19 +93,6 @@ def draw_noise_and_labels(args: argparse.Namespace, batch_size: int) -> tuple[to
     return latents.to(args.device, getattr(torch, args.dtype)), class_labels.to(args.device)
 
 
-def synchronise(device: str):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def time_once(sampler: Sampler, inputs: tuple[torch.Tensor, torch.Tensor], device: str) -> float:
-    synchronise(device)
-    start = time.perf_counter()
-    sampler(*inputs)
-    synchronise(device)
-    return time.perf_counter() - start
-
-
 def largest_difference(samples: dict[str, torch.Tensor]) -> float:
     # torch's maximum of numbers with a NaN is NaN; Python's depends on their order.
     return torch.stack([(sample - samples["baseline"]).abs().max() for sample in samples.values()]).max().item()
@@ -128,7 +110,7 @@ def measure(samplers: dict[str, Sampler], args: argparse.Namespace, batch_size: 
     for _ in range(args.repeats):
         # Alternately, so that whatever else the machine does meets all of them.
         for name, sampler in samplers.items():
-            seconds[name].append(time_once(sampler, inputs, args.device))
+            seconds[name].append(seconds_of(lambda: sampler(*inputs), args.device))
     return {"batch_size": batch_size, "max_difference": difference, **summarise(seconds)}
 
 
@@ -145,59 +127,22 @@ def summarise(seconds: dict[str, list[float]]) -> dict[str, dict]:
     }
 
 
-def markdown_table(results: list[dict]) -> str:
+def results_table(results: list[dict]) -> str:
     """Seconds per batch: the median of the repeats, then their range."""
     has_compiled = "compiled" in results[0]
     header = ["batch size", "baseline, s", "sequential, s", "ratio"]
     header += ["compiled, s", "ratio"] if has_compiled else []
-    rows = [[*header, "max. difference"], ["---"] * (len(header) + 1)]
+    rows = []
     for result in results:
         row = [str(result["batch_size"]), seconds_cell(result["baseline"])]
         for name in ("sequential", "compiled") if has_compiled else ("sequential",):
             row += [seconds_cell(result[name]), f"{result[name]['times_faster_than_baseline']:.2f}"]
         rows.append([*row, f"{result['max_difference']:.1e}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table([*header, "max. difference"], rows)
 
 
 def seconds_cell(timing: dict) -> str:
     return f"{timing['median_seconds']:.3f} ({timing['min_seconds']:.3f} to {timing['max_seconds']:.3f})"
-
-
-def describe_machine(device: str) -> dict:
-    machine = {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if torch.device(device).type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(device)
-    return machine
-
-
-def cpu_name() -> str:
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        for line in cpu_info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def current_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    git = subprocess.run(command, capture_output=True, text=True)
-    return git.stdout.strip() if git.returncode == 0 else None
-
-
-def write_report(report: dict, output: Path):
-    """JSON, and the table beside it in Markdown."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
-    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    about = f"`{report['command']}`\n\nCommit {report['commit']}; {machine}."
-    output.with_suffix(".md").write_text(f"{about}\n\n{markdown_table(report['results'])}\n")
 
 
 def main(arguments: list[str] | None = None):
@@ -206,15 +151,9 @@ def main(arguments: list[str] | None = None):
         torch.set_num_threads(args.threads)
     samplers = build_samplers(args)
     results = [measure(samplers, args, batch_size) for batch_size in args.batch_sizes]
-    print(markdown_table(results))
-    options = sys.argv[1:] if arguments is None else arguments
-    report = {
-        "command": shlex.join(["python", "benchmarks/sampling.py", *options]),
-        "commit": current_commit(),
-        "machine": describe_machine(args.device),
-        "results": results,
-    }
-    write_report(report, args.output)
+    table = results_table(results)
+    print(table)
+    write_report(args.output, arguments, args.device, results, table)
 
 
 if __name__ == "__main__":

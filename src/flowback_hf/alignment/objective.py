@@ -1,13 +1,14 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
+from torch.autograd.function import once_differentiable
 
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 
@@ -38,6 +39,68 @@ class AlignedFlowOutput(BaseOutput):
     cosine_similarity: dict[Place, torch.Tensor] | None = None
     max_log_scale: torch.Tensor | None = None
     neumann_growth: dict[int, torch.Tensor] | None = None
+
+
+def vector_jacobian_product(
+    outputs: Sequence[torch.Tensor], inputs: torch.Tensor, cotangents: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """
+    What `cotangents` on `outputs` are on `inputs`. No parameter's gradient is computed, and the graph is kept: it is
+    needed again for them. Autocast is off, as it is for any backward: operations run in the dtypes of the forward.
+    """
+    with torch.autocast(inputs.device.type, enabled=False):
+        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)[0]
+
+
+class LikelihoodGradient(torch.autograd.Function):
+    """
+    Joins a block that was evaluated on a leaf to the graph of the leaf's original, for the likelihood alone.
+
+    Cotangents that arrive here are the likelihood's. They go two ways: to the block's parameters, where autograd adds
+    what the alignment puts on the same outputs, and, by a product of their own, to the blocks before. So the alignment
+    does not reach those, exactly, in any precision: it is never added to be subtracted again.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, block_input, latents, log_scale):
+        ctx.save_for_backward(block_input, latents, log_scale)
+        return latents.view_as(latents), log_scale.view_as(log_scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, latents_cotangent, log_scale_cotangent):
+        block_input, *outputs = ctx.saved_tensors
+        cotangents = latents_cotangent, log_scale_cotangent
+        tokens_cotangent = None
+        if ctx.needs_input_grad[0]:
+            tokens_cotangent = vector_jacobian_product(outputs, block_input, cotangents)
+        return tokens_cotangent, None, *cotangents
+
+
+@dataclass
+class FixedPoint:
+    """
+    A block's generative pass, `u = G(u, z) = m(u) + exp(a(u)) z`, as its likelihood pass left it: input `u`, a leaf,
+    log-scale `a` and shift `m`, each `(batch_size, num_tokens, token_dim)`. `z` is held fixed.
+    """
+
+    block_input: torch.Tensor
+    log_scale: torch.Tensor
+    shift: torch.Tensor
+
+    @property
+    def scaled_latents(self) -> torch.Tensor:
+        """`exp(a) z = u - m`, which is also `dG/da`."""
+        return (self.block_input - self.shift).detach()
+
+    def transposed_jacobian_product(self, cotangent: torch.Tensor) -> torch.Tensor:
+        """`J^T w`, where `J = dG/du`."""
+        cotangents = cotangent * self.scaled_latents, cotangent
+        return vector_jacobian_product((self.log_scale, self.shift), self.block_input, cotangents)
+
+    def inner_product(self, cotangent: torch.Tensor) -> torch.Tensor:
+        """A scalar whose gradient with respect to the block's parameters is `(dG/dtheta)^T w`."""
+        return (cotangent * (self.scaled_latents * self.log_scale + self.shift)).sum()
 
 
 class AlignedFlowObjective(nn.Module):
@@ -157,35 +220,40 @@ class AlignedFlowObjective(nn.Module):
         """
         tokens = self.flow.patchify(noisy_sample)
         self._check_teacher_features(teacher_features, tokens)
-        # The hidden states have the same values in every strategy: without gradients the likelihood pass has them all.
-        shares_pass = self.strategy == "forward" or not torch.is_grad_enabled()
 
-        block_inputs, log_scales, hidden_states = [], [], {}
+        fixed_points: dict[int, FixedPoint] = {}
+        log_scales, hidden_states = [], {}
         for number, block in enumerate(self.flow.blocks, start=1):
-            block_inputs.append(tokens)
-            layers = self._aligned_layers(number) if shares_pass else ()
-            tokens, log_scale, _, block_hidden_states = block(tokens, class_labels, layers)
-            log_scales.append(log_scale)
+            # Where the alignment's gradient parts from the likelihood's, the block is evaluated on a leaf: both start
+            # from this one evaluation, and the likelihood's alone goes on to the blocks before it.
+            parts = torch.is_grad_enabled() and self._gradients_part_at(number)
+            block_input = tokens.detach().requires_grad_() if parts else tokens
+            latents, log_scale, shift, block_hidden_states = block(
+                block_input, class_labels, self._aligned_layers(number)
+            )
             hidden_states.update({(number, layer): states for layer, states in block_hidden_states.items()})
+            if parts:
+                fixed_points[number] = FixedPoint(block_input, log_scale, shift)
+                tokens, log_scale = LikelihoodGradient.apply(tokens, block_input, latents, log_scale)
+            else:
+                tokens = latents
+            log_scales.append(log_scale)
         # -log p / D: log|det| is -sum a, and the mean over tokens and values is that sum divided by D.
         nll = 0.5 * (tokens.square().mean() + math.log(2 * math.pi)) + sum(a.mean() for a in log_scales)
         max_log_scale = torch.stack([a.detach().abs().amax() for a in log_scales]).amax()
         if self.strategy == "none":
             return AlignedFlowOutput(loss=nll, nll=nll, max_log_scale=max_log_scale)
 
-        # What has the alignment's gradient with respect to the flow's parameters, and the value zero.
-        surrogate, neumann_growth = 0.0, None
-        if self.strategy == "reverse" and not shares_pass:
-            cosines, surrogate, neumann_growth = self._reverse(block_inputs, tokens, class_labels, teacher_features)
+        neumann_growth = None
+        if self.strategy == "reverse" and torch.is_grad_enabled():
+            alignment, cosines, neumann_growth = self._reverse_alignment(fixed_points, hidden_states, teacher_features)
         else:
-            if self.strategy == "detach" and not shares_pass:
-                hidden_states = self._detached_hidden_states(block_inputs, class_labels)
             cosines = {
                 place: self._cosine(place, hidden_states[place], teacher_features).mean() for place in self.places
             }
-        alignment = -torch.stack(list(cosines.values())).mean()
+            alignment = -torch.stack(list(cosines.values())).mean()
         return AlignedFlowOutput(
-            loss=nll + self.weight * (alignment + surrogate),
+            loss=nll + self.weight * alignment,
             nll=nll,
             alignment=alignment,
             cosine_similarity={place: cosine.detach() for place, cosine in cosines.items()},
@@ -196,83 +264,63 @@ class AlignedFlowObjective(nn.Module):
     def _aligned_layers(self, number: int) -> list[int]:
         return [layer for block, layer in self.places if block == number]
 
+    def _gradients_part_at(self, number: int) -> bool:
+        aligned_blocks = {block for block, _ in self.places}
+        if self.strategy == "detach":
+            return number in aligned_blocks
+        return self.strategy == "reverse" and number >= min(aligned_blocks)
+
     def _cosine(self, place: Place, hidden_states: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
         """Cosine similarity of every patch, `(batch_size, num_tokens)`."""
-        projected = self.projectors[projector_name(place)](hidden_states.to(self._projector_dtype))
+        projector = self.projectors[projector_name(place)]
+        projected = projector(hidden_states.to(projector[0].weight.dtype))
         dtype = torch.promote_types(projected.dtype, torch.float32)
         return F.cosine_similarity(projected.to(dtype), teacher_features.to(dtype), dim=-1)
 
-    @property
-    def _projector_dtype(self) -> torch.dtype:
-        return next(self.projectors.parameters()).dtype
-
-    def _detached_hidden_states(
-        self, block_inputs: list[torch.Tensor], class_labels: torch.Tensor | None
-    ) -> dict[Place, torch.Tensor]:
-        hidden_states = {}
-        for number in sorted({block for block, _ in self.places}):
-            *_, block_hidden_states = self.flow.blocks[number - 1](
-                block_inputs[number - 1].detach(), class_labels, self._aligned_layers(number)
-            )
-            hidden_states.update({(number, layer): states for layer, states in block_hidden_states.items()})
-        return hidden_states
-
-    def _reverse(
+    def _reverse_alignment(
         self,
-        block_inputs: list[torch.Tensor],
-        latents: torch.Tensor,
-        class_labels: torch.Tensor | None,
+        fixed_points: dict[int, FixedPoint],
+        hidden_states: dict[Place, torch.Tensor],
         teacher_features: torch.Tensor,
-    ) -> tuple[dict[Place, torch.Tensor], torch.Tensor, dict[int, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, dict[Place, torch.Tensor], dict[int, torch.Tensor]]:
         """
-        The alignment through the generative pass, on a second evaluation of the blocks that its gradient reaches.
+        The alignment, with its gradient through the generative pass.
 
         The cotangents are found here, from the lowest aligned block towards the latents, against the direction of the
         generative pass: every value they need is at hand. What is left for the caller's `backward()` are the
-        parameters, which the cotangents reach through an ordinary graph that enters no other block.
+        parameters: a block's gradient is that of the inner product of its outputs with their cotangents.
 
         Returns:
-            `tuple`: the mean cosine of each place, whose graph reaches its projector alone; the surrogate; and the
-            growth of each block's gradient.
+            `tuple`: the alignment, the mean cosine of each place, and the growth of each block's gradient.
         """
-        block_outputs = [*block_inputs[1:], latents]
         cosines, inner_products, neumann_growth = {}, [], {}
-        cotangent = torch.zeros_like(latents)
-        for number in range(min(block for block, _ in self.places), len(self.flow.blocks) + 1):
-            layers = self._aligned_layers(number)
-            block_input = block_inputs[number - 1].detach().requires_grad_()
-            _, log_scale, shift, block_hidden_states = self.flow.blocks[number - 1](block_input, class_labels, layers)
-            # exp(a) z, which is also dG/da
-            scale = torch.exp(log_scale.detach())
-            scaled_latents = scale * block_outputs[number - 1].detach()
-
-            for layer in layers:
-                states = block_hidden_states[layer]
+        cotangent = 0.0
+        for number, fixed_point in fixed_points.items():
+            for layer in self._aligned_layers(number):
+                states = hidden_states[number, layer]
+                # The projector has a graph of its own: its parameters are reached from the cosine, the flow's below.
                 detached_states = states.detach().requires_grad_()
                 cosine = self._cosine((number, layer), detached_states, teacher_features)
-                (states_cotangent,) = torch.autograd.grad(-cosine.sum(), detached_states, retain_graph=True)
                 cosines[number, layer] = cosine.mean()
-                (input_cotangent,) = torch.autograd.grad(states, block_input, states_cotangent, retain_graph=True)
-                cotangent = cotangent + input_cotangent
-                inner_products.append((states_cotangent * states).sum())
+                # The cotangents are those of a sum over places, batch and patches, which half precision holds better.
+                states_cotangent = -vector_jacobian_product([cosine], detached_states, [torch.ones_like(cosine)])
+                cotangent = cotangent + vector_jacobian_product([states], fixed_point.block_input, [states_cotangent])
+                dtype = torch.promote_types(states.dtype, torch.float32)
+                inner_products.append((states_cotangent.to(dtype) * states.to(dtype)).sum())
 
             # v = g + J^T v, one term of the Neumann series at a time
             neumann_cotangent = cotangent
             for _ in range(self.num_neumann_terms):
-                (carried,) = torch.autograd.grad(
-                    (log_scale, shift),
-                    block_input,
-                    (neumann_cotangent * scaled_latents, neumann_cotangent),
-                    retain_graph=True,
-                )
-                neumann_cotangent = cotangent + carried
+                neumann_cotangent = cotangent + fixed_point.transposed_jacobian_product(neumann_cotangent)
+            inner_products.append(fixed_point.inner_product(neumann_cotangent))
             neumann_growth[number] = neumann_cotangent.norm() / cotangent.norm()
-            inner_products.append((neumann_cotangent * (scaled_latents * log_scale + shift)).sum())
-            cotangent = scale * neumann_cotangent
+            cotangent = torch.exp(fixed_point.log_scale.detach()) * neumann_cotangent  # v on the block's latents
 
-        # The cotangents are those of a sum over places, batch and patches, which half precision holds better.
-        surrogate = sum(inner_products) / (len(self.places) * latents.shape[0] * latents.shape[1])
-        return cosines, surrogate - surrogate.detach(), neumann_growth
+        alignment = -torch.stack(list(cosines.values())).mean()
+        # It has the gradient of the alignment with respect to the flow's parameters, and its value is taken off again.
+        batch_size, num_tokens, _ = teacher_features.shape
+        surrogate = torch.stack(inner_products).sum() / (len(self.places) * batch_size * num_tokens)
+        return alignment + (surrogate - surrogate.detach()), cosines, neumann_growth
 
     def _check_teacher_features(self, teacher_features: torch.Tensor | None, tokens: torch.Tensor):
         if self.strategy == "none":
