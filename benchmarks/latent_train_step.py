@@ -11,15 +11,13 @@ step is then four forward passes. The time follows from `--peak_tflops` and `--u
 """
 
 import argparse
-import json
 import statistics
-import time
 from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
 from model_sizes import count_flops, count_parameters, load_config
-from sampling import current_commit, describe_machine
+from reporting import markdown_table, seconds_of, write_report
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
@@ -110,18 +108,16 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-4)
     ema = EMAModel(model.parameters(), decay=0.9999, foreach=True)
     batch = make_batch(config, args.batch_size, "cuda")
-    seconds = []
-    for _ in range(2 + args.repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+
+    def step():
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = objective(*batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         ema.step(model.parameters())
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+
+    seconds = [seconds_of(step, "cuda") for _ in range(2 + args.repeats)]
     median = statistics.median(seconds[2:])
     flops = forward_passes(args) * count_flops(config) * args.batch_size
     return {
@@ -131,10 +127,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def markdown_table(results: list[dict]) -> str:
+def table(results: list[dict]) -> str:
     header = ["config", "parameters", "states, GiB", "activations, GiB per image", "memory, GiB", "step, s"]
     header += ["measured memory, GiB", "measured step, s"]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for result in results:
         predicted, measured = result["predicted"], result["measured"]
         row = [f"`{result['config']}`", f"{predicted['parameters'] / 1e6:.1f} M", f"{predicted['states_gib']:.1f}"]
@@ -142,7 +138,7 @@ def markdown_table(results: list[dict]) -> str:
         row += [f"{predicted['seconds']:.3f}"]
         row += [f"{measured['memory_gib']:.1f}", f"{measured['seconds']:.3f}"] if measured else ["not measured"] * 2
         rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(header, rows)
 
 
 def main(arguments: list[str] | None = None):
@@ -165,12 +161,9 @@ def main(arguments: list[str] | None = None):
     )
     if not has_cuda:
         assumptions += " There is no CUDA device here: memory and time were not measured."
-    print(f"{assumptions}\n\n{markdown_table(results)}")
-    machine = describe_machine("cuda" if has_cuda else "cpu")
-    report = {"assumptions": assumptions, "commit": current_commit(), "machine": machine, "results": results}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
-    args.output.with_suffix(".md").write_text(f"{assumptions}\n\n{markdown_table(results)}\n")
+    text = f"{assumptions}\n\n{table(results)}"
+    print(text)
+    write_report(args.output, arguments, "cuda" if has_cuda else "cpu", results, text)
 
 
 if __name__ == "__main__":

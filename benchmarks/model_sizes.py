@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import torch
+from reporting import markdown_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,8 +57,7 @@ def row(name: str) -> list[str]:
 
 def table() -> str:
     header = ["config", "sample", "tokens", "layers in the blocks", "width", "parameters", "FLOPs per image"]
-    rows = [header, ["---"] * len(header), *(row(path.stem) for path in sorted(CONFIGS.glob("*.json")))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    return markdown_table(header, [row(path.stem) for path in sorted(CONFIGS.glob("*.json"))])
 
 
 if __name__ == "__main__":
