@@ -3,13 +3,16 @@
 # This file is uploaded with the weights of a model that loads without the package: it needs torch and diffusers only.
 
 import difflib
+import importlib
 import operator
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL, ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -96,6 +99,63 @@ class FlowBackPipeline(DiffusionPipeline):
         self._guidance_scale = guidance_scale
         self._num_timesteps = 0
         self._interrupt = False
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """A published repository names the modules that lie in it; who has the package needs none of that code."""
+        config = super()._dict_from_json_file(json_file)
+        library = cls.__module__.partition(".")[0]
+        if library in LOADABLE_CLASSES and isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][1]
+            config["transformer"] = [library, config["transformer"][1]]
+        return config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
+        """As diffusers' pipelines do; `push_to_hub=True` publishes as [`~FlowBackPipeline.push_to_hub`] does."""
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        publishing = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub:
+            repo_id = publishing.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, **publishing)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        run_dir: str | os.PathLike | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        license: str = "apache-2.0",
+        force: bool = False,
+    ) -> str:
+        """
+        Publish weights, code and a model card: a repository that loads with the package and without it.
+
+        Args:
+            repo_id (`str`): `"name"` in the token's own namespace, or `"organization/name"`.
+            run_dir (`str`, *optional*):
+                The output folder of `training/train_rra.py` whose files fill the card. By default the folder that the
+                pipeline was loaded from, where that is one.
+            commit_message (`str`, *optional*): "Upload FlowBackPipeline" if not given.
+            private (`bool`, *optional*): Of a new repository. An existing public one is refused if this is true.
+            token (`str`, *optional*): Defaults to that of `hf auth login` or the variable `HF_TOKEN`.
+            create_pr (`bool`, defaults to `False`): Propose the files instead of committing them.
+            license (`str`, defaults to `"apache-2.0"`): Of the weights, in the card's metadata.
+            force (`bool`, defaults to `False`): Replace a model of another configuration.
+        Returns:
+            `str`: the repository's address.
+        Raises:
+            ValueError: if there is no token, or the repository holds another model and `force` is false.
+            ImportError: if the package is not installed, which writes the card.
+        """
+        try:
+            # Not as a statement: diffusers warns of packages that a repository's code imports so.
+            hub = importlib.import_module("flowback_hf.hub")
+        except ImportError as error:
+            raise ImportError("Publishing a flow with its code and card needs the package flowback_hf.") from error
+        return hub.push_to_hub(self, repo_id, run_dir, commit_message, private, token, create_pr, license, force)
 
     @property
     def vae_scale_factor(self) -> int:
