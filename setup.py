@@ -37,6 +37,7 @@ setup(
         "datasets>=4.0",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
+        "jinja2>=3.1",
         "evaluate>=0.4.5",
         "pillow>=10.0",
         "tqdm>=4.66",

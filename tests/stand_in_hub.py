@@ -122,7 +122,9 @@ class RequestHandler(BaseHTTPRequestHandler):
         else:
             siblings = [{"rfilename": path} for path in sorted(repository.files)]
             model = {"_id": "0", "id": match["id"], "modelId": match["id"], "sha": repository.sha, "tags": []}
-            self.answer(200, {**model, "private": repository.private, "siblings": siblings, "downloads": 0, "likes": 0})
+            self.answer(
+                200, {**model, "private": repository.private, "siblings": siblings, "downloads": 0, "likes": 0}
+            )
 
     def download(self, repository: Repository, path: str):
         commit = ("X-Repo-Commit", repository.sha)

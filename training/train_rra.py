@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 
 from flowback_hf import AlignedFlowObjective, FlowBackPipeline, RepresentationTeacher, TarFlowTransformer2DModel
 from flowback_hf.alignment.objective import STRATEGIES, AlignedFlowOutput, projector_name
+from flowback_hf.hub import check_repository
 from flowback_hf.models.transformer_tarflow import ACTIVATION_FNS, NOISE_TYPES, POSITION_EMBEDDINGS
 
 
@@ -47,12 +48,15 @@ RESUMABLE_ARGUMENTS = {
     "checkpoints_total_limit",
     "dataloader_num_workers",
     "eval_batch_size",
+    "hub_model_id",
+    "hub_private_repo",
     "logging_dir",
     "logging_steps",
     "max_train_steps",
     "max_validation_samples",
     "num_train_epochs",
     "output_dir",
+    "push_to_hub",
     "report_to",
     "resume_from_checkpoint",
     "tracker_project_name",
@@ -141,6 +145,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--validation_guidance_scale", type=float, default=1.0)
     run.add_argument("--report_to", help="tensorboard, wandb, comet_ml or all, beside metrics.jsonl. Default: none.")
     run.add_argument("--tracker_project_name", default="flowback_hf")
+    run.add_argument("--push_to_hub", action="store_true", help="Publish the pipeline with a card when it is trained.")
+    run.add_argument("--hub_model_id", help="Of the repository. Default: the output folder's name.")
+    run.add_argument("--hub_token", help="Default: that of `hf auth login` or HF_TOKEN. Written nowhere.")
+    run.add_argument("--hub_private_repo", action="store_true")
 
     args = parser.parse_args(arguments)
     if (args.dataset_name is None) == (args.train_data_dir is None):
@@ -588,6 +596,9 @@ def draw_samples(pipeline: FlowBackPipeline, args: argparse.Namespace, path: Pat
 
 def main(args: argparse.Namespace):
     output_dir = Path(args.output_dir)
+    # The arguments go into files and trackers from here on, and the token must not.
+    hub_token = vars(args).pop("hub_token")
+    hub_model_id = args.hub_model_id or output_dir.resolve().name
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -616,6 +627,8 @@ def main(args: argparse.Namespace):
     if flow.config.in_channels not in (1, 3):
         raise ValueError(f"`in_channels` must be 1 or 3 to train on images, but is {flow.config.in_channels}.")
     pipeline = FlowBackPipeline(flow, id2label=id2label)
+    if args.push_to_hub:
+        check_repository(hub_model_id, dict(flow.config), args.hub_private_repo, hub_token)
     if args.validation_class_labels is not None:
         numbers_or_names = [int(label) if label.isdigit() else label for label in args.validation_class_labels]
         args.validation_class_labels = pipeline.normalize_class_labels(numbers_or_names)
@@ -820,6 +833,8 @@ def main(args: argparse.Namespace):
         pipeline.register_to_config(guidance_scale=args.validation_guidance_scale)
         save_pipeline(pipeline, output_dir)
         logger.info(f"Saved the pipeline in {output_dir}; skipped {len(skipped_files)} files that cannot be decoded.")
+        if args.push_to_hub:
+            publish(pipeline, hub_model_id, output_dir, args.hub_private_repo, hub_token)
     accelerator.end_training()
 
 
@@ -831,6 +846,17 @@ def augment(
     if args.random_flip:
         images = torch.where((mirrored < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
     return images, class_labels.masked_fill(dropped < args.label_dropout, -1)
+
+
+def publish(pipeline: FlowBackPipeline, repo_id: str, output_dir: Path, private: bool, token: str | None):
+    try:
+        url = pipeline.push_to_hub(repo_id, run_dir=output_dir, private=private, token=token)
+    except Exception as error:
+        raise RuntimeError(
+            f"The pipeline is saved in {output_dir}, but could not be published: {error}. Try again with"
+            f" pipelines/push_to_hub.py --model {output_dir} --hub_model_id {repo_id}."
+        ) from error
+    logger.info(f"Published {url}.")
 
 
 def check_finite(accelerator: Accelerator, step: int, loss: float, gradient_norm: float, output_dir: Path):

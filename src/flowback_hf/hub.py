@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from flowback_hf.models import transformer_tarflow
 from flowback_hf.pipelines import pipeline_flowback
@@ -122,10 +122,7 @@ def check_repository(
 
 def read_remote(api: HfApi, repo_id: str, name: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            return Path(api.hf_hub_download(repo_id, name, local_dir=folder)).read_text(encoding="utf-8")
-        except EntryNotFoundError:
-            return ""
+        return Path(api.hf_hub_download(repo_id, name, local_dir=folder)).read_text(encoding="utf-8")
 
 
 def find_run(pipeline: "pipeline_flowback.FlowBackPipeline", run_dir: str | os.PathLike | None) -> Path | None:
@@ -150,13 +147,11 @@ def write_repository(
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = [PIPELINE_MODULE, "FlowBackPipeline"]
     index["transformer"] = [TRANSFORMER_MODULE, "TarFlowTransformer2DModel"]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_config(folder / "model_index.json", index)
     shutil.copyfile(inspect.getfile(pipeline_flowback), folder / f"{PIPELINE_MODULE}.py")
     shutil.copyfile(inspect.getfile(transformer_tarflow), folder / "transformer" / f"{TRANSFORMER_MODULE}.py")
     for config_file in folder.glob("*/config.json"):
-        config = json.loads(config_file.read_text())
-        config.pop("_name_or_path", None)
-        config_file.write_text(json.dumps(config, indent=2) + "\n")
+        write_config(config_file, json.loads(config_file.read_text()))
 
     grid = None if run_dir is None else newest_grid(run_dir)
     if grid is not None:
@@ -165,6 +160,11 @@ def write_repository(
     edited_card = None if run_dir is None else read_edited_card(run_dir)
     card = edited_card or render_model_card(pipeline, repo_id, run_dir, license)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_config(path: Path, config: dict[str, Any]):
+    """Without the folder of this machine that it was loaded from."""
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "_name_or_path"}, indent=2))
 
 
 def newest_grid(run_dir: Path) -> Path | None:
