@@ -62,10 +62,10 @@ def invert_block(
     caches = [[([], []) for _ in block.layers] for _ in conditionings]
     for position in range(latents.shape[1] - 1):
         token = tokens[:, position : position + 1]
-        log_scale, shift = predict_next(block, token, conditionings[0][:, position : position + 1], caches[0])
+        log_scale, shift, _ = predict_next(block, token, conditionings[0][:, position : position + 1], caches[0])
         if len(conditionings) > 1:
             conditioning = conditionings[1][:, position : position + 1]
-            log_scale_u, shift_u = predict_next(block, token, conditioning, caches[1])
+            log_scale_u, shift_u, _ = predict_next(block, token, conditioning, caches[1])
             log_scale = log_scale + weight * (log_scale - log_scale_u)
             shift = shift + weight * (shift - shift_u)
         tokens[:, position + 1] = shift + torch.exp(log_scale) * latents[:, position + 1]
@@ -74,13 +74,16 @@ def invert_block(
 
 def predict_next(
     block: TarFlowBlock, token: torch.Tensor, conditioning: torch.Tensor, caches: list[KeyValueCache]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-scale and shift of the token after `token`, whose keys and values are added to `caches`."""
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Log-scale and shift of the token after `token`, whose keys and values are added to `caches`, and the hidden
+    states of `token` after every layer."""
     hidden_states = block.proj_in(token) + conditioning
+    collected = []
     for layer, cache in zip(block.layers, caches):
         hidden_states = hidden_states + attend(layer.attn, layer.norm1(hidden_states), cache)
         hidden_states = hidden_states + layer.ff(layer.norm2(hidden_states))
-    return block.proj_out(hidden_states)[:, 0].chunk(2, dim=-1)
+        collected.append(hidden_states)
+    return *block.proj_out(hidden_states)[:, 0].chunk(2, dim=-1), collected
 
 
 def attend(attention: TarFlowAttention, hidden_states: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
@@ -63,3 +64,10 @@ def tiny_vae() -> AutoencoderKL:
         scaling_factor=0.5,
         shift_factor=0.1,
     ).eval()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate's state is one a process: a test that makes an Accelerator would decide for all that follow."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

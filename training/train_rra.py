@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +69,8 @@ RESUMABLE_ARGUMENTS = {
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name", help="Of the Hub, a folder that `datasets` loads, or a parquet file.")
-    data.add_argument("--dataset_config_name")
-    data.add_argument(
-        "--train_data_dir", help="An image folder, one folder a class, below train/ and validation/ or not."
-    )
-    data.add_argument("--image_column", default="image")
-    data.add_argument("--label_column", default="label")
-    data.add_argument("--unconditional", action="store_true", help="Ignore labels and train without classes.")
-    data.add_argument("--cache_dir")
-    data.add_argument("--max_train_samples", type=int)
-    data.add_argument("--max_validation_samples", type=int, default=1024)
-    data.add_argument("--train_val_split", type=float, default=0.05, help="Held out if there is no validation split.")
+    add_data_arguments(parser)
+    data = parser.add_argument_group("augmentation and loading")
     data.add_argument("--random_flip", action="store_true", help="Mirror half of the images.")
     data.add_argument("--dataloader_num_workers", type=int, default=0)
 
@@ -102,7 +91,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
     alignment = parser.add_argument_group("alignment")
     alignment.add_argument("--alignment", choices=STRATEGIES, default="reverse")
-    alignment.add_argument("--teacher_model_name_or_path", default="facebook/dinov2-base")
+    alignment.add_argument(
+        "--teacher_model_name_or_path",
+        help="DINOv2, CLIP, SigLIP or ViT-MAE, of the Hub or a folder. Default: facebook/dinov2-base.",
+    )
+    alignment.add_argument(
+        "--teacher_features", help="A folder of training/precompute_features.py, instead of a teacher that runs along."
+    )
     alignment.add_argument("--alignment_blocks", type=int, nargs="+", help="From 1, the image. Default: the last two.")
     alignment.add_argument("--alignment_layer", type=int, help="From 1. Default: round(0.75 * layers of the block).")
     alignment.add_argument("--alignment_weight", type=float, default=0.1)
@@ -151,21 +146,48 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--hub_private_repo", action="store_true")
 
     args = parser.parse_args(arguments)
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        parser.error("give one of --dataset_name and --train_data_dir.")
+    check_data_arguments(parser, args)
+    if args.teacher_features is not None and (args.teacher_model_name_or_path or args.alignment == "none"):
+        parser.error("--teacher_features take the place of --teacher_model_name_or_path, and --alignment needs them.")
     at_least_one = ["train_batch_size", "eval_batch_size", "num_train_epochs", "gradient_accumulation_steps"]
-    at_least_one += ["max_train_steps", "max_train_samples", "max_validation_samples", "checkpointing_steps"]
+    at_least_one += ["max_train_steps", "checkpointing_steps"]
     at_least_one += ["checkpoints_total_limit", "validation_steps", "logging_steps", "projector_dim"]
-    for name in at_least_one:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")
-    if not 0 < args.train_val_split < 1:
-        parser.error(f"--train_val_split must lie between 0 and 1, but is {args.train_val_split}.")
+    check_at_least_one(parser, args, at_least_one)
     if not 0 <= args.label_dropout <= 1:
         parser.error(f"--label_dropout must lie in [0, 1], but is {args.label_dropout}.")
     if args.validation_guidance_scale < 1:
         parser.error(f"--validation_guidance_scale must be at least 1.0, but is {args.validation_guidance_scale}.")
     return args
+
+
+def add_data_arguments(parser: argparse.ArgumentParser):
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_name", help="Of the Hub, a folder that `datasets` loads, or a parquet file.")
+    data.add_argument("--dataset_config_name")
+    data.add_argument(
+        "--train_data_dir", help="An image folder, one folder a class, below train/ and validation/ or not."
+    )
+    data.add_argument("--image_column", default="image")
+    data.add_argument("--label_column", default="label")
+    data.add_argument("--unconditional", action="store_true", help="Ignore labels and train without classes.")
+    data.add_argument("--cache_dir")
+    data.add_argument("--max_train_samples", type=int)
+    data.add_argument("--max_validation_samples", type=int, default=1024)
+    data.add_argument("--train_val_split", type=float, default=0.05, help="Held out if there is no validation split.")
+
+
+def check_data_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        parser.error("give one of --dataset_name and --train_data_dir.")
+    check_at_least_one(parser, args, ["max_train_samples", "max_validation_samples"])
+    if not 0 < args.train_val_split < 1:
+        parser.error(f"--train_val_split must lie between 0 and 1, but is {args.train_val_split}.")
+
+
+def check_at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, names: list[str]):
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")
 
 
 def order_type(text: str) -> int | str:
@@ -181,6 +203,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
     Grey, CMYK, palette and transparent images are converted. One that cannot be decoded is replaced by the next that
     can be, and its name is reported with the item: a bad file never ends a run.
+
+    With `teacher_features`, the rows of `training/precompute_features.py`, an item holds those of its image, too.
     """
 
     def __init__(
@@ -191,6 +215,7 @@ class ImageDataset(torch.utils.data.Dataset):
         label_ids: list[int],
         sample_size: int,
         in_channels: int,
+        teacher_features: datasets.Dataset | None = None,
     ):
         self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
         self.image_column = image_column
@@ -198,6 +223,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.label_ids = label_ids
         self.sample_size = sample_size
         self.mode = {1: "L", 3: "RGB"}[in_channels]
+        self.teacher_features = teacher_features
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -218,16 +244,37 @@ class ImageDataset(torch.utils.data.Dataset):
             pixels = torch.from_numpy(np.array(image)).reshape(self.sample_size, self.sample_size, -1)
             label = -1 if self.label_column is None else row[self.label_column]
             class_label = -1 if label is None or label < 0 else self.label_ids[label]
-            return {"images": pixels.permute(2, 0, 1) / 127.5 - 1, "class_labels": class_label, "skipped": skipped}
+            images = pixels.permute(2, 0, 1) / 127.5 - 1
+            item = {"images": images, "class_labels": class_label, "skipped": skipped}
+            if self.teacher_features is not None:
+                item["teacher_features"] = self._read_teacher_features(index, images)
+            return item
         raise ValueError(f"None of the {len(self)} images of the data set can be decoded; the first is {skipped[0]}.")
+
+    def _read_teacher_features(self, index: int, images: torch.Tensor) -> torch.Tensor:
+        row = self.teacher_features[index]
+        if row["checksum"] != checksum(images):
+            raise ValueError(
+                f"`--teacher_features` must be of this training split, but row {index} is of another image: give"
+                " training/precompute_features.py the data flags, --seed and --resolution of this run."
+            )
+        return torch.from_numpy(row["features"])
+
+
+def checksum(images: torch.Tensor) -> int:
+    """By which stored features know the clean image that they are of."""
+    return zlib.crc32(images.contiguous().numpy())
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
+    batch = {
         "images": torch.stack([item["images"] for item in items]),
         "class_labels": torch.tensor([item["class_labels"] for item in items]),
         "skipped": [name for item in items for name in item["skipped"]],
     }
+    if "teacher_features" in items[0]:
+        batch["teacher_features"] = torch.stack([item["teacher_features"] for item in items])
+    return batch
 
 
 def load_splits(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -274,6 +321,39 @@ def load_splits(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Da
     # Class folders lie side by side: the first rows alone would be of few classes.
     held_out = held_out.shuffle(seed=0).select(range(min(args.max_validation_samples, len(held_out))))
     return train_rows, held_out
+
+
+def load_teacher_features(folder: str, config: Any, num_images: int) -> tuple[datasets.Dataset, int]:
+    """
+    The rows that `training/precompute_features.py` stored, memory-mapped, and the dimension of the features. Raises
+    ValueError if they are incomplete or of other images or another grid than this run's.
+    """
+    settings_file = Path(folder) / "features.json"
+    if not settings_file.exists():
+        raise ValueError(
+            f"`--teacher_features` must be a folder of training/precompute_features.py, but {folder!r} has no"
+            " features.json."
+        )
+    settings = json.loads(settings_file.read_text())
+    expected = {
+        "num_images": num_images,
+        "resolution": config.sample_size,
+        "in_channels": config.in_channels,
+        "grid_size": config.sample_size // config.patch_size,
+    }
+    for name, value in expected.items():
+        if settings[name] != value:
+            raise ValueError(
+                f"`--teacher_features` must have `{name}` {value}, as this run, but have {settings[name]}."
+            )
+    shards = sorted(Path(folder).glob("shard-*"))
+    if len(shards) != settings["num_shards"]:
+        raise ValueError(
+            f"`--teacher_features` must be complete, but {folder!r} holds {len(shards)} of {settings['num_shards']}"
+            " shards: run training/precompute_features.py again, which goes on where it was."
+        )
+    rows = datasets.concatenate_datasets([datasets.load_from_disk(str(shard)) for shard in shards])
+    return rows.with_format("numpy"), settings["feature_dim"]
 
 
 def encode_labels(splits: datasets.DatasetDict, label_column: str) -> datasets.DatasetDict:
@@ -383,6 +463,20 @@ def add_classes(
             state_dict[name] = torch.cat([table, table.mean(dim=0, keepdim=True).expand(num_new, -1)])
     flow.load_state_dict(state_dict)
     return flow, id2label, label_ids
+
+
+def load_teacher(args: argparse.Namespace, grid_size: int, accelerator: Accelerator) -> RepresentationTeacher:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    try:
+        teacher = RepresentationTeacher.from_pretrained(
+            args.teacher_model_name_or_path or "facebook/dinov2-base",
+            grid_size=grid_size,
+            dtype=dtype,
+            cache_dir=args.cache_dir,
+        )
+    except OSError as error:
+        raise ValueError(f"`--teacher_model_name_or_path` cannot be loaded. {error}") from error
+    return teacher.to(accelerator.device)
 
 
 def alignment_places(flow: TarFlowTransformer2DModel, blocks: list[int] | None, layer: int | None):
@@ -634,32 +728,23 @@ def main(args: argparse.Namespace):
         args.validation_class_labels = pipeline.normalize_class_labels(numbers_or_names)
         pipeline.check_inputs(args.validation_class_labels, args.validation_guidance_scale)
     objective_arguments = {"strategy": args.alignment, "weight": args.alignment_weight, "order": args.alignment_order}
-    teacher = None
+    teacher, stored_features = None, None
     if args.alignment != "none":
-        places = alignment_places(flow, args.alignment_blocks, args.alignment_layer)
-        grid_size = flow.config.sample_size // flow.config.patch_size
-        teacher_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        try:
-            teacher = RepresentationTeacher.from_pretrained(
-                args.teacher_model_name_or_path, grid_size=grid_size, dtype=teacher_dtype, cache_dir=args.cache_dir
-            ).to(accelerator.device)
-        except OSError as error:
-            raise ValueError(
-                f"`--teacher_model_name_or_path` {args.teacher_model_name_or_path!r} cannot be loaded: {error}"
-            ) from error
+        if args.teacher_features is not None:
+            stored_features, teacher_dim = load_teacher_features(args.teacher_features, flow.config, len(train_rows))
+        else:
+            teacher = load_teacher(args, flow.config.sample_size // flow.config.patch_size, accelerator)
+            teacher_dim = teacher.feature_dim
         objective_arguments |= {
-            "places": places,
-            "teacher_dim": teacher.feature_dim,
+            "places": alignment_places(flow, args.alignment_blocks, args.alignment_layer),
+            "teacher_dim": teacher_dim,
             "projector_dim": args.projector_dim,
         }
     objective = AlignedFlowObjective(flow, **objective_arguments)
-    label_column = None if args.unconditional else args.label_column
-    train_dataset, validation_dataset = (
-        ImageDataset(
-            rows, args.image_column, label_column, label_ids, flow.config.sample_size, flow.config.in_channels
-        )
-        for rows in (train_rows, validation_rows)
-    )
+    columns = (args.image_column, None if args.unconditional else args.label_column, label_ids)
+    sizes = (flow.config.sample_size, flow.config.in_channels)
+    train_dataset = ImageDataset(train_rows, *columns, *sizes, teacher_features=stored_features)
+    validation_dataset = ImageDataset(validation_rows, *columns, *sizes)
     batch_size = args.train_batch_size * accelerator.num_processes
     if len(train_dataset) < batch_size:
         raise ValueError(
@@ -771,9 +856,10 @@ def main(args: argparse.Namespace):
         epoch_dataloader = accelerator.skip_first_batches(train_dataloader, num_done) if num_done else train_dataloader
         for batch in epoch_dataloader:
             generator = make_generator(accelerator.device, args.seed, num_batches, accelerator.process_index)
-            images, class_labels = augment(batch["images"], batch["class_labels"], args, generator)
+            images, class_labels, teacher_features = augment(batch, args, generator)
             with accelerator.accumulate(objective):
-                teacher_features = None if teacher is None else teacher(images)
+                if teacher is not None:
+                    teacher_features = teacher(images)
                 output = objective(
                     add_noise(images, flow.config, generator),
                     None if args.unconditional else class_labels,
@@ -839,13 +925,17 @@ def main(args: argparse.Namespace):
 
 
 def augment(
-    images: torch.Tensor, class_labels: torch.Tensor, args: argparse.Namespace, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mirrors half of the images, if asked to, and drops a share of the labels."""
+    batch: dict[str, torch.Tensor], args: argparse.Namespace, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Mirrors half of the images, if asked to, and drops a share of the labels. Stored features, of which a row has
+    those of the image and those of its mirror image, follow; without any the third is `None`."""
+    images, class_labels, teacher_features = batch["images"], batch["class_labels"], batch.get("teacher_features")
     mirrored, dropped = torch.rand(2, len(images), generator=generator, device=images.device)
-    if args.random_flip:
-        images = torch.where((mirrored < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
-    return images, class_labels.masked_fill(dropped < args.label_dropout, -1)
+    mirrored = (mirrored < 0.5) & args.random_flip
+    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+    if teacher_features is not None:
+        teacher_features = torch.where(mirrored.view(-1, 1, 1), *reversed(teacher_features.unbind(dim=1)))
+    return images, class_labels.masked_fill(dropped < args.label_dropout, -1), teacher_features
 
 
 def publish(pipeline: FlowBackPipeline, repo_id: str, output_dir: Path, private: bool, token: str | None):

@@ -25,6 +25,7 @@ PIPELINE_MODULE = "pipeline_flowback"
 TRANSFORMER_MODULE = "transformer_tarflow"
 HASH_LINE = re.compile(r"\n*<!-- flowback_hf: written by hub\.py, sha256 ([0-9a-f]{64}) -->\s*\Z")
 MAX_NAMED_CLASSES = 20
+DEFAULT_TEACHER = "facebook/dinov2-base"
 
 
 # Publishing
@@ -214,7 +215,7 @@ def render_model_card(
         pipeline_tag="unconditional-image-generation",
         tags=["flowback_hf", "normalizing-flow", "tarflow", "image-generation", *(["r-repa"] if aligned else [])],
         datasets=hub_id(args.get("dataset_name")),
-        base_model=hub_id(args.get("teacher_model_name_or_path")) if aligned else None,
+        base_model=hub_id(teacher_of(args)) if aligned else None,
     )
     template = resources.files("flowback_hf").joinpath("model_card_template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(
@@ -331,7 +332,7 @@ def training_settings(args: dict[str, Any], metrics: list[dict[str, float]], run
         order = f", order {args['alignment_order'] or 0}" if args["alignment"] == "reverse" else ""
         settings["alignment"] = f"{args['alignment']}{order}, weight {args['alignment_weight']:g}"
         settings["aligned places"] = ", ".join(aligned_places(metrics))
-        settings["teacher"] = portable(args["teacher_model_name_or_path"])
+        settings["teacher"] = portable(teacher_of(args))
     steps = max((record["step"] for record in metrics), default=None)
     settings["steps"] = steps if steps is not None else args["max_train_steps"]
     accumulated = (
@@ -347,6 +348,17 @@ def training_settings(args: dict[str, Any], metrics: list[dict[str, float]], run
     settings["precision"] = args["mixed_precision"] or "as configured in Accelerate"
     settings["seed"] = args["seed"]
     return settings
+
+
+def teacher_of(args: dict[str, Any]) -> str:
+    """Of a run that names none, the one whose features were stored, or the training script's default."""
+    stored = {"teacher_features": "features.json", "latents": "latents.json"}
+    for option, file in stored.items():
+        if args.get(option) is not None:
+            teacher = (read_json(Path(args[option]), file) or {}).get("teacher")
+            if teacher is not None:
+                return teacher
+    return args.get("teacher_model_name_or_path") or DEFAULT_TEACHER
 
 
 def about_data(args: dict[str, Any]) -> str:

@@ -1,42 +1,132 @@
 import pytest
 import torch
-from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+import torch.nn.functional as F
+from transformers import (
+    BertConfig,
+    BertModel,
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ResNetConfig,
+    ResNetModel,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTImageProcessorPil,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTMAEModel,
+)
 
 from flowback_hf import RepresentationTeacher
 
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+FEED_FORWARD = {"intermediate_size": 32}
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 9}
+TEXT |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+
+# What a folder of each kind is saved from, its image processor, and the tokens before its patches.
+KINDS = {
+    "dinov2": (lambda: Dinov2Model(Dinov2Config(**SIZES)), BitImageProcessorPil, 1),
+    "dinov2 classifier": (lambda: Dinov2ForImageClassification(Dinov2Config(**SIZES)), BitImageProcessorPil, 1),
+    "dinov2 with registers": (
+        lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3)),
+        BitImageProcessorPil,
+        4,
+    ),
+    "clip": (
+        lambda: CLIPModel(CLIPConfig(text_config=TEXT, vision_config={**SIZES, **FEED_FORWARD})),
+        CLIPImageProcessorPil,
+        1,
+    ),
+    "clip vision tower": (
+        lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES, **FEED_FORWARD)),
+        CLIPImageProcessorPil,
+        1,
+    ),
+    "siglip": (
+        lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config={**SIZES, **FEED_FORWARD})),
+        SiglipImageProcessorPil,
+        0,
+    ),
+    "siglip vision tower": (
+        lambda: SiglipVisionModel(SiglipVisionConfig(**SIZES, **FEED_FORWARD)),
+        SiglipImageProcessorPil,
+        0,
+    ),
+    "mae": (lambda: ViTMAEModel(ViTMAEConfig(**SIZES, **FEED_FORWARD)), ViTImageProcessorPil, 1),
+    "mae with decoder": (
+        lambda: ViTMAEForPreTraining(ViTMAEConfig(**SIZES, **FEED_FORWARD)),
+        ViTImageProcessorPil,
+        1,
+    ),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(0)
-    config = Dinov2Config(image_size=28, patch_size=7, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    Dinov2Model(config).save_pretrained(folder)
-    BitImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder)
-    return folder
+    """A function of a kind's name: the folder of its tiny encoder, with image processor."""
+    folders = {}
+
+    def build(kind):
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp("teacher")
+            model, processor, _ = KINDS[kind]
+            torch.manual_seed(0)
+            model = model()
+            # The usual initial weights are so small that attention is uniform, and every patch sees every other alike.
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.data.normal_(std=0.5 * parameter[0].numel() ** -0.5)
+            model.save_pretrained(folders[kind])
+            processor(image_mean=MEAN, image_std=STD).save_pretrained(folders[kind])
+        return folders[kind]
+
+    return build
 
 
-def test_features_are_the_encoders_patch_tokens_of_normalized_images(folder):
-    teacher = RepresentationTeacher.from_pretrained(folder, grid_size=4)
-    images = torch.rand(2, 3, 28, 28) * 2 - 1  # 4 patches of 7 pixels: no resizing
-    pixel_values = ((images + 1) / 2 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor(
-        [0.4, 0.5, 0.6]
-    ).view(3, 1, 1)
+def random_images(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@every_kind
+def test_features_are_the_encoders_patch_tokens_of_normalized_images(folder, kind):
+    teacher = RepresentationTeacher.from_pretrained(folder(kind), grid_size=4)
+    images = random_images(2, 3, 28, 28)  # 4 patches of 7 pixels: no resizing
+    pixel_values = ((images + 1) / 2 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    vision_classes = {"dinov2 classifier": Dinov2Model, "clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+    vision_classes |= {"mae with decoder": ViTMAEModel}
+    encoder = vision_classes.get(kind, type(KINDS[kind][0]())).from_pretrained(folder(kind)).eval()
+    arguments = {}
+    if kind.startswith("mae"):
+        encoder.config.mask_ratio = 0.0
+        arguments["noise"] = torch.linspace(0, 1, 16).expand(2, -1)
     with torch.no_grad():
-        expected = Dinov2Model.from_pretrained(folder)(pixel_values).last_hidden_state[:, 1:]
+        expected = encoder(pixel_values, **arguments).last_hidden_state
+    num_prefix_tokens = KINDS[kind][2]
+    assert expected.shape[1] == 16 + num_prefix_tokens
     features = teacher(images)
     assert features.shape == (2, 16, 16) and teacher.feature_dim == 16
-    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(features, expected[:, num_prefix_tokens:], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("grid_size, image_size", [(4, 16), (2, 64), (6, 28)])
-def test_the_grid_is_the_flows_whatever_the_image_size(folder, grid_size, image_size):
-    teacher = RepresentationTeacher.from_pretrained(folder, grid_size=grid_size)
-    assert teacher(torch.zeros(1, 3, image_size, image_size)).shape == (1, grid_size**2, 16)
-
-
-def test_patch_k_of_the_features_sees_patch_k_of_the_image(folder):
-    teacher = RepresentationTeacher.from_pretrained(folder, grid_size=4)
-    images = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+@every_kind
+def test_patch_k_of_the_features_sees_patch_k_of_the_image(folder, kind):
+    teacher = RepresentationTeacher.from_pretrained(folder(kind), grid_size=4)
+    images = random_images(1, 3, 28, 28)
     features = teacher(images)
     for patch in range(16):
         row, column = divmod(patch, 4)
@@ -46,27 +136,99 @@ def test_patch_k_of_the_features_sees_patch_k_of_the_image(folder):
         assert moved.argmax() == patch
 
 
-def test_grey_images_are_repeated(folder):
-    teacher = RepresentationTeacher.from_pretrained(folder, grid_size=4)
-    grey = torch.rand(2, 1, 28, 28) * 2 - 1
-    assert torch.equal(teacher(grey), teacher(grey.repeat(1, 3, 1, 1)))
+@every_kind
+@pytest.mark.parametrize("grid_size", [2, 3, 8])
+def test_another_grid_sees_the_same_place(folder, kind, grid_size):
+    """Whether the encoder takes the size or its features are resampled: a corner is a corner."""
+    teacher = RepresentationTeacher.from_pretrained(folder(kind), grid_size=grid_size)
+    images, size = random_images(1, 3, 56, 56), 56 // grid_size
+    features = teacher(images)
+    assert features.shape == (1, grid_size**2, 16)
+    for corner, token in enumerate([0, grid_size - 1, grid_size**2 - grid_size, grid_size**2 - 1]):
+        rows, columns = (slice(-size, None) if bit else slice(size) for bit in divmod(corner, 2))
+        changed = images.clone()
+        changed[..., rows, columns] *= -1
+        moved = (teacher(changed) - features).norm(dim=-1)[0]
+        assert moved.argmax() == token
 
 
-def test_it_is_frozen(folder):
-    teacher = RepresentationTeacher.from_pretrained(folder, grid_size=4, dtype=torch.bfloat16).train()
+def test_dinov2_takes_the_flows_grid_and_the_others_are_resampled_bilinearly(folder):
+    assert RepresentationTeacher.from_pretrained(folder("dinov2"), grid_size=6).image_size == 42
+    own = RepresentationTeacher.from_pretrained(folder("clip"), grid_size=4)
+    resampled = RepresentationTeacher.from_pretrained(folder("clip"), grid_size=6)
+    assert own.image_size == resampled.image_size == 28
+    images = random_images(2, 3, 24, 24)
+    grid = own(images).transpose(1, 2).reshape(2, 16, 4, 4)
+    expected = F.interpolate(grid, size=(6, 6), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(resampled(images), expected, rtol=0, atol=1e-6)
+
+
+def test_mae_sees_every_patch_in_place_every_time(folder):
+    teacher = RepresentationTeacher.from_pretrained(folder("mae"), grid_size=4)
+    images = random_images(2, 3, 28, 28)
+    assert torch.equal(teacher(images), teacher(images))
+
+
+@every_kind
+def test_it_is_frozen_and_in_its_own_dtype(folder, kind):
+    teacher = RepresentationTeacher.from_pretrained(folder(kind), grid_size=4, dtype=torch.bfloat16).train()
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    images = torch.zeros(1, 3, 28, 28, requires_grad=True)
-    features = teacher(images)
+    features = teacher(torch.zeros(1, 3, 28, 28, requires_grad=True))
     assert not features.requires_grad and features.dtype == torch.bfloat16
 
 
-def test_another_architecture_is_refused(tmp_path):
-    ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must be a DINOv2 encoder .* but has the model type 'vit'"):
+def test_grey_images_are_repeated(folder):
+    teacher = RepresentationTeacher.from_pretrained(folder("dinov2"), grid_size=4)
+    grey = random_images(2, 1, 28, 28)
+    assert torch.equal(teacher(grey), teacher(grey.repeat(1, 3, 1, 1)))
+
+
+def test_the_text_tower_is_not_reported(folder, caplog):
+    RepresentationTeacher.from_pretrained(folder("clip"), grid_size=4)
+    assert "text_model" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])),
+        BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)),
+    ],
+    ids=["pooled CNN", "text model"],
+)
+def test_a_model_without_patch_tokens_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    known = "DINOv2, DINOv2 with registers, CLIP, SigLIP, ViT-MAE"
+    message = f"patch tokens lie on a grid, one of {known}, but its model type is '{model.config.model_type}'"
+    with pytest.raises(ValueError, match=message):
+        RepresentationTeacher.from_pretrained(tmp_path, grid_size=4)
+    with pytest.raises(ValueError, match=message):
+        RepresentationTeacher(model, grid_size=4)
+
+
+def test_missing_weights_are_an_error_not_random_features(tmp_path):
+    encoder = Dinov2Model(Dinov2Config(**SIZES))
+    state_dict = {name: tensor for name, tensor in encoder.state_dict().items() if "layer.1." not in name}
+    encoder.save_pretrained(tmp_path, state_dict=state_dict)
+    BitImageProcessorPil().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must hold every weight of its encoder, but .* missing, among them 'encoder"):
         RepresentationTeacher.from_pretrained(tmp_path, grid_size=4)
 
 
-def test_a_folder_without_a_model_says_what_it_looked_for(tmp_path):
-    with pytest.raises((OSError, ValueError), match="config.json"):
+@pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json", "model.safetensors"])
+def test_an_incomplete_folder_says_what_it_lacks(tmp_path, missing):
+    Dinov2Model(Dinov2Config(**SIZES)).save_pretrained(tmp_path)
+    BitImageProcessorPil().save_pretrained(tmp_path)
+    (tmp_path / missing).unlink()
+    message = f"must hold config.json, preprocessor_config.json, model.safetensors, but {missing} cannot be read"
+    with pytest.raises(FileNotFoundError, match=message):
         RepresentationTeacher.from_pretrained(tmp_path, grid_size=4)
+
+
+def test_a_hub_id_offline_says_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = "'facebook/dinov2-nowhere' is not an existing folder, and config.json, preprocessor_config.json,"
+    message += f" model.safetensors were looked for on the Hub and in its cache, {tmp_path}/models--facebook--dinov2"
+    with pytest.raises(FileNotFoundError, match=message):
+        RepresentationTeacher.from_pretrained("facebook/dinov2-nowhere", grid_size=4, cache_dir=tmp_path)

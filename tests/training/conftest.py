@@ -1,30 +1,29 @@
-import importlib.util
+import importlib
+import sys
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 
 REPOSITORY = Path(__file__).parents[2]
 
 
+def import_script(name: str):
+    """A training script as a module: starting a process for each case would take minutes."""
+    sys.path.insert(0, str(REPOSITORY / "training"))  # where a script finds the others
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
 @pytest.fixture(scope="session")
 def train_rra():
-    """The training script as a module: starting a process for each case would take minutes."""
-    spec = importlib.util.spec_from_file_location("train_rra", REPOSITORY / "training" / "train_rra.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return import_script("train_rra")
 
 
 def write_images(folder: Path, num_images: int, seed: int, size: int = 8):

@@ -1,23 +1,65 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoImageProcessor, Dinov2Model
+import transformers
+from huggingface_hub.constants import HF_HUB_CACHE
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class EncoderKind:
+    """
+    How patch tokens are read off one of transformers' vision encoders.
+
+    Args:
+        name: As people say it.
+        model_class: The class of transformers that loads it; of a two-tower model, the vision tower alone.
+        num_prefix_tokens: Tokens before the patches: the class token, without the registers.
+        any_size: Whether it was made for images of other sizes than its config's: its positions are interpolated.
+    """
+
+    name: str
+    model_class: str
+    num_prefix_tokens: int
+    any_size: bool = False
+
+
+# By the `model_type` of a config. Two-tower models have one type as a whole and another as a vision tower.
+ENCODER_KINDS = {
+    "dinov2": EncoderKind("DINOv2", "Dinov2Model", num_prefix_tokens=1, any_size=True),
+    "dinov2_with_registers": EncoderKind(
+        "DINOv2 with registers", "Dinov2WithRegistersModel", num_prefix_tokens=1, any_size=True
+    ),
+    "clip": EncoderKind("CLIP", "CLIPVisionModel", num_prefix_tokens=1),
+    "clip_vision_model": EncoderKind("CLIP", "CLIPVisionModel", num_prefix_tokens=1),
+    "siglip": EncoderKind("SigLIP", "SiglipVisionModel", num_prefix_tokens=0),
+    "siglip_vision_model": EncoderKind("SigLIP", "SiglipVisionModel", num_prefix_tokens=0),
+    "vit_mae": EncoderKind("ViT-MAE", "ViTMAEModel", num_prefix_tokens=1),
+}
 
 
 class RepresentationTeacher(nn.Module):
     """
-    A frozen DINOv2 encoder whose patch features lie on a flow's token grid.
+    A frozen vision encoder whose patch features lie on a flow's token grid: DINOv2, with registers or without, the
+    vision towers of CLIP and SigLIP, or ViT-MAE.
 
-    Images are resized so that the encoder's patches form that grid: DINOv2-B/14 and a grid of 16 make 224 pixels.
+    Images are resized to what the encoder takes. DINOv2 takes any size, so that its patches form the flow's grid:
+    DINOv2-B/14 and a grid of 16 make 224 pixels. The others get the size of their config, and where their patches form
+    another grid, its features are resampled to the flow's, bilinearly (`align_corners=False`).
 
     Args:
-        encoder ([`~transformers.Dinov2Model`]): The encoder. It is frozen and put into eval mode.
+        encoder ([`~transformers.PreTrainedModel`]): The encoder. It is frozen and put into eval mode.
         grid_size (`int`): Height and width of the flow's token grid, `sample_size // patch_size`.
         image_mean, image_std (`list[float]`): What the encoder's images are normalized with, for images in [0, 1].
+
+    Raises:
+        ValueError: if the encoder is of none of these kinds.
 
     Example:
         ```py
@@ -31,20 +73,30 @@ class RepresentationTeacher(nn.Module):
         torch.Size([2, 16, 24])
         ```
 
-    Reference: Oquab et al., DINOv2: Learning Robust Visual Features without Supervision,
-    https://arxiv.org/abs/2304.07193
+    References: DINOv2, https://arxiv.org/abs/2304.07193, and registers, https://arxiv.org/abs/2309.16588;
+    CLIP, https://arxiv.org/abs/2103.00020; SigLIP, https://arxiv.org/abs/2303.15343;
+    MAE, https://arxiv.org/abs/2111.06377
     """
 
     def __init__(
         self,
-        encoder: Dinov2Model,
+        encoder: PreTrainedModel,
         grid_size: int,
         image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         image_std: tuple[float, float, float] = (0.229, 0.224, 0.225),
     ):
         super().__init__()
+        config = encoder.config
+        kind = check_encoder_kind(config.model_type, type(encoder).__name__)
         self.encoder = encoder.eval().requires_grad_(False)
-        self.image_size = grid_size * encoder.config.patch_size
+        self.grid_size = grid_size
+        self.image_size = grid_size * config.patch_size if kind.any_size else config.image_size
+        self.num_prefix_tokens = kind.num_prefix_tokens + getattr(config, "num_register_tokens", 0)
+        if config.model_type == "vit_mae":
+            # It hides three patches of four and, whatever it hides, sorts the patches by this noise.
+            config.mask_ratio = 0.0
+            num_patches = (config.image_size // config.patch_size) ** 2
+            self.register_buffer("patch_order", torch.arange(num_patches).unsqueeze(0), persistent=False)
         self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
 
@@ -58,22 +110,39 @@ class RepresentationTeacher(nn.Module):
     ) -> "RepresentationTeacher":
         """
         Args:
-            pretrained_model_name_or_path (`str`): A Hub id such as `"facebook/dinov2-base"`, or a folder.
+            pretrained_model_name_or_path (`str`):
+                A Hub id such as `"facebook/dinov2-base"` or `"openai/clip-vit-base-patch16"`, or a folder. Its config
+                says what it is.
             grid_size (`int`): Height and width of the flow's token grid.
-            dtype (`torch.dtype`): Of the encoder's weights.
+            dtype (`torch.dtype`): Of the encoder's weights, and so of the features.
             kwargs: For transformers' `from_pretrained`: `cache_dir`, `revision`, `token`, ...
         Raises:
-            ValueError: if the model is not a DINOv2 encoder.
-            OSError: if it cannot be found; says which file was looked for.
+            ValueError: if the model is no encoder with patch tokens of a kind that is known here, or lacks weights.
+            FileNotFoundError: if it cannot be found; says which files were looked for, and where.
         """
-        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if config.model_type != "dinov2":
+        name = str(pretrained_model_name_or_path)
+        if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+            raise FileNotFoundError(not_found_message(name, None))
+        try:
+            config = AutoConfig.from_pretrained(name, **kwargs)
+            kind = check_encoder_kind(config.model_type, name)
+            processor = AutoImageProcessor.from_pretrained(name, **kwargs)
+            # transformers would warn of every weight of a text tower; what matters is that none is missing.
+            verbosity = transformers.logging.get_verbosity()
+            transformers.logging.set_verbosity_error()
+            try:
+                encoder, info = getattr(transformers, kind.model_class).from_pretrained(
+                    name, dtype=dtype, output_loading_info=True, **kwargs
+                )
+            finally:
+                transformers.logging.set_verbosity(verbosity)
+        except OSError as error:
+            raise FileNotFoundError(not_found_message(name, kwargs.get("cache_dir"))) from error
+        if info["missing_keys"]:
             raise ValueError(
-                f"The teacher {str(pretrained_model_name_or_path)!r} must be a DINOv2 encoder (model type 'dinov2'),"
-                f" but has the model type {config.model_type!r}."
+                f"The teacher {name!r} must hold every weight of its encoder, but {len(info['missing_keys'])} are"
+                f" missing, among them {min(info['missing_keys'])!r}: it was saved by another architecture."
             )
-        processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        encoder = Dinov2Model.from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
         return cls(encoder, grid_size, processor.image_mean, processor.image_std)
 
     @property
@@ -92,12 +161,50 @@ class RepresentationTeacher(nn.Module):
             images (`torch.Tensor` of shape `(batch_size, 1 or 3, height, width)`):
                 Clean images in [-1, 1], of any size. Grey ones are repeated over the three channels.
         Returns:
-            `torch.Tensor` of shape `(batch_size, grid_size^2, feature_dim)`: patch features in raster order, without
-            the class token.
+            `torch.Tensor` of shape `(batch_size, grid_size^2, feature_dim)`: the features of the last layer's patch
+            tokens in raster order, in the dtype of the encoder's weights.
         """
         images = F.interpolate(
             images.float().expand(-1, 3, -1, -1), size=self.image_size, mode="bicubic", antialias=True
         )
         pixel_values = ((images + 1) / 2 - self.image_mean) / self.image_std
-        hidden_states = self.encoder(pixel_values=pixel_values.to(self.encoder.dtype)).last_hidden_state
-        return hidden_states[:, 1:]
+        arguments = {}
+        if self.encoder.config.model_type == "vit_mae":
+            arguments["noise"] = self.patch_order.expand(len(images), -1)
+        hidden_states = self.encoder(pixel_values.to(self.encoder.dtype), **arguments).last_hidden_state
+        return self._resample(hidden_states[:, self.num_prefix_tokens :])
+
+    def _resample(self, features: torch.Tensor) -> torch.Tensor:
+        """From the encoder's grid of patches to the flow's of tokens."""
+        encoder_grid_size = self.image_size // self.encoder.config.patch_size
+        if encoder_grid_size == self.grid_size:
+            return features
+        grid = features.transpose(1, 2).unflatten(2, (encoder_grid_size, encoder_grid_size))
+        grid = F.interpolate(grid.float(), size=self.grid_size, mode="bilinear", align_corners=False)
+        return grid.flatten(2).transpose(1, 2).to(features.dtype)
+
+
+def check_encoder_kind(model_type: str, name: str) -> EncoderKind:
+    """Raises ValueError for a model that has no patch tokens, or whose tokens are not known here."""
+    if model_type not in ENCODER_KINDS:
+        known = ", ".join(dict.fromkeys(kind.name for kind in ENCODER_KINDS.values()))
+        raise ValueError(
+            f"The teacher {name!r} must be a vision encoder whose patch tokens lie on a grid, one of {known}, but its"
+            f" model type is {model_type!r}."
+        )
+    return ENCODER_KINDS[model_type]
+
+
+def not_found_message(name: str, cache_dir: str | os.PathLike | None) -> str:
+    files = ["config.json", "preprocessor_config.json", "model.safetensors"]
+    if Path(name).is_dir():
+        missing = [file for file in files if not (Path(name) / file).exists()]
+        return (
+            f"The teacher's folder {name!r} must hold {', '.join(files)}, but {' and '.join(missing) or 'one of them'}"
+            " cannot be read: save the encoder and its image processor there."
+        )
+    folder = Path(cache_dir or HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    return (
+        f"The teacher {name!r} is not an existing folder, and {', '.join(files)} were looked for on the Hub and in its"
+        f" cache, {folder}, in vain: check the name, or download it where there is a network (hf download {name})."
+    )

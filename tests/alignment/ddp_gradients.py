@@ -1,0 +1,34 @@
+"""Run by torchrun in two processes: the gradients that DDP leaves, with and without accumulation, in a file."""
+
+import sys
+
+import torch
+from accelerate import Accelerator
+
+from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
+
+
+def main(inputs: str, outputs: str):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    setting = torch.load(inputs, weights_only=True)
+    gradients = {}
+    for name, (strategy, order) in setting["strategies"].items():
+        flow = TarFlowTransformer2DModel.from_config(setting["config"])
+        objective = AlignedFlowObjective(flow, strategy, order=order, **setting["arguments"]).double()
+        objective.load_state_dict(setting["state_dict"])
+        prepared = accelerator.prepare(objective)
+        assert isinstance(prepared, torch.nn.parallel.DistributedDataParallel)
+        # Two batches of one image a process: four images make the gradient, of which the first batch is not exchanged.
+        for number in range(2):
+            image = slice(2 * number + accelerator.process_index, 2 * number + accelerator.process_index + 1)
+            batch = {key: tensor[image] for key, tensor in setting["batch"].items()}
+            with accelerator.accumulate(prepared):
+                accelerator.backward(prepared(**batch).loss)
+        gradients[name] = {key: parameter.grad for key, parameter in objective.named_parameters()}
+        accelerator.free_memory()
+    torch.save(gradients, f"{outputs}.{accelerator.process_index}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
