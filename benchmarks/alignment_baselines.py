@@ -56,20 +56,27 @@ def sequential_loss(
     class_labels: torch.Tensor,
     teacher_features: torch.Tensor,
 ) -> torch.Tensor:
-    """
-    The loss of the strategy `"reverse"` as the paper defines it: a generative pass from the detached latents, token by
-    token with a key/value cache, kept whole as one graph down to the lowest aligned block.
-    """
-    flow = objective.flow
+    """The loss of the strategy `"reverse"` as the paper defines it."""
     nll, states = likelihood_pass(objective, noisy_sample, class_labels)
-    tokens = states[-1].detach()
-    losses = []
-    for number in range(len(flow.blocks), min(block for block, _ in objective.places) - 1, -1):
-        tokens, hidden_states = differentiable_inverse(flow.blocks[number - 1], tokens, class_labels)
-        for place in objective.places:
-            if place[0] == number:
-                losses.append(mean_negative_cosine(objective, place, hidden_states[place[1] - 1], teacher_features))
-    return nll + objective.weight * sum(losses) / len(losses)
+    alignment = sequential_alignment(objective, states[-1].detach(), class_labels, teacher_features)
+    return nll + objective.weight * alignment
+
+
+def sequential_alignment(
+    objective: AlignedFlowObjective, latents: torch.Tensor, class_labels: torch.Tensor, teacher_features: torch.Tensor
+) -> torch.Tensor:
+    """
+    The alignment on a generative pass, token by token with a key/value cache, that is kept whole as one graph down to
+    the lowest aligned block.
+    """
+    tokens, losses = latents, []
+    for number in range(len(objective.flow.blocks), min(block for block, _ in objective.places) - 1, -1):
+        tokens, hidden_states = differentiable_inverse(objective.flow.blocks[number - 1], tokens, class_labels)
+        for block, layer in objective.places:
+            if block == number:
+                states = hidden_states[layer - 1]
+                losses.append(mean_negative_cosine(objective, (block, layer), states, teacher_features))
+    return sum(losses) / len(losses)
 
 
 def likelihood_pass(

@@ -177,7 +177,8 @@ def measure(args: argparse.Namespace, mode: str) -> list[dict]:
             if repeat < (args.sequential_repeats if STEPS[name][2] == "sequential" else args.repeats):
                 seconds[name].append(seconds_of(step, args.device))
     memory = {name: peak_memory(step, args.device) for name, step in tqdm(steps.items(), desc=f"Memory, {mode}")}
-    none_seconds = statistics.median(seconds["none"])
+    # Of the same round, which met the same machine.
+    ratios = {name: [a / b for a, b in zip(values, seconds["none"])] for name, values in seconds.items()}
     return [
         {
             "mode": mode,
@@ -185,7 +186,9 @@ def measure(args: argparse.Namespace, mode: str) -> list[dict]:
             "median_seconds": statistics.median(seconds[name]),
             "min_seconds": min(seconds[name]),
             "max_seconds": max(seconds[name]),
-            "times_none": statistics.median(seconds[name]) / none_seconds,
+            "times_none": statistics.median(ratios[name]),
+            "min_times_none": min(ratios[name]),
+            "max_times_none": max(ratios[name]),
             "images_per_second": args.batch_size / statistics.median(seconds[name]),
             "peak_bytes": memory[name],
             "memory_times_none": memory[name] / memory["none"],
@@ -245,7 +248,7 @@ def results_table(results: list[dict]) -> str:
             result["mode"],
             result["step"],
             f"{result['median_seconds']:.3f} ({result['min_seconds']:.3f} to {result['max_seconds']:.3f})",
-            f"{result['times_none']:.3f}",
+            f"{result['times_none']:.3f} ({result['min_times_none']:.3f} to {result['max_times_none']:.3f})",
             f"{result['images_per_second']:.2f}",
             f"{result['peak_bytes'] / 2**30:.2f} GiB",
             f"{result['memory_times_none']:.3f}",

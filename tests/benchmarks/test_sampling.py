@@ -1,4 +1,3 @@
-import importlib
 import json
 import re
 import subprocess
@@ -14,13 +13,6 @@ TINY_OPTIONS = (
     "--sample_size 8 --patch_size 4 --num_blocks 2 --num_layers 1 --num_attention_heads 2 --attention_head_dim 8"
     " --repeats 2 --threads 1"
 ).split()
-
-
-@pytest.fixture
-def benchmark_script(monkeypatch):
-    """A function that imports a script of the benchmarks' folder as running one of them does."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
