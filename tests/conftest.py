@@ -1,9 +1,12 @@
+import huggingface_hub
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
+
+from .stand_in_hub import TOKEN, StandInHub
 
 
 torch.set_num_threads(1)
@@ -71,3 +74,24 @@ def fresh_accelerator():
     """Accelerate's state is one a process: a test that makes an Accelerator would decide for all that follow."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def stand_in():
+    with StandInHub() as server:
+        yield server
+
+
+@pytest.fixture
+def the_hub(stand_in, monkeypatch, tmp_path):
+    """The stand-in, empty, as the Hub of this process."""
+    stand_in.repositories.clear()
+    stand_in.requests.clear()
+    stand_in.tokens.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stand_in.url)
+    template = f"{stand_in.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return stand_in

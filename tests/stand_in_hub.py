@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 
 USER = "tester"
+TOKEN = "hf_secret"
 MODEL_PATH = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+)(?:/(?P<verb>preupload|commit|revision|tree)/?.*)?")
 FILE_PATH = re.compile(r"/(?P<id>[^/]+/[^/]+)/resolve/[^/]+/(?P<file>.+)")
 

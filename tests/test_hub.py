@@ -12,11 +12,10 @@ import torch
 
 from flowback_hf import FlowBackPipeline, hub
 
-from .stand_in_hub import StandInHub
+from .stand_in_hub import TOKEN
 
 
 REPOSITORY = Path(__file__).parents[1]
-TOKEN = "hf_secret"
 ARGUMENTS = {
     "train_data_dir": "/home/somebody/data/pets/images", "dataset_name": None, "random_flip": True,
     "label_dropout": 0.1, "alignment": "reverse", "alignment_order": None, "alignment_weight": 0.1,
@@ -31,27 +30,6 @@ METRICS = [
     {"step": 20, "loss": 0.5, "cosine_similarity/block1_layer2": 0.25, "cosine_similarity/block3_layer1": 0.75},
     {"step": 20, "validation_nll": -0.125},
 ]
-
-
-@pytest.fixture(scope="module")
-def stand_in():
-    with StandInHub() as server:
-        yield server
-
-
-@pytest.fixture
-def the_hub(stand_in, monkeypatch, tmp_path):
-    """The stand-in, empty, as the Hub of this process."""
-    stand_in.repositories.clear()
-    stand_in.requests.clear()
-    stand_in.tokens.clear()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stand_in.url)
-    template = f"{stand_in.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return stand_in
 
 
 @pytest.fixture
