@@ -180,7 +180,7 @@ def test_the_card_says_what_the_runs_files_say(run_dir):
         "Drawn by the training script at step 20, seed 3, one row a class, `guidance_scale=1.5`",
         "| transformer layers per block | 2 |",
         "Classes: cat, felis, dog.",
-        "| data | image folder `pets/images` |",
+        "| data | `pets/images` |",
         "| alignment | reverse, order 0, weight 0.1 |",
         "| aligned places | block 1 layer 2, block 3 layer 1 |",
         "| batch size | 4 per process, 2 accumulated |",
@@ -196,6 +196,19 @@ def test_the_card_says_what_the_runs_files_say(run_dir):
         assert line in card, line
     for placeholder in ("None", "TODO", "More information needed", "{{", "/home/"):
         assert placeholder not in card
+
+
+def test_the_card_names_where_latents_and_stored_features_came_from(run_dir, tmp_path):
+    (tmp_path / "latents").mkdir()
+    settings = {"data": "imagenet-1k", "vae": "stabilityai/sd-vae-ft-ema", "resolution": 256, "teacher": "a/teacher"}
+    (tmp_path / "latents" / "latents.json").write_text(json.dumps(settings))
+    more = {"train_data_dir": None, "latents": str(tmp_path / "latents"), "teacher_model_name_or_path": None}
+    (run_dir / "training_args.json").write_text(json.dumps({**ARGUMENTS, **more}))
+    card = hub.render_model_card(FlowBackPipeline.from_pretrained(run_dir), "flow", run_dir)
+    assert "| data | `imagenet-1k` at 256×256, as latents of `stabilityai/sd-vae-ft-ema` |" in card
+    assert "| teacher | `a/teacher` |" in card
+    data = huggingface_hub.ModelCard(card).data
+    assert data.datasets == "imagenet-1k" and data.base_model == "a/teacher"
 
 
 def test_a_pipeline_without_a_run_says_less(randomised_model):

@@ -214,7 +214,7 @@ def render_model_card(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=["flowback_hf", "normalizing-flow", "tarflow", "image-generation", *(["r-repa"] if aligned else [])],
-        datasets=hub_id(args.get("dataset_name")),
+        datasets=hub_id(data_of(args)) if args else None,
         base_model=hub_id(teacher_of(args)) if aligned else None,
     )
     template = resources.files("flowback_hf").joinpath("model_card_template.md").read_text(encoding="utf-8")
@@ -361,18 +361,30 @@ def teacher_of(args: dict[str, Any]) -> str:
     return args.get("teacher_model_name_or_path") or DEFAULT_TEACHER
 
 
+def data_of(args: dict[str, Any]) -> str:
+    """The data set's id or place; of latents, that of the images they were made of."""
+    if args.get("latents") is not None:
+        return (read_json(Path(args["latents"]), "latents.json") or {}).get("data", args["latents"])
+    return args["dataset_name"] or os.path.abspath(args["train_data_dir"])
+
+
 def about_data(args: dict[str, Any]) -> str:
-    for option, kind in {"train_data_dir": "image folder", "dataset_name": "data set", "latents": "latents"}.items():
-        if args.get(option) is not None:
-            demo = read_json(Path(args[option]).parent, "demo.json") or {}
-            made = f" (`training/prepare_demo.py --kind {demo['kind']}`)" if "kind" in demo else ""
-            numbers = (
-                f", {demo['num_train_images']} images to train on and {demo['num_validation_images']} to validate with"
-                if demo
-                else ""
-            )
-            return f"{kind} {portable(args[option])}{made}{numbers}"
-    raise ValueError("`training_args.json` names no data.")
+    source = data_of(args)
+    text = portable(source)
+    if args.get("latents") is not None:
+        settings = read_json(Path(args["latents"]), "latents.json") or {}
+        text += (
+            " in latent space"
+            if not settings
+            else (f" at {settings['resolution']}×{settings['resolution']}, as latents of {portable(settings['vae'])}")
+        )
+    demo = read_json(Path(source).parent, "demo.json")
+    if demo is not None:
+        text += (
+            f", made by `training/prepare_demo.py --kind {demo['kind']}`: {demo['num_train_images']} images to train"
+            f" on, {demo['num_validation_images']} to validate with"
+        )
+    return text
 
 
 def aligned_places(metrics: list[dict[str, float]]) -> list[str]:

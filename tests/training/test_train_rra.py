@@ -342,7 +342,7 @@ def test_bad_arguments_raise_and_leave_nothing(train_rra, arguments, tmp_path, o
 @pytest.mark.parametrize(
     "line, message",
     [
-        (["--output_dir", "x"], "give one of --dataset_name and --train_data_dir"),
+        (["--output_dir", "x"], "give one of --dataset_name, --train_data_dir and --latents"),
         (["--output_dir", "x", "--train_data_dir", "y", "--train_batch_size", "0"], "--train_batch_size must be at"),
         (
             ["--output_dir", "x", "--train_data_dir", "y", "--label_dropout", "2"],

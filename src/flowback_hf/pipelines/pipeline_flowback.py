@@ -33,6 +33,11 @@ def unscale_latents(sample: torch.Tensor, vae_config: Any) -> torch.Tensor:
     return sample / vae_config.scaling_factor + (vae_config.shift_factor or 0.0)
 
 
+def vae_scale_factor(vae: AutoencoderKL) -> int:
+    """How many pixels one cell of a VAE's latents covers along each side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 class FlowBackPipeline(DiffusionPipeline):
     r"""
     Class-conditional image generation with a normalizing flow.
@@ -160,7 +165,7 @@ class FlowBackPipeline(DiffusionPipeline):
     @property
     def vae_scale_factor(self) -> int:
         """How many pixels of an image one cell of the sample covers along each side: 1 without a VAE."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 1 if self.vae is None else vae_scale_factor(self.vae)
 
     @property
     def guidance_scale(self) -> float:
