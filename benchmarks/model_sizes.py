@@ -51,7 +51,7 @@ def row(name: str) -> list[str]:
         f"{config['num_blocks']} × {layers}" if isinstance(layers, int) else ", ".join(map(str, layers)),
         str(config["num_attention_heads"] * config["attention_head_dim"]),
         f"{count_parameters(config) / 1e6:,.1f} M",
-        f"{count_flops(config) / 1e9:,.2f} G",
+        f"{count_flops(config) / 1e9:,.3f} G",
     ]
 
 

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 USER = "tester"
 TOKEN = "hf_secret"
+REVOKED_TOKEN = "hf_revoked"
 MODEL_PATH = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+)(?:/(?P<verb>preupload|commit|revision|tree)/?.*)?")
 FILE_PATH = re.compile(r"/(?P<id>[^/]+/[^/]+)/resolve/[^/]+/(?P<file>.+)")
 
@@ -68,8 +69,11 @@ class RequestHandler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         body = self.read_body() if self.command == "POST" else b""
         self.hub.requests.append((self.command, path))
-        self.hub.tokens.add(self.headers.get("Authorization", "").removeprefix("Bearer "))
-        if path == "/api/whoami-v2":
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.hub.tokens.add(token)
+        if token == REVOKED_TOKEN:
+            self.answer_error(401, "InvalidToken")
+        elif path == "/api/whoami-v2":
             self.answer(200, {"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
         elif path == "/api/validate-yaml":
             self.answer(200, {"errors": [], "warnings": []})

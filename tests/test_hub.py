@@ -12,7 +12,7 @@ import torch
 
 from flowback_hf import FlowBackPipeline, hub
 
-from .stand_in_hub import TOKEN
+from .stand_in_hub import REVOKED_TOKEN, TOKEN
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -298,6 +298,13 @@ def test_no_token_is_refused(the_hub, run_dir, monkeypatch):
     with pytest.raises(ValueError, match="There is no token to push with: run `hf auth login`"):
         FlowBackPipeline.from_pretrained(run_dir).push_to_hub("flow")
     assert not the_hub.requests
+
+
+def test_a_token_that_the_hub_does_not_take_is_said(the_hub, run_dir):
+    pipeline = FlowBackPipeline.from_pretrained(run_dir)
+    with pytest.raises(ValueError, match="The Hub does not let `repo_id` 'flow' be written: Invalid user token") as error:
+        pipeline.push_to_hub("flow", token=REVOKED_TOKEN)
+    assert REVOKED_TOKEN not in str(error.value) and not the_hub.repositories
 
 
 def test_a_repository_of_another_model_is_refused_without_force(the_hub, run_dir, randomised_model):
