@@ -9,6 +9,7 @@ import huggingface_hub
 import PIL.Image
 import pytest
 import torch
+from diffusers.utils import logging
 
 from flowback_hf import FlowBackPipeline, hub
 
@@ -227,7 +228,9 @@ def test_a_cards_hash_tells_whether_it_was_edited(run_dir):
     assert not hub.is_as_written("# A card by hand\n")
 
 
-def test_a_card_edited_in_the_runs_folder_goes_up_and_is_kept(the_hub, run_dir, capsys):
+def test_a_card_edited_in_the_runs_folder_goes_up_and_is_kept(the_hub, run_dir, caplog):
+    logger = logging.get_logger("flowback_hf.hub")
+    logger.addHandler(caplog.handler)
     pipeline = FlowBackPipeline.from_pretrained(run_dir)
     pipeline.push_to_hub("flow")
     edited = card_of(the_hub).replace("## Use", "## Use it well")
@@ -238,7 +241,8 @@ def test_a_card_edited_in_the_runs_folder_goes_up_and_is_kept(the_hub, run_dir, 
     (run_dir / "README.md").unlink()
     pipeline.push_to_hub("flow")
     assert card_of(the_hub) == edited
-    assert "The card of tester/flow was edited by hand on the Hub and is kept" in capsys.readouterr().out
+    logger.removeHandler(caplog.handler)
+    assert "The card of tester/flow was edited by hand on the Hub and is kept" in caplog.text
 
 
 def test_a_card_that_nobody_edited_is_written_anew(the_hub, run_dir):
@@ -302,7 +306,9 @@ def test_no_token_is_refused(the_hub, run_dir, monkeypatch):
 
 def test_a_token_that_the_hub_does_not_take_is_said(the_hub, run_dir):
     pipeline = FlowBackPipeline.from_pretrained(run_dir)
-    with pytest.raises(ValueError, match="The Hub does not let `repo_id` 'flow' be written: Invalid user token") as error:
+    with pytest.raises(
+        ValueError, match="The Hub does not let `repo_id` 'flow' be written: Invalid user token"
+    ) as error:
         pipeline.push_to_hub("flow", token=REVOKED_TOKEN)
     assert REVOKED_TOKEN not in str(error.value) and not the_hub.repositories
 

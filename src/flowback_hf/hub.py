@@ -12,12 +12,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import logging
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from flowback_hf.models import transformer_tarflow
 from flowback_hf.pipelines import pipeline_flowback
 
+
+logger = logging.get_logger(__name__)
 
 # Who loads a repository without the package gets these two modules from it. Their names are distinctive, since code
 # that comes from repositories shares one namespace.
@@ -55,7 +58,9 @@ def push_to_hub(
         folder = Path(folder)
         write_repository(pipeline, folder, repo_id, run_dir, license)
         if "README.md" in existing_files and not is_as_written(read_remote(api, repo_id, "README.md")):
-            print(f"The card of {repo_id} was edited by hand on the Hub and is kept; delete it there for a new one.")
+            logger.warning(
+                f"The card of {repo_id} was edited by hand on the Hub and is kept: delete it there to have a new one."
+            )
             (folder / "README.md").unlink()
         elif run_dir is not None:
             shutil.copyfile(folder / "README.md", run_dir / "README.md")
