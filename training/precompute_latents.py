@@ -14,6 +14,7 @@ share the files of the source or, where it has fewer files, the shards; `--datal
 """
 
 import argparse
+import datetime
 import errno
 import functools
 import json
@@ -33,6 +34,7 @@ import pyarrow.parquet
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 from train_rra import check_at_least_one, load_teacher, write_atomically
 
@@ -293,8 +295,9 @@ def encode_split(
     progress_bar: tqdm,
     process_index: int = 0,
     num_processes: int = 1,
-):
-    """Writes this process's missing shards of a split."""
+) -> int:
+    """Writes this process's missing shards of a split and returns the number of images that it went through."""
+    num_images = 0
     folder.mkdir(parents=True, exist_ok=True)
     shares_files = rows.num_shards >= num_processes
     sources = range(process_index, rows.num_shards, num_processes) if shares_files else range(rows.num_shards)
@@ -311,15 +314,19 @@ def encode_split(
             path = folder / shard_name(source, number)
             if (shares_files or number % num_processes == process_index) and not path.exists():
                 write_shard(path, encoder(shard, progress_bar), columns)
+                num_images += len(shard)
         if shares_files or process_index == 0:
             write_atomically(folder / f"{source:05d}.json", json.dumps({"num_shards": num_shards}))
+    return num_images
 
 
 def main(args: argparse.Namespace):
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    # Of a run that is resumed, one process may have hours to do and the others nothing but wait.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
     output_dir = Path(args.output_dir)
     streams = load_streams(args)
     vae = load_vae(args.vae_model_name_or_path, args.vae_subfolder, args.cache_dir)
@@ -336,8 +343,9 @@ def main(args: argparse.Namespace):
     encoder = Encoder(args, settings, vae.to(accelerator.device), teacher, accelerator)
     progress_bar = tqdm(desc="Latents", unit="image", disable=not accelerator.is_local_main_process)
     start = time.perf_counter()
+    num_encoded = torch.zeros((), dtype=torch.long, device=accelerator.device)
     for name, rows in streams.items():
-        encode_split(
+        num_encoded += encode_split(
             rows,
             output_dir / name,
             columns_of(settings, label),
@@ -347,8 +355,8 @@ def main(args: argparse.Namespace):
             accelerator.num_processes,
         )
     progress_bar.close()
+    num_encoded = accelerator.reduce(num_encoded).item()
     seconds = time.perf_counter() - start
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shards = sorted(output_dir.glob("*/*.parquet"))
         if not shards:
@@ -357,7 +365,7 @@ def main(args: argparse.Namespace):
         num_bytes = sum(shard.stat().st_size for shard in shards)
         print(
             f"{num_images} images, {num_bytes / num_images / 1000:.1f} kB an image, {num_bytes / 1e6:.1f} MB in all,"
-            f" {progress_bar.n * accelerator.num_processes / seconds:.1f} images/s. Train with --latents {output_dir}"
+            f" {num_encoded / seconds:.1f} images/s. Train with --latents {output_dir}"
         )
     accelerator.end_training()
 
