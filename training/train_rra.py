@@ -370,7 +370,7 @@ def load_latents_vae(args: argparse.Namespace, settings: dict[str, Any]) -> Auto
     return vae
 
 
-def check_latents(settings: dict[str, Any], config: Any, alignment: str):
+def check_latents(settings: dict[str, Any], config: Any, args: argparse.Namespace):
     """Raises ValueError if latents do not fit the flow or hold nothing that it could be aligned with."""
     grid_size = config.sample_size // config.patch_size
     if (config.in_channels, config.sample_size) != (settings["latent_channels"], settings["latent_size"]):
@@ -381,14 +381,21 @@ def check_latents(settings: dict[str, Any], config: Any, alignment: str):
         )
     if config.noise_type != "gaussian":
         raise ValueError("`--noise_type` must be gaussian for latents: the uniform noise dequantizes 8-bit pixels.")
-    if alignment != "none" and settings["store"] == "none":
+    if args.alignment == "none":
+        return
+    if settings["store"] == "none":
         raise ValueError(
             "`--latents` were stored without images and features: give --alignment none, or make them with --store."
         )
-    if alignment != "none" and settings["store"] == "features" and settings["grid_size"] != grid_size:
+    if settings["store"] == "features" and settings["grid_size"] != grid_size:
         raise ValueError(
             f"The features in `--latents` must lie on the flow's grid of {grid_size}x{grid_size} tokens, but lie on"
             f" {settings['grid_size']}x{settings['grid_size']}."
+        )
+    if settings["store"] == "features" and args.teacher_model_name_or_path not in (None, settings["teacher"]):
+        raise ValueError(
+            f"`--teacher_model_name_or_path` {args.teacher_model_name_or_path!r} is not the teacher whose features are"
+            f" in `--latents`, {settings['teacher']!r}: leave it out, or store images."
         )
 
 
@@ -844,7 +851,7 @@ def main(args: argparse.Namespace):
     flow, id2label, label_ids = make_flow(args, class_names, data_sizes)
     vae = None
     if latents is not None:
-        check_latents(latents, flow.config, args.alignment)
+        check_latents(latents, flow.config, args)
         vae = load_latents_vae(args, latents).to(accelerator.device)
     elif flow.config.in_channels not in (1, 3):
         raise ValueError(f"`in_channels` must be 1 or 3 to train on images, but is {flow.config.in_channels}.")
@@ -874,6 +881,10 @@ def main(args: argparse.Namespace):
     labels = (None if args.unconditional else args.label_column, label_ids)
     sizes = (flow.config.sample_size, flow.config.in_channels)
     if latents is not None:
+        for_alignment = [name for name in ("image", "teacher_features") if name in train_rows.column_names]
+        validation_rows = validation_rows.remove_columns(for_alignment)
+        if args.alignment == "none":
+            train_rows = train_rows.remove_columns(for_alignment)
         train_dataset, validation_dataset = (LatentDataset(rows, *labels) for rows in (train_rows, validation_rows))
     else:
         train_dataset = ImageDataset(train_rows, args.image_column, *labels, *sizes, teacher_features=stored_features)

@@ -268,6 +268,9 @@ def test_stored_features_train_as_the_teacher_does(
     line = latent_run(latents=tmp_path / "features", output_dir=tmp_path / "run", patch_size=4)
     with pytest.raises(ValueError, match="must lie on the flow's grid of 1x1 tokens, but lie on 2x2"):
         run(train_rra, line)
+    line = latent_run(latents=tmp_path / "features", teacher_model_name_or_path="another/teacher")
+    with pytest.raises(ValueError, match="'another/teacher' is not the teacher whose features are in `--latents`"):
+        run(train_rra, line)
 
 
 def test_mirrored_latents_come_with_what_belongs_to_them(train_rra):
