@@ -31,6 +31,7 @@ setup(
     author="The flowback_hf team",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    package_data={"flowback_hf": ["*.md", "*.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
@@ -40,6 +41,7 @@ setup(
         "datasets>=4.0",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
+        "jinja2>=3.1",
         "evaluate>=0.4.5",
         "pillow>=10.0",
         "tqdm>=4.66",

@@ -1,8 +1,12 @@
+import huggingface_hub
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
 
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
+
+from .stand_in_hub import TOKEN, StandInHub
 
 
 torch.set_num_threads(1)
@@ -48,8 +52,46 @@ def randomised_model():
     return build
 
 
+@pytest.fixture
+def tiny_vae() -> AutoencoderKL:
+    """The class of Stable Diffusion's VAE with random weights: factor 2, four latent channels, a scale and a shift."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=8,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+    ).eval()
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     """Accelerate's state is one a process: a test that makes an Accelerator would decide for all that follow."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def stand_in():
+    with StandInHub() as server:
+        yield server
+
+
+@pytest.fixture
+def the_hub(stand_in, monkeypatch, tmp_path):
+    """The stand-in, empty, as the Hub of this process."""
+    stand_in.repositories.clear()
+    stand_in.requests.clear()
+    stand_in.tokens.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stand_in.url)
+    template = f"{stand_in.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return stand_in

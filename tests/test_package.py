@@ -82,12 +82,14 @@ def test_the_model_and_the_pipelines_need_torch_and_diffusers_only():
 
 USE = """
 import sys, torch
-import flowback_hf
+import flowback_hf.conversion, flowback_hf.hub
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
 assert flowback_hf.__file__.startswith(sys.prefix), flowback_hf.__file__
 flow = TarFlowTransformer2DModel(8, 4, num_blocks=2, num_layers=1, num_attention_heads=1, attention_head_dim=8,
                                  num_classes=3)
 FlowBackPipeline(flow, id2label={0: "a", 1: "b", 2: "c"}).save_pretrained("saved")
+assert flowback_hf.conversion.labels_of_known_data(1000)[1].startswith("goldfish")  # both are files of the package
+assert "## Citation" in flowback_hf.hub.render_model_card(FlowBackPipeline.from_pretrained("saved"), "name")
 image = FlowBackPipeline.from_pretrained("saved")(class_labels=["b"]).images[0]
 image.save("sample.png")
 print(image.size)

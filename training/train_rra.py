@@ -30,6 +30,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -37,7 +38,16 @@ from tqdm.auto import tqdm
 
 from flowback_hf import AlignedFlowObjective, FlowBackPipeline, RepresentationTeacher, TarFlowTransformer2DModel
 from flowback_hf.alignment.objective import STRATEGIES, AlignedFlowOutput, projector_name
-from flowback_hf.models.transformer_tarflow import NOISE_TYPES
+from flowback_hf.hub import check_repository
+from flowback_hf.latents import (
+    LatentDataset,
+    draw_latents,
+    hash_weights,
+    load_latents,
+    load_vae,
+    read_latents_settings,
+)
+from flowback_hf.models.transformer_tarflow import ACTIVATION_FNS, NOISE_TYPES, POSITION_EMBEDDINGS
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -49,12 +59,15 @@ RESUMABLE_ARGUMENTS = {
     "checkpoints_total_limit",
     "dataloader_num_workers",
     "eval_batch_size",
+    "hub_model_id",
+    "hub_private_repo",
     "logging_dir",
     "logging_steps",
     "max_train_steps",
     "max_validation_samples",
     "num_train_epochs",
     "output_dir",
+    "push_to_hub",
     "report_to",
     "resume_from_checkpoint",
     "tracker_project_name",
@@ -67,6 +80,10 @@ RESUMABLE_ARGUMENTS = {
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
+    latents = parser.add_argument_group("latent flows")
+    latents.add_argument("--latents", help="A folder of training/precompute_latents.py, instead of a data set.")
+    latents.add_argument("--vae_model_name_or_path", help="Default: the one that made the latents.")
+    latents.add_argument("--vae_subfolder", help="Where the VAE is part of a pipeline: vae.")
     data = parser.add_argument_group("augmentation and loading")
     data.add_argument("--random_flip", action="store_true", help="Mirror half of the images.")
     data.add_argument("--dataloader_num_workers", type=int, default=0)
@@ -81,6 +98,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--num_layers", type=int, nargs="+", help="Of every block, or of each. Default: 8.")
     model.add_argument("--num_attention_heads", type=int, help="Default: 16.")
     model.add_argument("--attention_head_dim", type=int, help="Default: 64.")
+    model.add_argument("--position_embedding", choices=POSITION_EMBEDDINGS, help="Default: learned.")
+    model.add_argument("--activation_fn", choices=ACTIVATION_FNS, help="Of the feed-forward layers. Default: gelu.")
     model.add_argument("--noise_std", type=float, help="Of the noise added to images in [-1, 1]. Default: 0.05.")
     model.add_argument("--noise_type", choices=NOISE_TYPES, help="uniform trains a density model. Default: gaussian.")
 
@@ -135,9 +154,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--validation_guidance_scale", type=float, default=1.0)
     run.add_argument("--report_to", help="tensorboard, wandb, comet_ml or all, beside metrics.jsonl. Default: none.")
     run.add_argument("--tracker_project_name", default="flowback_hf")
+    run.add_argument("--push_to_hub", action="store_true", help="Publish the pipeline with a card when it is trained.")
+    run.add_argument("--hub_model_id", help="Of the repository. Default: the output folder's name.")
+    run.add_argument("--hub_token", help="Default: that of `hf auth login` or HF_TOKEN. Written nowhere.")
+    run.add_argument("--hub_private_repo", action="store_true")
 
     args = parser.parse_args(arguments)
     check_data_arguments(parser, args)
+    if args.latents is None and (args.vae_model_name_or_path or args.vae_subfolder):
+        parser.error("--vae_model_name_or_path and --vae_subfolder belong to --latents.")
+    if args.latents is not None and args.teacher_features is not None:
+        parser.error("--latents hold their own features: leave --teacher_features out.")
     if args.teacher_features is not None and (args.teacher_model_name_or_path or args.alignment == "none"):
         parser.error("--teacher_features take the place of --teacher_model_name_or_path, and --alignment needs them.")
     at_least_one = ["train_batch_size", "eval_batch_size", "num_train_epochs", "gradient_accumulation_steps"]
@@ -168,8 +195,12 @@ def add_data_arguments(parser: argparse.ArgumentParser):
 
 
 def check_data_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        parser.error("give one of --dataset_name and --train_data_dir.")
+    sources = {
+        name: getattr(args, name) for name in ("dataset_name", "train_data_dir", "latents") if hasattr(args, name)
+    }
+    if sum(source is not None for source in sources.values()) != 1:
+        *others, last = (f"--{name}" for name in sources)
+        parser.error(f"give one of {', '.join(others)} and {last}.")
     check_at_least_one(parser, args, ["max_train_samples", "max_validation_samples"])
     if not 0 < args.train_val_split < 1:
         parser.error(f"--train_val_split must lie between 0 and 1, but is {args.train_val_split}.")
@@ -258,18 +289,20 @@ def checksum(images: torch.Tensor) -> int:
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    batch = {
-        "images": torch.stack([item["images"] for item in items]),
-        "class_labels": torch.tensor([item["class_labels"] for item in items]),
-        "skipped": [name for item in items for name in item["skipped"]],
-    }
-    if "teacher_features" in items[0]:
-        batch["teacher_features"] = torch.stack([item["teacher_features"] for item in items])
+    """Images, and whatever else an item holds as a tensor, each stacked."""
+    names = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
+    batch = {name: torch.stack([item[name] for item in items]) for name in names}
+    batch["class_labels"] = torch.tensor([item["class_labels"] for item in items])
+    batch["skipped"] = [name for item in items for name in item["skipped"]]
     return batch
 
 
 def load_splits(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training and validation rows, their columns checked."""
+    if getattr(args, "latents", None) is not None:
+        return hold_out(
+            args, load_latents(args.latents, args.cache_dir), [] if args.unconditional else ["label_column"]
+        )
     if args.train_data_dir is not None:
         option, source = "--train_data_dir", args.train_data_dir
         if not Path(source).is_dir():
@@ -285,10 +318,16 @@ def load_splits(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Da
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"`{option}` {source!r} holds no images that can be loaded: {error}") from error
 
+    return hold_out(args, splits, ["image_column"] if args.unconditional else ["image_column", "label_column"])
+
+
+def hold_out(
+    args: argparse.Namespace, splits: datasets.DatasetDict, column_options: list[str]
+) -> tuple[datasets.Dataset, datasets.Dataset]:
     if "train" not in splits:
         raise ValueError(f"The data set must have a split named 'train', but has {list(splits)}.")
     train_rows = splits["train"]
-    for option in ["image_column"] if args.unconditional else ["image_column", "label_column"]:
+    for option in column_options:
         column = getattr(args, option)
         if column not in train_rows.column_names:
             raise ValueError(
@@ -312,6 +351,52 @@ def load_splits(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Da
     # Class folders lie side by side: the first rows alone would be of few classes.
     held_out = held_out.shuffle(seed=0).select(range(min(args.max_validation_samples, len(held_out))))
     return train_rows, held_out
+
+
+def load_latents_vae(args: argparse.Namespace, settings: dict[str, Any]) -> AutoencoderKL:
+    """The VAE of a latent flow: the one given, else the pretrained pipeline's, else the one that made the latents.
+    Raises ValueError unless it is that one, by its weights."""
+    name, subfolder = settings["vae"], settings["vae_subfolder"]
+    if args.pretrained_model_name_or_path is not None:
+        name, subfolder = args.pretrained_model_name_or_path, "vae"
+    if args.vae_model_name_or_path is not None:
+        name, subfolder = args.vae_model_name_or_path, args.vae_subfolder
+    vae = load_vae(name, subfolder, args.cache_dir)
+    if hash_weights(vae) != settings["vae_hash"]:
+        raise ValueError(
+            f"`--latents` {args.latents!r} were made with another VAE ({settings['vae']!r}) than {name!r}, whose"
+            " weights differ: a flow trained on them would be decoded wrongly."
+        )
+    return vae
+
+
+def check_latents(settings: dict[str, Any], config: Any, args: argparse.Namespace):
+    """Raises ValueError if latents do not fit the flow or hold nothing that it could be aligned with."""
+    grid_size = config.sample_size // config.patch_size
+    if (config.in_channels, config.sample_size) != (settings["latent_channels"], settings["latent_size"]):
+        raise ValueError(
+            f"The flow must take samples like the latents, {settings['latent_channels']} channels of"
+            f" {settings['latent_size']}x{settings['latent_size']}, but takes {config.in_channels} of"
+            f" {config.sample_size}x{config.sample_size} (`in_channels`, `sample_size`)."
+        )
+    if config.noise_type != "gaussian":
+        raise ValueError("`--noise_type` must be gaussian for latents: the uniform noise dequantizes 8-bit pixels.")
+    if args.alignment == "none":
+        return
+    if settings["store"] == "none":
+        raise ValueError(
+            "`--latents` were stored without images and features: give --alignment none, or make them with --store."
+        )
+    if settings["store"] == "features" and settings["grid_size"] != grid_size:
+        raise ValueError(
+            f"The features in `--latents` must lie on the flow's grid of {grid_size}x{grid_size} tokens, but lie on"
+            f" {settings['grid_size']}x{settings['grid_size']}."
+        )
+    if settings["store"] == "features" and args.teacher_model_name_or_path not in (None, settings["teacher"]):
+        raise ValueError(
+            f"`--teacher_model_name_or_path` {args.teacher_model_name_or_path!r} is not the teacher whose features are"
+            f" in `--latents`, {settings['teacher']!r}: leave it out, or store images."
+        )
 
 
 def load_teacher_features(folder: str, config: Any, num_images: int) -> tuple[datasets.Dataset, int]:
@@ -375,7 +460,7 @@ def make_generator(device: torch.device, *entropy: int) -> torch.Generator:
 
 
 def make_flow(
-    args: argparse.Namespace, class_names: list[str] | None
+    args: argparse.Namespace, class_names: list[str] | None, data_sizes: dict[str, int]
 ) -> tuple[TarFlowTransformer2DModel, dict[int, str] | None, list[int]]:
     """The flow, its class names, and the flow's class id of each label of the data set."""
     sizes = {
@@ -386,6 +471,8 @@ def make_flow(
         "num_layers": args.num_layers[0] if args.num_layers and len(args.num_layers) == 1 else args.num_layers,
         "num_attention_heads": args.num_attention_heads,
         "attention_head_dim": args.attention_head_dim,
+        "position_embedding": args.position_embedding,
+        "activation_fn": args.activation_fn,
         "noise_std": args.noise_std,
         "noise_type": args.noise_type,
     }
@@ -400,7 +487,7 @@ def make_flow(
         config = json.loads(Path(args.model_config).read_text())
         source = "--model_config"
     else:
-        config, source = sizes, "the command line"
+        config, source = {**data_sizes, **sizes}, "the command line"
     contradicted = [name for name, size in sizes.items() if name in config and config[name] != size]
     if contradicted:
         raise ValueError(
@@ -692,14 +779,16 @@ def validate(
     accelerator: Accelerator,
     flow: TarFlowTransformer2DModel,
     dataloader: torch.utils.data.DataLoader,
+    vae_config: Any | None,
 ) -> dict[str, float]:
     """Negative log-likelihood in nats per dimension, with the same noise every time; of a density model bits too."""
     log_probs = []
     for number, batch in enumerate(dataloader):
         generator = make_generator(accelerator.device, 0, number, accelerator.process_index)
-        noisy_images = add_noise(batch["images"], flow.config, generator)
+        batch = mirror(batch, torch.zeros_like(batch["class_labels"], dtype=torch.bool))
+        noisy_sample = add_noise(clean_sample(batch, vae_config, generator), flow.config, generator)
         class_labels = None if flow.config.num_classes is None else batch["class_labels"]
-        log_probs.append(accelerator.gather_for_metrics(flow.log_prob(noisy_images, class_labels)))
+        log_probs.append(accelerator.gather_for_metrics(flow.log_prob(noisy_sample, class_labels)))
     num_dimensions = flow.config.in_channels * flow.config.sample_size**2
     nll = -torch.cat(log_probs).mean().item() / num_dimensions
     metrics = {"validation_nll": nll}
@@ -722,12 +811,15 @@ def draw_samples(pipeline: FlowBackPipeline, args: argparse.Namespace, path: Pat
         generator=torch.Generator().manual_seed(args.seed),
     ).images
     path.parent.mkdir(exist_ok=True)
-    size = max(64, pipeline.transformer.config.sample_size)
+    size = max(64, images[0].width)
     make_image_grid(images, rows=len(images) // num_images, cols=num_images, resize=size).save(path)
 
 
 def main(args: argparse.Namespace):
     output_dir = Path(args.output_dir)
+    # The arguments go into files and trackers from here on, and the token must not.
+    hub_token = vars(args).pop("hub_token")
+    hub_model_id = args.hub_model_id or output_dir.resolve().name
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -752,10 +844,20 @@ def main(args: argparse.Namespace):
     holds_run = check_output_dir(args)
     train_rows, validation_rows = load_splits(args)
     class_names = None if args.unconditional else train_rows.features[args.label_column].names
-    flow, id2label, label_ids = make_flow(args, class_names)
-    if flow.config.in_channels not in (1, 3):
+    latents = None if args.latents is None else read_latents_settings(args.latents)
+    data_sizes = (
+        {} if latents is None else {"in_channels": latents["latent_channels"], "sample_size": latents["latent_size"]}
+    )
+    flow, id2label, label_ids = make_flow(args, class_names, data_sizes)
+    vae = None
+    if latents is not None:
+        check_latents(latents, flow.config, args)
+        vae = load_latents_vae(args, latents).to(accelerator.device)
+    elif flow.config.in_channels not in (1, 3):
         raise ValueError(f"`in_channels` must be 1 or 3 to train on images, but is {flow.config.in_channels}.")
-    pipeline = FlowBackPipeline(flow, id2label=id2label)
+    pipeline = FlowBackPipeline(flow, vae, id2label=id2label)
+    if args.push_to_hub:
+        check_repository(hub_model_id, dict(flow.config), args.hub_private_repo, hub_token)
     if args.validation_class_labels is not None:
         numbers_or_names = [int(label) if label.isdigit() else label for label in args.validation_class_labels]
         args.validation_class_labels = pipeline.normalize_class_labels(numbers_or_names)
@@ -765,6 +867,8 @@ def main(args: argparse.Namespace):
     if args.alignment != "none":
         if args.teacher_features is not None:
             stored_features, teacher_dim = load_teacher_features(args.teacher_features, flow.config, len(train_rows))
+        elif latents is not None and latents["store"] == "features":
+            teacher_dim = latents["feature_dim"]
         else:
             teacher = load_teacher(args, flow.config.sample_size // flow.config.patch_size, accelerator)
             teacher_dim = teacher.feature_dim
@@ -774,10 +878,17 @@ def main(args: argparse.Namespace):
             "projector_dim": args.projector_dim,
         }
     objective = AlignedFlowObjective(flow, **objective_arguments)
-    columns = (args.image_column, None if args.unconditional else args.label_column, label_ids)
+    labels = (None if args.unconditional else args.label_column, label_ids)
     sizes = (flow.config.sample_size, flow.config.in_channels)
-    train_dataset = ImageDataset(train_rows, *columns, *sizes, teacher_features=stored_features)
-    validation_dataset = ImageDataset(validation_rows, *columns, *sizes)
+    if latents is not None:
+        for_alignment = [name for name in ("image", "teacher_features") if name in train_rows.column_names]
+        validation_rows = validation_rows.remove_columns(for_alignment)
+        if args.alignment == "none":
+            train_rows = train_rows.remove_columns(for_alignment)
+        train_dataset, validation_dataset = (LatentDataset(rows, *labels) for rows in (train_rows, validation_rows))
+    else:
+        train_dataset = ImageDataset(train_rows, args.image_column, *labels, *sizes, teacher_features=stored_features)
+        validation_dataset = ImageDataset(validation_rows, args.image_column, *labels, *sizes)
     batch_size = args.train_batch_size * accelerator.num_processes
     if len(train_dataset) < batch_size:
         raise ValueError(
@@ -788,6 +899,7 @@ def main(args: argparse.Namespace):
     if args.resume_from_checkpoint and checkpoint is None:
         logger.warning(f"There is no checkpoint to resume from in {output_dir}: starting at step 0.")
 
+    vae_config = None if vae is None else vae.config
     # A copy holds the averaged weights when they are looked at: the trained ones are never touched, and compiled
     # layers never run token by token.
     evaluated_flow = TarFlowTransformer2DModel.from_config(flow.config).to(accelerator.device).eval()
@@ -866,7 +978,7 @@ def main(args: argparse.Namespace):
 
     def evaluate():
         update_evaluated_flow()
-        record(validate(accelerator, evaluated_flow, validation_dataloader))
+        record(validate(accelerator, evaluated_flow, validation_dataloader, vae_config))
         if accelerator.is_main_process:
             draw_samples(pipeline, args, output_dir / "samples" / f"step-{global_step:07d}.png")
             metrics_file.draw(output_dir / "loss_curve.png")
@@ -887,13 +999,12 @@ def main(args: argparse.Namespace):
         epoch_dataloader = accelerator.skip_first_batches(train_dataloader, num_done) if num_done else train_dataloader
         for batch in epoch_dataloader:
             generator = make_generator(accelerator.device, args.seed, num_batches, accelerator.process_index)
-            images, class_labels, teacher_features = augment(batch, args, generator)
+            batch = augment(batch, args, generator)
             with accelerator.accumulate(objective):
-                if teacher is not None:
-                    teacher_features = teacher(images)
+                teacher_features = batch.get("teacher_features") if teacher is None else teacher(batch["images"])
                 output = objective(
-                    add_noise(images, flow.config, generator),
-                    None if args.unconditional else class_labels,
+                    add_noise(clean_sample(batch, vae_config, generator), flow.config, generator),
+                    None if args.unconditional else batch["class_labels"],
                     teacher_features,
                 )
                 accelerator.backward(output.loss)
@@ -950,21 +1061,45 @@ def main(args: argparse.Namespace):
         pipeline.register_to_config(guidance_scale=args.validation_guidance_scale)
         save_pipeline(pipeline, output_dir)
         logger.info(f"Saved the pipeline in {output_dir}; skipped {len(skipped_files)} files that cannot be decoded.")
+        if args.push_to_hub:
+            publish(pipeline, hub_model_id, output_dir, args.hub_private_repo, hub_token)
     accelerator.end_training()
 
 
-def augment(
-    batch: dict[str, torch.Tensor], args: argparse.Namespace, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Mirrors half of the images, if asked to, and drops a share of the labels. Stored features, of which a row has
-    those of the image and those of its mirror image, follow; without any the third is `None`."""
-    images, class_labels, teacher_features = batch["images"], batch["class_labels"], batch.get("teacher_features")
-    mirrored, dropped = torch.rand(2, len(images), generator=generator, device=images.device)
-    mirrored = (mirrored < 0.5) & args.random_flip
-    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-    if teacher_features is not None:
-        teacher_features = torch.where(mirrored.view(-1, 1, 1), *reversed(teacher_features.unbind(dim=1)))
-    return images, class_labels.masked_fill(dropped < args.label_dropout, -1), teacher_features
+def augment(batch: dict[str, Any], args: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
+    """Mirrors half of the images, if asked to, and drops a share of the labels."""
+    class_labels = batch["class_labels"]
+    mirrored, dropped = torch.rand(2, len(class_labels), generator=generator, device=class_labels.device)
+    batch = mirror(batch, (mirrored < 0.5) & args.random_flip)
+    return batch | {"class_labels": class_labels.masked_fill(dropped < args.label_dropout, -1)}
+
+
+def mirror(batch: dict[str, Any], mirrored: torch.Tensor) -> dict[str, Any]:
+    """Some images mirrored; of what is stored for an image and its mirror image, the one or the other."""
+    chosen = {}
+    if "images" in batch:
+        images = batch["images"]
+        chosen["images"] = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+    for name in ("teacher_features", "moments"):
+        if name in batch:
+            chosen[name] = batch[name][torch.arange(len(mirrored), device=mirrored.device), mirrored.long()]
+    return batch | chosen
+
+
+def clean_sample(batch: dict[str, Any], vae_config: Any | None, generator: torch.Generator) -> torch.Tensor:
+    """What the flow models, before noise: the images or, where there is a VAE, a draw of their latents."""
+    return batch["images"] if vae_config is None else draw_latents(batch["moments"], vae_config, generator)
+
+
+def publish(pipeline: FlowBackPipeline, repo_id: str, output_dir: Path, private: bool, token: str | None):
+    try:
+        url = pipeline.push_to_hub(repo_id, run_dir=output_dir, private=private, token=token)
+    except Exception as error:
+        raise RuntimeError(
+            f"The pipeline is saved in {output_dir}, but could not be published: {error}. Try again with"
+            f" pipelines/push_to_hub.py --model {output_dir} --hub_model_id {repo_id}."
+        ) from error
+    logger.info(f"Published {url}.")
 
 
 def check_finite(accelerator: Accelerator, step: int, loss: float, gradient_norm: float, output_dir: Path):

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flowback_hf.models.transformer_tarflow as transformer_tarflow
-from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel, apply_guidance
+from flowback_hf.models.transformer_tarflow import (
+    ACTIVATION_FNS,
+    POSITION_EMBEDDINGS,
+    TarFlowTransformer2DModel,
+    apply_guidance,
+    rotary_embedding,
+    rotate,
+)
 
 
 NUM_CLASSES = 5
@@ -31,7 +38,18 @@ SHAPES = {
     "latent-patch-3": {"sample_size": 6, "patch_size": 3, "in_channels": 4},
 }
 ONE_TOKEN = {"sample_size": 2, "patch_size": 2, "in_channels": 3}
-DEPTHS = {"even": 1, "deep-shallow": [1, 1, 2]}
+ARCHITECTURES = {
+    "plain": {},
+    "deep-shallow": {"num_layers": [1, 1, 2]},
+    "rope": {"position_embedding": "rope"},
+    "swiglu": {"activation_fn": "swiglu"},
+    "deep-shallow-rope-swiglu": {
+        "num_layers": [1, 1, 2],
+        "position_embedding": "rope",
+        "activation_fn": "swiglu",
+        "attention_head_dim": 8,
+    },
+}
 GUIDANCE = {
     f"{rule}-{schedule}-temperature-{temperature}": {
         "guidance_scale": 2.5,
@@ -46,7 +64,7 @@ GUIDANCE = {
 
 each_condition = pytest.mark.parametrize("num_classes, class_labels", CONDITIONS.values(), ids=CONDITIONS)
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-each_depth = pytest.mark.parametrize("num_layers", DEPTHS.values(), ids=DEPTHS)
+each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 each_guidance = pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
 
 
@@ -101,20 +119,36 @@ def plain_layer_norm(norm, hidden_states):
     return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
 
 
-def plain_attention(attention, hidden_states, temperature):
+def plain_rotation(head, rows_and_columns):
+    """Each pair of neighbours of (B, T, head_dim) as a complex number, turned by the token's row or column."""
+    num_pairs = head.shape[-1] // 4
+    frequencies = [10_000 ** (-number / num_pairs) for number in range(num_pairs)]
+    angles = [[f * row for f in frequencies] + [f * column for f in frequencies] for row, column in rows_and_columns]
+    pairs = torch.view_as_complex(head.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.exp(1j * torch.tensor(angles, dtype=head.dtype))).flatten(-2)
+
+
+def plain_attention(attention, hidden_states, temperature, rows_and_columns):
     num_tokens, head_dim = hidden_states.shape[1], attention.head_dim
     query, key, value = attention.to_qkv(hidden_states).chunk(3, dim=-1)
     is_later = torch.ones(num_tokens, num_tokens).triu(1).bool()
     heads = []
     for start in range(0, query.shape[-1], head_dim):
         head = slice(start, start + head_dim)
-        logits = query[..., head] @ key[..., head].transpose(1, 2) / math.sqrt(head_dim) / temperature
+        query_head, key_head = query[..., head], key[..., head]
+        if rows_and_columns is not None:
+            query_head = plain_rotation(query_head, rows_and_columns)
+            key_head = plain_rotation(key_head, rows_and_columns)
+        logits = query_head @ key_head.transpose(1, 2) / math.sqrt(head_dim) / temperature
         heads.append(logits.masked_fill(is_later, -math.inf).softmax(-1) @ value[..., head])
     return attention.to_out[0](torch.cat(heads, dim=-1))
 
 
 def plain_feed_forward(feed_forward, hidden_states):
     inner = feed_forward.net[0].proj(hidden_states)
+    if inner.shape[-1] != feed_forward.net[2].in_features:  # the second half is swiglu's gate
+        inner, gate = inner.chunk(2, dim=-1)
+        return feed_forward.net[2](inner * gate / (1 + torch.exp(-gate)))
     return feed_forward.net[2](0.5 * inner * (1 + torch.erf(inner / math.sqrt(2))))
 
 
@@ -129,13 +163,21 @@ def plain_class_embedding(block, class_labels, index):
 
 def plain_network(block, number, tokens, class_labels, temperature=1.0):
     """Log-scale and shift read off every one of `tokens`, the first ones of the block's order."""
-    positions = block.pos_embed if number % 2 == 1 else block.pos_embed.flip(0)
-    hidden_states = tokens @ block.proj_in.weight.T + block.proj_in.bias + positions[: tokens.shape[1]]
+    hidden_states = tokens @ block.proj_in.weight.T + block.proj_in.bias
+    rows_and_columns = None
+    if block.pos_embed is not None:
+        positions = block.pos_embed if number % 2 == 1 else block.pos_embed.flip(0)
+        hidden_states = hidden_states + positions[: tokens.shape[1]]
+    else:
+        raster = [(row, column) for row in range(block.grid_size) for column in range(block.grid_size)]
+        rows_and_columns = (raster if number % 2 == 1 else raster[::-1])[: tokens.shape[1]]
     if block.class_embed is not None:
         classes = [plain_class_embedding(block, class_labels, index) for index in range(len(tokens))]
         hidden_states = hidden_states + torch.stack(classes)[:, None]
     for layer in block.layers:
-        attended = plain_attention(layer.attn, plain_layer_norm(layer.norm1, hidden_states), temperature)
+        attended = plain_attention(
+            layer.attn, plain_layer_norm(layer.norm1, hidden_states), temperature, rows_and_columns
+        )
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + plain_feed_forward(layer.ff, plain_layer_norm(layer.norm2, hidden_states))
     return (hidden_states @ block.proj_out.weight.T + block.proj_out.bias).chunk(2, dim=-1)
@@ -197,10 +239,10 @@ def plain_inverse(
 
 
 @each_condition
-@each_depth
+@each_architecture
 @each_shape
-def test_forward_is_the_method_written_out(randomised_model, shape, num_layers, num_classes, class_labels):
-    model = randomised_model(**shape, num_layers=num_layers, num_classes=num_classes)
+def test_forward_is_the_method_written_out(randomised_model, shape, architecture, num_classes, class_labels):
+    model = randomised_model(**shape, **architecture, num_classes=num_classes)
     sample = random_sample(model)
     output = model(sample, class_labels)
     latents, log_abs_det = plain_forward(model, sample, class_labels)
@@ -210,12 +252,12 @@ def test_forward_is_the_method_written_out(randomised_model, shape, num_layers, 
 
 
 @each_condition
-@each_depth
+@each_architecture
 @each_shape
 def test_inverse_undoes_forward_and_forward_undoes_inverse(
-    randomised_model, shape, num_layers, num_classes, class_labels
+    randomised_model, shape, architecture, num_classes, class_labels
 ):
-    model = randomised_model(**shape, num_layers=num_layers, num_classes=num_classes)
+    model = randomised_model(**shape, **architecture, num_classes=num_classes)
     sample = random_sample(model)
     encoded = model(sample, class_labels)
     decoded = model(encoded.sample, class_labels, inverse=True)
@@ -230,8 +272,9 @@ def test_inverse_undoes_forward_and_forward_undoes_inverse(
 
 
 @each_condition
-def test_sampling_is_the_method_written_out(randomised_model, num_classes, class_labels):
-    model = randomised_model(num_layers=[1, 1, 2], num_classes=num_classes)
+@each_architecture
+def test_sampling_is_the_method_written_out(randomised_model, architecture, num_classes, class_labels):
+    model = randomised_model(**architecture, num_classes=num_classes)
     latents = random_sample(model)
     assert_close(
         model(latents, class_labels, inverse=True).sample, plain_inverse(model, latents, class_labels), atol=1e-10
@@ -308,24 +351,28 @@ def assert_log_abs_det_is_the_jacobians(model, sample, class_labels, blocks):
 
 
 @pytest.mark.parametrize("blocks", [[1], [2], [3], None], ids=["block-1", "block-2", "block-3", "whole"])
-@each_depth
+@each_architecture
 @each_shape
-def test_log_abs_det_is_the_autograd_jacobian(randomised_model, shape, num_layers, blocks):
-    model = randomised_model(**shape, num_layers=num_layers)
+def test_log_abs_det_is_the_autograd_jacobian(randomised_model, shape, architecture, blocks):
+    model = randomised_model(**shape, **architecture)
     assert_log_abs_det_is_the_jacobians(model, random_sample(model, batch_size=1), torch.tensor([2]), blocks)
 
 
 @each_condition
-def test_log_abs_det_is_the_autograd_jacobian_under_every_condition(randomised_model, num_classes, class_labels):
-    model = randomised_model(num_classes=num_classes)
+@each_architecture
+def test_log_abs_det_is_the_autograd_jacobian_under_every_condition(
+    randomised_model, architecture, num_classes, class_labels
+):
+    model = randomised_model(**architecture, num_classes=num_classes)
     class_labels = None if class_labels is None else class_labels[:1]
     assert_log_abs_det_is_the_jacobians(model, random_sample(model, batch_size=1), class_labels, None)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 4])
+@each_architecture
 @each_shape
-def test_blocks_are_causal_in_alternating_orders(randomised_model, shape, block):
-    model = randomised_model(**shape, num_blocks=4)
+def test_blocks_are_causal_in_alternating_orders(randomised_model, shape, architecture, block):
+    model = randomised_model(**{**shape, **architecture, "num_blocks": 4, "num_layers": 1})
     jacobian = jacobian_between_tokens(model, random_sample(model, batch_size=1), torch.tensor([1]), block)
     num_tokens, token_dim = jacobian.shape[:2]
     off_diagonal = ~torch.eye(token_dim, dtype=torch.bool)
@@ -343,15 +390,12 @@ def test_blocks_are_causal_in_alternating_orders(randomised_model, shape, block)
 
 
 @each_condition
+@each_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_untrained_flow_is_the_identity_to_the_last_bit(dtype, num_classes, class_labels):
+def test_untrained_flow_is_the_identity_to_the_last_bit(dtype, architecture, num_classes, class_labels):
+    config = {"num_layers": 2, "attention_head_dim": 4, **architecture}
     model = TarFlowTransformer2DModel(
-        **SHAPES["rgb"],
-        num_blocks=3,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_classes=num_classes,
+        **SHAPES["rgb"], num_blocks=3, num_attention_heads=2, num_classes=num_classes, **config
     ).to(dtype)
     sample = random_sample(model, dtype=dtype)
     for inverse in (False, True):
@@ -364,9 +408,9 @@ def test_untrained_flow_is_the_identity_to_the_last_bit(dtype, num_classes, clas
 
 
 @each_condition
-@each_depth
-def test_log_prob_is_the_density_of_a_transformed_gaussian(randomised_model, num_layers, num_classes, class_labels):
-    model = randomised_model(num_layers=num_layers, num_classes=num_classes)
+@each_architecture
+def test_log_prob_is_the_density_of_a_transformed_gaussian(randomised_model, architecture, num_classes, class_labels):
+    model = randomised_model(**architecture, num_classes=num_classes)
     sample = random_sample(model)
     latents, log_abs_det = plain_forward(model, sample, class_labels)
     gaussian = torch.distributions.Normal(torch.zeros_like(sample[0]), 1.0)
@@ -420,8 +464,11 @@ def test_gradients_to_sample_and_class_weights_are_those_of_finite_differences(r
 
 
 @each_condition
-def test_gradients_to_the_parameters_are_those_of_the_method_written_out(randomised_model, num_classes, class_labels):
-    model = randomised_model(num_layers=[1, 1, 2], num_classes=num_classes)
+@each_architecture
+def test_gradients_to_the_parameters_are_those_of_the_method_written_out(
+    randomised_model, architecture, num_classes, class_labels
+):
+    model = randomised_model(**architecture, num_classes=num_classes)
     sample, parameters = random_sample(model), dict(model.named_parameters())
     latents, log_abs_det = plain_forward(model, sample, class_labels)
     expected = torch.autograd.grad(log_abs_det.sum() - 0.5 * latents.square().sum(), parameters.values())
@@ -430,9 +477,9 @@ def test_gradients_to_the_parameters_are_those_of_the_method_written_out(randomi
         torch.testing.assert_close(actual_gradient, expected_gradient, rtol=0, atol=1e-9, msg=name)
 
 
-@each_depth
-def test_every_parameter_gets_a_gradient(randomised_model, num_layers):
-    model = randomised_model(num_layers=num_layers)
+@each_architecture
+def test_every_parameter_gets_a_gradient(randomised_model, architecture):
+    model = randomised_model(**architecture)
     model.log_prob(random_sample(model), torch.tensor([3, -1])).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -442,12 +489,44 @@ def test_every_parameter_gets_a_gradient(randomised_model, num_layers):
             assert (parameter.grad.abs().amax(dim=1) > 1e-6).all(), name
 
 
+# Architectures
+
+
+def test_rotated_queries_and_keys_meet_at_the_difference_of_their_positions():
+    """What makes the embedding relative: moving both by as many rows and columns changes no logit."""
+    rotary = rotary_embedding(grid_size=4, head_dim=8, device=torch.device("cpu"), dtype=torch.float64)
+    query_and_key = torch.randn(1, 1, 2, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    states = rotate(query_and_key.expand(1, 16, 2, 1, 8), rotary)[0, :, :, 0]  # the same token everywhere
+    logits = (states[:, 0] @ states[:, 1].T).view(4, 4, 4, 4)  # row and column of the query, then of the key
+    assert_close(logits[1:, 1:, 1:, 1:], logits[:-1, :-1, :-1, :-1], atol=1e-12)
+    assert_not_close(logits[0, 0, 0, 1], logits[0, 0, 1, 0], by=1e-3)
+    assert_not_close(logits[0, 1, 0, 0], logits[0, 0, 0, 1], by=1e-3)
+    assert_close(states.norm(dim=-1), query_and_key[0, 0, :, 0].norm(dim=-1).expand(16, 2), atol=1e-12)
+
+
+@pytest.mark.parametrize("option, value", [("position_embedding", "rope"), ("activation_fn", "swiglu")])
+def test_each_option_changes_the_flow(randomised_model, option, value):
+    model, other = randomised_model(), randomised_model(**{option: value})
+    shared = {name: weight for name, weight in model.state_dict().items() if name in other.state_dict()}
+    shared = {name: weight for name, weight in shared.items() if weight.shape == other.state_dict()[name].shape}
+    other.load_state_dict(shared, strict=False)
+    assert_not_close(other(random_sample(model)).sample, model(random_sample(model)).sample, by=1e-2)
+
+
+@pytest.mark.parametrize("width, mlp_ratio, inner_dim", [(1024, 4.0, 2752), (96, 4.0, 256), (8, 2.0, 64)])
+def test_swiglu_has_two_thirds_of_the_width_rounded_up(width, mlp_ratio, inner_dim):
+    with torch.device("meta"):
+        layer = transformer_tarflow.TarFlowLayer(1, width, mlp_ratio, "swiglu")
+    assert layer.ff.net[2].weight.shape == (width, inner_dim)
+
+
 # Guidance
 
 
 @each_guidance
-def test_guidance_is_the_method_written_out(randomised_model, guidance):
-    model = randomised_model(num_layers=[1, 1, 2])
+@each_architecture
+def test_guidance_is_the_method_written_out(randomised_model, architecture, guidance):
+    model = randomised_model(**architecture)
     latents, class_labels = random_sample(model, batch_size=3), torch.tensor([3, -1, 0])
     guided = model(latents, class_labels, inverse=True, **guidance).sample
     assert_not_close(guided, model(latents, class_labels, inverse=True).sample, by=1e-2)
@@ -474,8 +553,9 @@ def test_unconditional_model_guides_itself_by_temperature(randomised_model, guid
 
 
 @each_guidance
-def test_log_abs_det_of_guided_sampling_is_the_autograd_jacobian(randomised_model, guidance):
-    model = randomised_model(in_channels=1)
+@pytest.mark.parametrize("name", ["plain", "deep-shallow-rope-swiglu"])
+def test_log_abs_det_of_guided_sampling_is_the_autograd_jacobian(randomised_model, name, guidance):
+    model = randomised_model(in_channels=1, **ARCHITECTURES[name])
     latents, class_labels = random_sample(model, batch_size=1), torch.tensor([2])
 
     def flow(flat):
@@ -702,8 +782,9 @@ def test_accelerate_can_rebuild_the_output(randomised_model):
 # What diffusers and torch do with a model
 
 
-def test_gradient_checkpointing_runs_the_layers_again_and_changes_no_gradient(randomised_model):
-    model = randomised_model(num_layers=2).train()
+@each_architecture
+def test_gradient_checkpointing_runs_the_layers_again_and_changes_no_gradient(randomised_model, architecture):
+    model = randomised_model(**{**architecture, "num_layers": 2}).train()
     sample, class_labels = random_sample(model), torch.tensor([2, -1])
     model.log_prob(sample, class_labels).sum().backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -762,8 +843,9 @@ def test_compiled_layers_give_the_same_gradients(randomised_model, fresh_compile
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12, msg=name)
 
 
-def test_whole_forward_compiles_into_one_graph(randomised_model, fresh_compiler):
-    model = randomised_model()
+@pytest.mark.parametrize("name", ["plain", "deep-shallow-rope-swiglu"])
+def test_whole_forward_compiles_into_one_graph(randomised_model, fresh_compiler, name):
+    model = randomised_model(**ARCHITECTURES[name])
     sample, class_labels = random_sample(model), torch.tensor([2, -1])
     eager = model(sample, class_labels, output_hidden_states=[(2, 1)])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -826,8 +908,8 @@ def test_state_dict_holds_the_parameters_and_no_mask(randomised_model):
 # Precision
 
 
-def precision_model(randomised_model, dtype):
-    model = randomised_model().to(dtype)
+def precision_model(randomised_model, dtype, **architecture):
+    model = randomised_model(**architecture).to(dtype)
     return model, random_sample(model, dtype=torch.float32), torch.tensor([2, -1])
 
 
@@ -835,8 +917,9 @@ def is_rounded_to_bfloat16(tensor):
     return torch.equal(tensor, tensor.bfloat16().to(tensor.dtype))
 
 
-def test_bfloat16_weights_compute_the_flow_in_float32(randomised_model):
-    model, sample, class_labels = precision_model(randomised_model, torch.bfloat16)
+@each_architecture
+def test_bfloat16_weights_compute_the_flow_in_float32(randomised_model, architecture):
+    model, sample, class_labels = precision_model(randomised_model, torch.bfloat16, **architecture)
     encoded = model(sample, class_labels)
     decoded = model(encoded.sample, class_labels, inverse=True)
     for output in (encoded, decoded):
@@ -845,7 +928,7 @@ def test_bfloat16_weights_compute_the_flow_in_float32(randomised_model):
     # Eight bits of hidden state, and another order of summation in each direction.
     assert_close(decoded.sample, sample, atol=0.06)
 
-    reference = randomised_model().float()(sample, class_labels)
+    reference = randomised_model(**architecture).float()(sample, class_labels)
     assert_close(encoded.sample, reference.sample, atol=0.1)
     for inverse in (False, True):
         tokens, log_scale, shift, _ = model.blocks[0](model.patchify(sample), class_labels, inverse=inverse)
@@ -922,7 +1005,7 @@ torch.save(results, f"{folder}/results.pt")
 
 
 def test_saved_model_gives_the_same_bits_in_a_new_process(randomised_model, tmp_path):
-    model = randomised_model(num_layers=[1, 1, 2]).float()
+    model = randomised_model(**ARCHITECTURES["deep-shallow-rope-swiglu"]).float()
     inputs = (random_sample(model, dtype=torch.float32), torch.tensor([2, -1]))
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
@@ -951,8 +1034,10 @@ def test_config_survives_saving(randomised_model, tmp_path, num_layers, num_clas
         "num_blocks": 3,
         "num_layers": num_layers,
         "num_attention_heads": 1,
-        "attention_head_dim": 6,
+        "attention_head_dim": 8,
         "mlp_ratio": 3.0,
+        "activation_fn": "swiglu",
+        "position_embedding": "rope",
         "num_classes": num_classes,
         "noise_std": 0.2,
         "noise_type": "uniform",
@@ -977,6 +1062,8 @@ def test_config_survives_saving(randomised_model, tmp_path, num_layers, num_clas
     num_layers=st.lists(st.integers(1, 2), min_size=1, max_size=4),
     num_attention_heads=st.integers(1, 3),
     attention_head_dim=st.sampled_from([1, 2, 6]),
+    activation_fn=st.sampled_from(ACTIVATION_FNS),
+    position_embedding=st.sampled_from(POSITION_EMBEDDINGS),
     class_labels=st.none() | st.lists(st.integers(-1, 2), min_size=1, max_size=3),
     seed=st.integers(0, 2**16),
 )
@@ -988,6 +1075,8 @@ def test_any_flow_is_invertible(
     num_layers,
     num_attention_heads,
     attention_head_dim,
+    activation_fn,
+    position_embedding,
     class_labels,
     seed,
 ):
@@ -999,7 +1088,9 @@ def test_any_flow_is_invertible(
         num_blocks=len(num_layers),
         num_layers=num_layers,
         num_attention_heads=num_attention_heads,
-        attention_head_dim=attention_head_dim,
+        attention_head_dim=attention_head_dim * (4 if position_embedding == "rope" else 1),
+        activation_fn=activation_fn,
+        position_embedding=position_embedding,
         num_classes=None if class_labels is None else 3,
     )
     sample = random_sample(model, batch_size=1 if class_labels is None else len(class_labels), seed=seed)
@@ -1031,6 +1122,12 @@ def test_any_flow_is_invertible(
         ({"num_layers": []}, r"`num_layers` must be .* each of the 3 flow blocks.*but is \[\]\."),
         ({"num_layers": [1, 0, 1]}, r"`num_layers` must be a positive integer.*but is \[1, 0, 1\]\."),
         ({"num_layers": 0}, r"`num_layers` must be a positive integer.*but is 0\."),
+        ({"activation_fn": "relu"}, r"`activation_fn` must be one of \('gelu', 'swiglu'\), but is 'relu'\."),
+        ({"position_embedding": "sincos"}, r"`position_embedding` must be .*'rope'\), but is 'sincos'\."),
+        (
+            {"position_embedding": "rope", "attention_head_dim": 6},
+            r"`attention_head_dim` must be a multiple of 4 for `position_embedding='rope'`, .*, but is 6\.",
+        ),
         ({"noise_type": "laplace"}, r"`noise_type` must be one of \('gaussian', 'uniform'\), but is 'laplace'\."),
         ({"noise_std": -0.1}, r"`noise_std` must not be negative, but is -0\.1\."),
         ({"noise_std": math.nan}, r"`noise_std` must not be negative, but is nan\."),

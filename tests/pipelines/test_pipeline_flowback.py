@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import AutoencoderKL
 from diffusers.utils import logging
 
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+from flowback_hf.pipelines.pipeline_flowback import scale_latents, unscale_latents
 
 
 ID2LABEL = {0: "tench, Tinca tinca", 1: "goldfish", 2: "great white shark", 3: "hammerhead", 4: "stingray"}
@@ -265,16 +265,72 @@ def test_sequential_cpu_offload(pipe):
 # Latent flows
 
 
-def test_a_vae_decodes_after_denoising_in_latent_space(randomised_model):
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=32, scaling_factor=0.5).eval()
-    pipeline = FlowBackPipeline(randomised_model(in_channels=4).float(), vae=vae)
-    latent = pipeline(class_labels=[1], generator=seeded(), output_type="latent").images
-    image = pipeline(class_labels=[1], generator=seeded(), output_type="pt").images
+@pytest.fixture
+def latent_pipe(randomised_model, tiny_vae):
+    pipeline = FlowBackPipeline(randomised_model(in_channels=4, noise_std=0.3).float(), vae=tiny_vae)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_denoising_and_guidance_happen_in_latent_space(latent_pipe):
+    transformer, vae, labels = latent_pipe.transformer, latent_pipe.vae, torch.tensor([1])
+    noise = latent_pipe.prepare_latents(1, seeded())
+    noisy = transformer(noise, labels, inverse=True, guidance_scale=2.0).sample.requires_grad_()
+    (score,) = torch.autograd.grad(transformer.log_prob(noisy, labels).sum(), noisy)
+    expected = (noisy + 0.3**2 * score).detach()
+
+    call = {"class_labels": [1], "guidance_scale": 2.0}
+    latent = latent_pipe(generator=seeded(), output_type="latent", **call).images
+    assert latent.shape == (1, 4, 4, 4)
+    torch.testing.assert_close(latent, expected, rtol=0, atol=1e-5)
+    image = latent_pipe(generator=seeded(), output_type="pt", **call).images
     with torch.no_grad():
-        expected = (vae.decode(latent / 0.5).sample / 2 + 0.5).clamp(0, 1)
-    assert latent.shape == (1, 4, 4, 4) and image.shape == (1, 3, 4, 4)
-    torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
+        decoded = vae.decode(latent / 0.5 + 0.1).sample
+    assert image.shape == (1, 3, 8, 8)
+    torch.testing.assert_close(image, (decoded / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-6)
+    for other in ({"denoise": False}, {"guidance_scale": 1.0}):
+        changed = latent_pipe(generator=seeded(), output_type="pt", **{**call, **other}).images
+        assert (changed - image).abs().max() > 1e-4
+
+
+def test_encoding_draws_from_the_posterior_and_scaling_is_undone(latent_pipe):
+    images = torch.rand(2, 3, 8, 8, generator=seeded()) * 2 - 1
+    vae = latent_pipe.vae
+    with torch.no_grad():
+        posterior = vae.encode(images).latent_dist
+    draw = posterior.sample(seeded(1))
+    encoded = latent_pipe.encode(images, seeded(1))
+    torch.testing.assert_close(encoded, (draw - 0.1) * 0.5, rtol=0, atol=1e-6)
+    assert (latent_pipe.encode(images, seeded(2)) - encoded).abs().max() > 1e-2
+    restored = unscale_latents(scale_latents(draw, vae.config), vae.config)
+    torch.testing.assert_close(restored, draw, rtol=0, atol=1e-6)
+
+    latents = latent_pipe.transformer(encoded, torch.tensor([1, 2])).sample
+    call = {"class_labels": [1, 2], "denoise": False, "output_type": "pt"}
+    with torch.no_grad():
+        decoded = (vae.decode(draw).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(latent_pipe(latents=latents, **call).images, decoded, rtol=0, atol=1e-4)
+
+
+def test_a_latent_pipeline_is_saved_with_its_vae(latent_pipe, tmp_path):
+    latent_pipe.save_pretrained(tmp_path)
+    loaded = FlowBackPipeline.from_pretrained(tmp_path)
+    call = {"class_labels": [1], "output_type": "pt"}
+    expected = latent_pipe(generator=seeded(), **call).images
+    # A loaded file's tensors are aligned otherwise than fresh ones, and small products round accordingly.
+    torch.testing.assert_close(loaded(generator=seeded(), **call).images, expected, rtol=0, atol=1e-5)
+    assert loaded.vae_scale_factor == 2
+
+
+def test_a_vae_that_does_not_fit_the_flow_is_refused(randomised_model, tiny_vae, latent_pipe, pipe):
+    with pytest.raises(
+        ValueError, match=r"`vae` must have as many latent channels .* they are 4 and 3 \(`in_channels`"
+    ):
+        FlowBackPipeline(randomised_model(), vae=tiny_vae)
+    with pytest.raises(ValueError, match=r"must be of 8x8 pixels, the flow's 4 times the VAE's factor 2, .* 4, 4\)"):
+        latent_pipe.encode(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="`encode` needs a pipeline with a `vae`"):
+        pipe.encode(torch.zeros(1, 3, 4, 4))
 
 
 # Files

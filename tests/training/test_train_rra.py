@@ -145,6 +145,7 @@ def test_two_processes(arguments, tmp_path):
         ({"alignment": "forward"}, {"alignment"}),
         ({"alignment": "detach"}, {"alignment"}),
         ({"alignment_order": "exact"}, {"alignment", "neumann_growth/block1"}),
+        ({"position_embedding": "rope", "activation_fn": "swiglu", "alignment_order": 1}, {"neumann_growth/block1"}),
         ({"alignment_blocks": [1], "alignment_layer": 1}, {"cosine_similarity/block1_layer1"}),
         ({"gradient_checkpointing": True, "mixed_precision": "bf16"}, {"alignment"}),
         ({"scale_lr": True, "learning_rate": 1e-3, "lr_scheduler": "constant"}, {"loss"}),
@@ -159,7 +160,8 @@ def test_options(train_rra, arguments, tmp_path, options, expected):
     assert ("alignment" in metrics[1]) == (options.get("alignment") != "none")
     config = FlowBackPipeline.from_pretrained(tmp_path / "run").transformer.config
     assert config.num_classes == (None if "unconditional" in options else 2)
-    assert config.in_channels == options.get("in_channels", 3)
+    for name, default in {"in_channels": 3, "position_embedding": "learned", "activation_fn": "gelu"}.items():
+        assert config[name] == options.get(name, default)
     if options.get("scale_lr"):
         assert metrics[1]["learning_rate"] == pytest.approx(1e-3 * 4)
 
@@ -368,7 +370,7 @@ def test_bad_arguments_raise_and_leave_nothing(train_rra, arguments, tmp_path, o
 @pytest.mark.parametrize(
     "line, message",
     [
-        (["--output_dir", "x"], "give one of --dataset_name and --train_data_dir"),
+        (["--output_dir", "x"], "give one of --dataset_name, --train_data_dir and --latents"),
         (["--output_dir", "x", "--train_data_dir", "y", "--train_batch_size", "0"], "--train_batch_size must be at"),
         (
             ["--output_dir", "x", "--train_data_dir", "y", "--label_dropout", "2"],

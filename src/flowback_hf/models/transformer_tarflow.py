@@ -19,6 +19,9 @@ from diffusers.utils import BaseOutput
 GUIDANCE_RULES = ("linear", "product")
 GUIDANCE_SCHEDULES = ("constant", "linear")
 NOISE_TYPES = ("gaussian", "uniform")
+ACTIVATION_FNS = ("gelu", "swiglu")
+POSITION_EMBEDDINGS = ("learned", "rope")
+ROTARY_BASE = 10_000.0
 
 
 @dataclass
@@ -68,6 +71,32 @@ class TarFlowOutputProjection(nn.Linear):
             return F.linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
+def rotary_embedding(grid_size: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    r"""
+    Cosines and sines of how much each token turns each pair of a head's values: `(2, num_tokens, head_dim / 2)`, in
+    raster order.
+
+    The first half of a head turns with the token's row, the second with its column, both counted from 0: pair `k` of
+    the `head_dim / 4` in a half by `position * theta^(-4 k / head_dim)` radians, theta = 10^4.
+
+    Reference: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding,
+    https://arxiv.org/abs/2104.09864
+    """
+    exponents = torch.arange(0, head_dim, 4, device=device, dtype=dtype) / head_dim
+    positions = torch.arange(grid_size, device=device, dtype=dtype)
+    angles = torch.outer(positions, ROTARY_BASE**-exponents)  # (grid_size, head_dim / 4)
+    angles = torch.cat([angles.repeat_interleave(grid_size, dim=0), angles.repeat(grid_size, 1)], dim=1)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Turns pairs of neighbours in `(batch_size, num_tokens, 2, heads, head_dim)`, queries and keys in one go."""
+    cosine, sine = rotary[:, :, None, None]
+    first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    return rotated.flatten(-2).to(states.dtype)
+
+
 class TarFlowAttnProcessor:
     """Causal self-attention, over a whole sequence or of its next token to those in a key/value cache."""
 
@@ -78,12 +107,15 @@ class TarFlowAttnProcessor:
         self,
         attn: "TarFlowAttention",
         hidden_states: torch.Tensor,
+        rotary: torch.Tensor | None = None,
         temperature: torch.Tensor | None = None,
         key_value_cache: torch.Tensor | None = None,
         position: int = 0,
     ) -> torch.Tensor:
         # (batch_size, num_tokens, 3, heads, head_dim)
         states = attn.to_qkv(hidden_states).view(*hidden_states.shape[:2], 3, -1, attn.head_dim)
+        if rotary is not None:
+            states = torch.cat([rotate(states[:, :, :2], rotary), states[:, :, 2:]], dim=2)
         query, key, value = states.unbind(dim=2)
         if temperature is not None:
             query = query / temperature.to(query.dtype)
@@ -126,11 +158,12 @@ class TarFlowAttention(nn.Module, AttentionModuleMixin):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        rotary: torch.Tensor | None = None,
         temperature: torch.Tensor | None = None,
         key_value_cache: torch.Tensor | None = None,
         position: int = 0,
     ) -> torch.Tensor:
-        return self.processor(self, hidden_states, temperature, key_value_cache, position)
+        return self.processor(self, hidden_states, rotary, temperature, key_value_cache, position)
 
 
 class TarFlowLayer(nn.Module):
@@ -140,6 +173,8 @@ class TarFlowLayer(nn.Module):
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, width)`):
             All tokens of the sequence, or its token number `position` alone where a `key_value_cache` is given.
+        rotary (`torch.Tensor` of shape `(2, num_tokens, head_dim / 2)`, *optional*):
+            What [`rotary_embedding`] gives for the tokens of `hidden_states`, in their order.
         temperature (`torch.Tensor` of shape `(batch_size, 1, 1, 1)`, *optional*):
             Divides the attention logits, sample by sample.
         key_value_cache (`torch.Tensor` of shape `(batch_size, 2, heads, num_tokens, head_dim)`, *optional*):
@@ -147,22 +182,27 @@ class TarFlowLayer(nn.Module):
         position (`int`): 0-based number of the token in the sequence. Without a cache it has no meaning.
     """
 
-    def __init__(self, heads: int, head_dim: int, mlp_ratio: float):
+    def __init__(self, heads: int, head_dim: int, mlp_ratio: float, activation_fn: str):
         super().__init__()
         width = heads * head_dim
+        inner_dim = int(mlp_ratio * width)
+        if activation_fn == "swiglu":
+            # Two thirds, since its gate is a third matrix; kernels like multiples of 64.
+            inner_dim = 64 * math.ceil(2 * mlp_ratio * width / (3 * 64))
         self.norm1 = TarFlowLayerNorm(width)
         self.attn = TarFlowAttention(heads, head_dim)
         self.norm2 = TarFlowLayerNorm(width)
-        self.ff = FeedForward(width, inner_dim=int(mlp_ratio * width), activation_fn="gelu")
+        self.ff = FeedForward(width, inner_dim=inner_dim, activation_fn=activation_fn)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
+        rotary: torch.Tensor | None = None,
         temperature: torch.Tensor | None = None,
         key_value_cache: torch.Tensor | None = None,
         position: int = 0,
     ) -> torch.Tensor:
-        attended = self.attn(self.norm1(hidden_states), temperature, key_value_cache, position)
+        attended = self.attn(self.norm1(hidden_states), rotary, temperature, key_value_cache, position)
         hidden_states = hidden_states + attended
         return hidden_states + self.ff(self.norm2(hidden_states))
 
@@ -185,23 +225,29 @@ class TarFlowBlock(nn.Module):
 
     def __init__(
         self,
-        num_tokens: int,
+        grid_size: int,
         token_dim: int,
         num_layers: int,
         num_attention_heads: int,
         attention_head_dim: int,
         mlp_ratio: float,
+        activation_fn: str,
+        position_embedding: str,
         num_classes: int | None,
         reverse_order: bool,
     ):
         super().__init__()
+        self.grid_size = grid_size
+        self.attention_head_dim = attention_head_dim
         self.reverse_order = reverse_order
         width = num_attention_heads * attention_head_dim
         self.proj_in = nn.Linear(token_dim, width)
-        self.pos_embed = nn.Parameter(0.01 * torch.randn(num_tokens, width))  # in raster order
+        self.pos_embed = None
+        if position_embedding == "learned":
+            self.pos_embed = nn.Parameter(0.01 * torch.randn(grid_size**2, width))  # in raster order
         self.class_embed = None if num_classes is None else nn.Parameter(0.01 * torch.randn(num_classes, width))
         self.layers = nn.ModuleList(
-            TarFlowLayer(num_attention_heads, attention_head_dim, mlp_ratio) for _ in range(num_layers)
+            TarFlowLayer(num_attention_heads, attention_head_dim, mlp_ratio, activation_fn) for _ in range(num_layers)
         )
         self.proj_out = TarFlowOutputProjection(width, 2 * token_dim)
 
@@ -245,9 +291,20 @@ class TarFlowBlock(nn.Module):
         """Raster order to the block's own order, and back: reversal is its own inverse."""
         return tokens.flip(-2) if self.reverse_order else tokens
 
+    def _rotary(self) -> torch.Tensor | None:
+        """Cosines and sines of all tokens, in the block's own order; `None` where positions are learned."""
+        if self.pos_embed is not None:
+            return None
+        weight = self.proj_in.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return self._permute(rotary_embedding(self.grid_size, self.attention_head_dim, weight.device, dtype))
+
     def _conditioning(self, class_labels: torch.Tensor | None) -> torch.Tensor:
         """What is added to the embedded tokens: `(1 or batch_size, num_tokens, width)`, in the block's own order."""
-        conditioning = self._permute(self.pos_embed).unsqueeze(0)
+        if self.pos_embed is None:
+            conditioning = self.proj_in.weight.new_zeros(1, self.grid_size**2, self.proj_in.out_features)
+        else:
+            conditioning = self._permute(self.pos_embed).unsqueeze(0)
         if self.class_embed is None:
             return conditioning
         no_class = self.class_embed.mean(dim=0, keepdim=True)
@@ -268,12 +325,13 @@ class TarFlowBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
         """Log-scale and shift of every token at once, each from the tokens before it."""
         hidden_states = self.proj_in(tokens.to(self.proj_in.weight.dtype)) + self._conditioning(class_labels)
+        rotary = self._rotary()
         collected = {}
         for number, layer in enumerate(self.layers, start=1):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(layer, hidden_states)
+                hidden_states = self._gradient_checkpointing_func(layer, hidden_states, rotary)
             else:
-                hidden_states = layer(hidden_states)
+                hidden_states = layer(hidden_states, rotary)
             if number in output_hidden_states:
                 collected[number] = hidden_states
         # What is read off token i belongs to token i + 1: shifted right by one, so that the first token gets zeros.
@@ -302,6 +360,7 @@ class TarFlowBlock(nn.Module):
             if guidance_temperature != 1.0:
                 temperature = conditioning.new_ones(2 * batch_size, 1, 1, 1)
                 temperature[batch_size:] = guidance_temperature
+        rotary = self._rotary()
         key_value_caches = self._allocate_key_value_caches(conditioning)
 
         tokens = torch.zeros_like(latents)
@@ -313,8 +372,9 @@ class TarFlowBlock(nn.Module):
             if guided:
                 token = token.repeat(2, 1, 1)
             hidden_states = self.proj_in(token) + conditioning[:, position : position + 1]
+            token_rotary = None if rotary is None else rotary[:, position : position + 1]
             for layer, key_value_cache in zip(self.layers, key_value_caches):
-                hidden_states = layer(hidden_states, temperature, key_value_cache, position)
+                hidden_states = layer(hidden_states, token_rotary, temperature, key_value_cache, position)
             next_log_scale, next_shift = self.proj_out(hidden_states)[:, 0].to(latents.dtype).chunk(2, dim=-1)
 
             following = position + 1
@@ -386,6 +446,13 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         num_layers (`int` or `list[int]`): Transformer layers in every block, or in each, from the image side.
         num_attention_heads (`int`), attention_head_dim (`int`): Their product is the width.
         mlp_ratio (`float`): Width of the feed-forward layers over that of the model.
+        activation_fn (`str`, defaults to `"gelu"`):
+            Of the feed-forward layers: `"gelu"` or `"swiglu"`, whose hidden width is `2/3 * mlp_ratio * width` rounded
+            up to a multiple of 64, so that it has about as many parameters.
+        position_embedding (`str`, defaults to `"learned"`):
+            `"learned"`, a table in every block, or `"rope"`: queries and keys are turned by the token's row (the first
+            half of each head) and column (the second), whatever the block's order; `attention_head_dim` is then a
+            multiple of 4.
         num_classes (`int`, *optional*): `None` makes an unconditional model.
         noise_std (`float`): sigma of the noise the model is trained with, in units of the sample (images are in
             [-1, 1]); [`FlowBackPipeline`] removes it after sampling.
@@ -429,6 +496,8 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         num_attention_heads: int = 16,
         attention_head_dim: int = 64,
         mlp_ratio: float = 4.0,
+        activation_fn: str = "gelu",
+        position_embedding: str = "learned",
         num_classes: int | None = 1000,
         noise_std: float = 0.05,
         noise_type: str = "gaussian",
@@ -456,8 +525,19 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 f"`num_layers` must be a positive integer, or one such for each of the {num_blocks} flow blocks"
                 f" (`num_blocks`), but is {num_layers}."
             )
-        if noise_type not in NOISE_TYPES:
-            raise ValueError(f"`noise_type` must be one of {NOISE_TYPES}, but is {noise_type!r}.")
+        choices = {
+            "activation_fn": (activation_fn, ACTIVATION_FNS),
+            "position_embedding": (position_embedding, POSITION_EMBEDDINGS),
+            "noise_type": (noise_type, NOISE_TYPES),
+        }
+        for name, (choice, known) in choices.items():
+            if choice not in known:
+                raise ValueError(f"`{name}` must be one of {known}, but is {choice!r}.")
+        if position_embedding == "rope" and attention_head_dim % 4 != 0:
+            raise ValueError(
+                "`attention_head_dim` must be a multiple of 4 for `position_embedding='rope'`, which turns pairs in"
+                f" each half of a head, but is {attention_head_dim}."
+            )
         if not mlp_ratio > 0:
             raise ValueError(f"`mlp_ratio` must be positive, but is {mlp_ratio}.")
         if not noise_std >= 0:
@@ -465,12 +545,14 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
         self.blocks = nn.ModuleList(
             TarFlowBlock(
-                num_tokens=(sample_size // patch_size) ** 2,
+                grid_size=sample_size // patch_size,
                 token_dim=in_channels * patch_size**2,
                 num_layers=layers,
                 num_attention_heads=num_attention_heads,
                 attention_head_dim=attention_head_dim,
                 mlp_ratio=mlp_ratio,
+                activation_fn=activation_fn,
+                position_embedding=position_embedding,
                 num_classes=num_classes,
                 reverse_order=index % 2 == 1,
             )

@@ -3,13 +3,16 @@
 # This file is uploaded with the weights of a model that loads without the package: it needs torch and diffusers only.
 
 import difflib
+import importlib
 import operator
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL, ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -18,6 +21,21 @@ from diffusers.utils.torch_utils import randn_tensor
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def scale_latents(latents: torch.Tensor, vae_config: Any) -> torch.Tensor:
+    """A VAE's latents to the data of a flow, which is trained on about unit variance."""
+    return (latents - (vae_config.shift_factor or 0.0)) * vae_config.scaling_factor
+
+
+def unscale_latents(sample: torch.Tensor, vae_config: Any) -> torch.Tensor:
+    """The inverse of [`scale_latents`]."""
+    return sample / vae_config.scaling_factor + (vae_config.shift_factor or 0.0)
+
+
+def vae_scale_factor(vae: AutoencoderKL) -> int:
+    """How many pixels one cell of a VAE's latents covers along each side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 class FlowBackPipeline(DiffusionPipeline):
@@ -29,7 +47,9 @@ class FlowBackPipeline(DiffusionPipeline):
 
     Args:
         transformer ([`TarFlowTransformer2DModel`]): The flow.
-        vae ([`~diffusers.AutoencoderKL`], *optional*): Decodes the samples of a latent flow.
+        vae ([`~diffusers.AutoencoderKL`], *optional*):
+            Of a latent flow: encodes its data and decodes its samples. Noise, guidance and denoising are in the space
+            of its latents, on the scale of [`~FlowBackPipeline.encode`].
         id2label (`dict[int, str]`, *optional*): Class names; synonyms are separated by commas.
         guidance_scale (`float`, defaults to 1.0), guidance_rule (`str`, defaults to `"linear"`):
             What a call uses that names none, so that a checkpoint samples as its authors meant.
@@ -49,6 +69,9 @@ class FlowBackPipeline(DiffusionPipeline):
         [(8, 8), (8, 8)]
         ```
 
+    Raises:
+        ValueError: if the VAE's latent channels are not the flow's.
+
     References: Zhai et al., Normalizing Flows are Capable Generative Models, https://arxiv.org/abs/2412.06329;
     Flowing Backwards: Improving Normalizing Flows via Reverse Representation Alignment,
     https://arxiv.org/abs/2511.22345
@@ -67,6 +90,11 @@ class FlowBackPipeline(DiffusionPipeline):
         guidance_rule: str = "linear",
     ):
         super().__init__()
+        if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
+            raise ValueError(
+                f"`vae` must have as many latent channels as the flow has channels, but they are"
+                f" {vae.config.latent_channels} and {transformer.config.in_channels} (`in_channels`)."
+            )
         self.register_modules(transformer=transformer, vae=vae)
         # JSON turns the keys into strings.
         id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
@@ -76,6 +104,68 @@ class FlowBackPipeline(DiffusionPipeline):
         self._guidance_scale = guidance_scale
         self._num_timesteps = 0
         self._interrupt = False
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """A published repository names the modules that lie in it; who has the package needs none of that code."""
+        config = super()._dict_from_json_file(json_file)
+        library = cls.__module__.partition(".")[0]
+        if library in LOADABLE_CLASSES and isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][1]
+            config["transformer"] = [library, config["transformer"][1]]
+        return config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
+        """As diffusers' pipelines do; `push_to_hub=True` publishes as [`~FlowBackPipeline.push_to_hub`] does."""
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        publishing = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub:
+            repo_id = publishing.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, **publishing)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        run_dir: str | os.PathLike | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        license: str = "apache-2.0",
+        force: bool = False,
+    ) -> str:
+        """
+        Publish weights, code and a model card: a repository that loads with the package and without it.
+
+        Args:
+            repo_id (`str`): `"name"` in the token's own namespace, or `"organization/name"`.
+            run_dir (`str`, *optional*):
+                The output folder of `training/train_rra.py` whose files fill the card. By default the folder that the
+                pipeline was loaded from, where that is one.
+            commit_message (`str`, *optional*): "Upload FlowBackPipeline" if not given.
+            private (`bool`, *optional*): Of a new repository. An existing public one is refused if this is true.
+            token (`str`, *optional*): Defaults to that of `hf auth login` or the variable `HF_TOKEN`.
+            create_pr (`bool`, defaults to `False`): Propose the files instead of committing them.
+            license (`str`, defaults to `"apache-2.0"`): Of the weights, in the card's metadata.
+            force (`bool`, defaults to `False`): Replace a model of another configuration.
+        Returns:
+            `str`: the repository's address.
+        Raises:
+            ValueError: if there is no token, or the repository holds another model and `force` is false.
+            ImportError: if the package is not installed, which writes the card.
+        """
+        try:
+            # Not as a statement: diffusers warns of packages that a repository's code imports so.
+            hub = importlib.import_module("flowback_hf.hub")
+        except ImportError as error:
+            raise ImportError("Publishing a flow with its code and card needs the package flowback_hf.") from error
+        return hub.push_to_hub(self, repo_id, run_dir, commit_message, private, token, create_pr, license, force)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """How many pixels of an image one cell of the sample covers along each side: 1 without a VAE."""
+        return 1 if self.vae is None else vae_scale_factor(self.vae)
 
     @property
     def guidance_scale(self) -> float:
@@ -215,8 +305,7 @@ class FlowBackPipeline(DiffusionPipeline):
         self._warn_of_overflow(sample)
         if output_type != "latent":
             if self.vae is not None:
-                sample = (sample / self.vae.config.scaling_factor).to(self.vae.dtype)
-                sample = self.vae.decode(sample, return_dict=False)[0]
+                sample = self._decode(sample)
             sample = self.image_processor.postprocess(sample, output_type=output_type)
 
         self.maybe_free_model_hooks()
@@ -299,6 +388,37 @@ class FlowBackPipeline(DiffusionPipeline):
             return [operator.index(class_labels)]
         except TypeError:
             raise ValueError(f"`class_labels` must be whole numbers or names, but one is {class_labels!r}.") from None
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """
+        Images to the data of a latent flow: a draw from the VAE's posterior, on the scale the flow is trained on.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): In [-1, 1].
+            generator (`torch.Generator`, *optional*): Decides the draw.
+        Returns:
+            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)` in float32, without the
+            noise of training: `(latents - shift_factor) * scaling_factor`. `encode` and decoding are each other's
+            inverse as far as the VAE is.
+        Raises:
+            ValueError: if the pipeline has no VAE, or the images are not `sample_size` times its factor.
+        """
+        if self.vae is None:
+            raise ValueError("`encode` needs a pipeline with a `vae`: the data of this flow are images themselves.")
+        size = self.transformer.config.sample_size * self.vae_scale_factor
+        if tuple(images.shape[2:]) != (size, size):
+            raise ValueError(
+                f"`images` must be of {size}x{size} pixels, the flow's {self.transformer.config.sample_size} times the"
+                f" VAE's factor {self.vae_scale_factor}, but have shape {tuple(images.shape)}."
+            )
+        posterior = self.vae.encode(images.to(self._execution_device, self.vae.dtype)).latent_dist
+        return scale_latents(posterior.sample(generator).float(), self.vae.config)
+
+    def _decode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Data of a latent flow to images in [-1, 1]."""
+        latents = unscale_latents(sample, self.vae.config)
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
 
     def _denoise(self, sample: torch.Tensor, class_labels: torch.Tensor | None, noise_std: float) -> torch.Tensor:
         """Tweedie's formula on the exact score: `x + sigma^2 grad_x log p(x | y)` (TARFlow, section 3.4)."""

@@ -1,0 +1,193 @@
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+"""Original TARFlow checkpoints (https://github.com/apple/ml-tarflow) to this package's model."""
+
+import math
+import os
+import pickle
+import re
+from importlib import resources
+
+import torch
+
+from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
+
+
+HEAD_DIM = 64  # of every original checkpoint
+AFHQ_LABELS = ("cat", "dog", "wild")
+# This model's names to the original's, part by part.
+ORIGINAL_NAMES = {
+    ".layers.": ".attn_blocks.",
+    ".norm1.": ".attention.norm.",
+    ".attn.to_qkv.": ".attention.qkv.",
+    ".attn.to_out.0.": ".attention.proj.",
+    ".norm2.": ".mlp.norm.",
+    ".ff.net.0.proj.": ".mlp.main.0.",
+    ".ff.net.2.": ".mlp.main.2.",
+}
+
+
+def load_tarflow_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    The tensors of an original `.pth` file.
+
+    Args:
+        path (`str`): The file. Nothing in it is run: it is read with `weights_only=True`.
+    Returns:
+        `dict` of name to tensor, on the CPU.
+    Raises:
+        ValueError: if the file is missing, damaged, or holds anything but named tensors.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"`checkpoint` must be an existing file, but is {str(path)!r}.") from None
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"`checkpoint` {str(path)!r} was not loaded: it is damaged, or holds objects that may run code when they"
+            " are read, where a checkpoint needs tensors alone."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"`checkpoint` {str(path)!r} was not loaded: it is truncated or no file of PyTorch."
+        ) from error
+    if not isinstance(checkpoint, dict) or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        raise ValueError(
+            f"`checkpoint` {str(path)!r} must hold a dict of tensors by name, the state of an original TARFlow, but"
+            f" holds {describe(checkpoint)}."
+        )
+    return checkpoint
+
+
+def describe(checkpoint: object) -> str:
+    if not isinstance(checkpoint, dict):
+        return f"a {type(checkpoint).__name__}"
+    others = [name for name, value in checkpoint.items() if not isinstance(value, torch.Tensor)]
+    return f"other things under {others[:5]}"
+
+
+def convert_tarflow_checkpoint(
+    checkpoint: dict[str, torch.Tensor], sample_size: int, noise_std: float, in_channels: int = 3
+) -> TarFlowTransformer2DModel:
+    """
+    An original TARFlow as a [`TarFlowTransformer2DModel`] with the same latents, log-determinants and samples.
+
+    The architecture is read off the tensors. What they do not tell is asked for: tokens of 12 values are 2x2 pixels of
+    3 channels or single cells of 12, and the noise that a flow was trained with leaves no trace.
+
+    Args:
+        checkpoint (`dict` of `str` to `torch.Tensor`): What [`load_tarflow_checkpoint`] returns.
+        sample_size (`int`): Height and width of the images.
+        noise_std (`float`): sigma of the Gaussian noise of training, for images in [-1, 1].
+        in_channels (`int`, defaults to 3): Channels of the images.
+    Returns:
+        [`TarFlowTransformer2DModel`] in float32, in evaluation mode.
+    Raises:
+        ValueError: if tensors are missing, superfluous or of unexpected shapes, all of which are listed; if
+            `sample_size` or `in_channels` contradicts them; or if the flow is volume-preserving.
+
+    Reference: Zhai et al., Normalizing Flows are Capable Generative Models, 2024, https://arxiv.org/abs/2412.06329
+    """
+    config = infer_config(checkpoint, sample_size, in_channels)
+    with torch.device("meta"):
+        expected = TarFlowTransformer2DModel(**config, noise_std=noise_std).state_dict()
+    check_names(checkpoint, {original_name(name) for name in expected} | {"var"})
+    state_dict, misshapen = {}, []
+    for name, tensor in expected.items():
+        original = checkpoint[original_name(name)]
+        # the table of classes has an axis for the tokens, which broadcasts
+        shape = (tensor.shape[0], 1, tensor.shape[1]) if name.endswith("class_embed") else tuple(tensor.shape)
+        if tuple(original.shape) != shape:
+            misshapen.append(f"{original_name(name)} {tuple(original.shape)} for {shape}")
+        state_dict[name] = original.reshape(-1).float().clone()
+    num_tokens, token_dim = (sample_size // config["patch_size"]) ** 2, in_channels * config["patch_size"] ** 2
+    if tuple(checkpoint["var"].shape) != (num_tokens, token_dim):
+        misshapen.append(f"var {tuple(checkpoint['var'].shape)} for {(num_tokens, token_dim)}")
+    if misshapen:
+        raise ValueError(f"The checkpoint's tensors contradict each other's shapes: {', '.join(misshapen)}.")
+    if not bool((checkpoint["var"] == 1).all()):
+        raise ValueError(
+            "The checkpoint's `var`, the variances of the latents, must be ones, as of every flow with log-scales, but"
+            f" lies between {checkpoint['var'].min().item():.4g} and {checkpoint['var'].max().item():.4g}."
+        )
+    model = TarFlowTransformer2DModel(**config, noise_std=noise_std)
+    model.load_state_dict({name: flat.view_as(expected[name]) for name, flat in state_dict.items()})
+    return model.eval()
+
+
+def infer_config(checkpoint: dict[str, torch.Tensor], sample_size: int, in_channels: int) -> dict:
+    """Arguments of [`TarFlowTransformer2DModel`], from the shapes of the first block and the numbers in the names."""
+    first_block = {
+        name: checkpoint.get(f"blocks.0.{name}")
+        for name in ("proj_in.weight", "proj_out.weight", "pos_embed", "attn_blocks.0.mlp.main.0.weight")
+    }
+    lacking = [f"blocks.0.{name}" for name, tensor in first_block.items() if tensor is None or tensor.ndim != 2]
+    if lacking:
+        raise ValueError(f"The checkpoint is not an original TARFlow: it has no matrices named {', '.join(lacking)}.")
+    proj_in, proj_out, pos_embed, mlp = first_block.values()
+    width, token_dim = proj_in.shape
+    if len(proj_out) == token_dim:
+        raise ValueError(
+            f"The checkpoint is a volume-preserving flow, whose output has {token_dim} shifts and no log-scales: this"
+            " model has no such kind."
+        )
+    num_tokens = len(pos_embed)
+    grid_size = math.isqrt(num_tokens)
+    if grid_size**2 != num_tokens or sample_size < grid_size or sample_size % grid_size != 0:
+        raise ValueError(
+            f"`sample_size` must be a multiple of the side of a square grid of the checkpoint's {num_tokens} tokens,"
+            f" but is {sample_size}."
+        )
+    patch_size = sample_size // grid_size
+    if in_channels * patch_size**2 != token_dim:
+        raise ValueError(
+            f"`in_channels` {in_channels} contradicts the checkpoint: at `sample_size` {sample_size} its {num_tokens}"
+            f" tokens are {patch_size}x{patch_size}, which makes {in_channels * patch_size**2} values each, but they"
+            f" have {token_dim}."
+        )
+    if width % HEAD_DIM != 0:
+        raise ValueError(f"The checkpoint's width {width} must be a multiple of {HEAD_DIM}, the size of its heads.")
+    numbers = [re.match(r"blocks\.(\d+)\.(?:attn_blocks\.(\d+)\.)?", name) for name in checkpoint]
+    layers_of = {}
+    for match in filter(None, numbers):
+        layers_of.setdefault(int(match[1]), set()).add(match[2])
+    num_layers = [max(1, len(layers_of[block] - {None})) for block in sorted(layers_of)]
+    table = checkpoint.get("blocks.0.class_embed")
+    return {
+        "sample_size": sample_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "num_blocks": len(num_layers),
+        "num_layers": num_layers[0] if len(set(num_layers)) == 1 else num_layers,
+        "num_attention_heads": width // HEAD_DIM,
+        "attention_head_dim": HEAD_DIM,
+        "mlp_ratio": len(mlp) / width,
+        "num_classes": None if table is None else len(table),
+    }
+
+
+def original_name(name: str) -> str:
+    for part, original in ORIGINAL_NAMES.items():
+        name = name.replace(part, original)
+    return name
+
+
+def check_names(checkpoint: dict[str, torch.Tensor], expected: set[str]):
+    # a mask is a buffer: causality is no parameter
+    given = {name for name in checkpoint if not re.fullmatch(r"blocks\.\d+\.attn_mask", name)}
+    missing, unexpected = sorted(expected - given), sorted(given - expected)
+    if missing or unexpected:
+        raise ValueError(
+            f"The checkpoint must hold exactly an original TARFlow's tensors, but {', '.join(missing) or 'none'} are"
+            f" missing and {', '.join(unexpected) or 'none'} are unexpected."
+        )
+
+
+def labels_of_known_data(num_classes: int | None) -> dict[int, str] | None:
+    """The class names of the data sets of published flows, as far as the number of classes tells: AFHQ's three and
+    ImageNet's thousand, the latter with synonyms separated by commas (WordNet's lemmas)."""
+    if num_classes == len(AFHQ_LABELS):
+        return dict(enumerate(AFHQ_LABELS))
+    if num_classes == 1000:
+        names = resources.files("flowback_hf").joinpath("imagenet_labels.txt").read_text(encoding="utf-8")
+        return dict(enumerate(names.splitlines()))
+    return None

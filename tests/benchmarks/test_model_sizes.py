@@ -1,0 +1,78 @@
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+
+from ..training.conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The scripts as modules, which import each other by name as they do when they are run."""
+    folder = str(REPOSITORY / "benchmarks")
+    sys.path.insert(0, folder)
+    modules = {}
+    for name in ("model_sizes", "latent_train_step"):
+        spec = importlib.util.spec_from_file_location(name, f"{folder}/{name}.py")
+        modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(modules[name])
+    sys.path.remove(folder)
+    return modules
+
+
+def test_the_readme_holds_the_table_of_sizes(benchmarks):
+    assert benchmarks["model_sizes"].table() in (REPOSITORY / "README.md").read_text()
+
+
+def test_flops_are_those_of_the_products_written_out(benchmarks):
+    config = {
+        "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_blocks": 3, "num_layers": [1, 1, 4],
+        "num_attention_heads": 2, "attention_head_dim": 16, "mlp_ratio": 2.0, "num_classes": 7,
+    }  # fmt: skip
+    tokens, token_dim, width, layers = 16, 12, 32, 6
+    projections = 3 * (token_dim * width + width * 2 * token_dim)
+    products = layers * (width * 3 * width + width * width + 2 * width * 2 * width)
+    attention = layers * 2 * tokens * width  # q k^T and the weighted sum of v, for one token
+    assert benchmarks["model_sizes"].count_flops(config) == 2 * tokens * (projections + products + attention)
+
+
+def test_memory_and_time_by_arithmetic(benchmarks, tmp_path, capsys, monkeypatch):
+    script = benchmarks["latent_train_step"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    predictions = {}
+    for flags in ((), ("--gradient_checkpointing",), ("--batch_size", "64")):
+        script.main(["--configs", "demo_shapes", "--output", str(tmp_path / "report.json"), *flags])
+        (result,) = json.loads((tmp_path / "report.json").read_text())["results"]
+        assert result["measured"] is None
+        predictions[flags] = result["predicted"]
+    assert "memory and time were not measured" in capsys.readouterr().out
+    assert "| not measured | not measured |" in (tmp_path / "report.md").read_text()
+
+    plain, checkpointed, twice = predictions.values()
+    assert plain["states_gib"] * script.GIB == 20 * plain["parameters"]
+    assert checkpointed["activations_gib_per_image"] < plain["activations_gib_per_image"] / 3
+    assert checkpointed["seconds"] == pytest.approx(plain["seconds"] * 4 / 3)
+    assert twice["seconds"] == pytest.approx(2 * plain["seconds"])
+    more = 32 * plain["activations_gib_per_image"]
+    assert twice["memory_gib"] == pytest.approx(plain["memory_gib"] + more)
+
+
+def test_saved_bytes_are_what_autograd_saves(benchmarks):
+    """Counted without allocating anything, and on real tensors: by the storages that saving them keeps alive."""
+    script = benchmarks["latent_train_step"]
+    config = script.load_config("demo_digits")
+    model = script.TarFlowTransformer2DModel.from_config(config)
+    sizes, kept = {}, []
+
+    def remember(tensor):
+        kept.append(tensor)
+        if not isinstance(tensor, torch.nn.Parameter):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+        script.AlignedFlowObjective(model, strategy="none")(*script.make_batch(config, 2, "cpu"))
+    assert script.saved_bytes(config, 2) == pytest.approx(sum(sizes.values()), rel=0.02)

@@ -1,0 +1,351 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import PIL.Image
+import pytest
+import torch
+from diffusers.utils import logging
+
+from flowback_hf import FlowBackPipeline, hub
+
+from .stand_in_hub import REVOKED_TOKEN, TOKEN
+
+
+REPOSITORY = Path(__file__).parents[1]
+ARGUMENTS = {
+    "train_data_dir": "/home/somebody/data/pets/images", "dataset_name": None, "random_flip": True,
+    "label_dropout": 0.1, "alignment": "reverse", "alignment_order": None, "alignment_weight": 0.1,
+    "teacher_model_name_or_path": "facebook/dinov2-base", "max_train_steps": 20, "train_batch_size": 4,
+    "gradient_accumulation_steps": 2, "adam_beta1": 0.9, "adam_beta2": 0.95, "learning_rate": 1e-3,
+    "lr_scheduler": "cosine", "lr_warmup_steps": 5, "adam_weight_decay": 1e-4, "max_grad_norm": 1.0, "use_ema": True,
+    "ema_decay": 0.99, "mixed_precision": "bf16", "seed": 3, "validation_guidance_scale": 1.5,
+    "max_validation_samples": 1024,
+}  # fmt: skip
+METRICS = [
+    {"step": 0, "validation_nll": 1.25},
+    {"step": 20, "loss": 0.5, "cosine_similarity/block1_layer2": 0.25, "cosine_similarity/block3_layer1": 0.75},
+    {"step": 20, "validation_nll": -0.125},
+]
+
+
+@pytest.fixture
+def run_dir(randomised_model, tmp_path):
+    """What a run of the training script leaves, its checkpoints and logs included."""
+    folder = tmp_path / "run"
+    pipeline = FlowBackPipeline(randomised_model(num_layers=2).float(), id2label={0: "cat, felis", 1: "dog"})
+    pipeline.register_to_config(guidance_scale=1.5)
+    pipeline.save_pretrained(folder)
+    (folder / "training_args.json").write_text(json.dumps(ARGUMENTS))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in METRICS))
+    for name in ("samples/step-0000000.png", "samples/step-0000020.png", "loss_curve.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        PIL.Image.new("RGB", (8, 8)).save(folder / name)
+    for name in ("checkpoint-20/optimizer.bin", "logs/events", "teacher/model.safetensors"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_bytes(b"not to be published")
+    return folder
+
+
+def files_of(the_hub, name="tester/flow"):
+    return the_hub.repositories[name].files
+
+
+def card_of(the_hub, name="tester/flow"):
+    return files_of(the_hub, name)["README.md"].decode()
+
+
+# A repository
+
+
+REPOSITORY_FILES = [
+    "README.md",
+    "model_index.json",
+    "pipeline_flowback.py",
+    "samples/step-0000020.png",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors",
+    "transformer/transformer_tarflow.py",
+]
+
+
+def test_what_belongs_goes_up_and_nothing_else(the_hub, run_dir):
+    url = FlowBackPipeline.from_pretrained(run_dir).push_to_hub("flow")
+    assert url == f"{the_hub.url}/tester/flow"
+    assert sorted(files_of(the_hub)) == REPOSITORY_FILES
+    assert not the_hub.repositories["tester/flow"].private
+    assert the_hub.tokens - {""} == {TOKEN}
+    for name, content in files_of(the_hub).items():
+        assert TOKEN.encode() not in content and str(run_dir).encode() not in content, name
+        assert b"/home/somebody" not in content, name
+    assert (run_dir / "README.md").read_text() == card_of(the_hub)
+
+
+LOAD = """
+import sys, torch
+torch.set_num_threads(1)
+way, output = sys.argv[1:]
+if way == "without the package":
+    sys.modules["flowback_hf"] = None  # as if it were not installed
+    from diffusers import DiffusionPipeline
+    load = lambda repo_id: DiffusionPipeline.from_pretrained(repo_id, trust_remote_code=True)
+else:
+    from flowback_hf import FlowBackPipeline
+    load = FlowBackPipeline.from_pretrained
+images = {}
+for repo_id in ("tester/pixels", "tester/latents"):
+    pipe = load(repo_id)
+    library = "diffusers_modules" if way == "without the package" else "flowback_hf"
+    assert {type(part).__module__.split(".")[0] for part in (pipe, pipe.transformer)} == {library}
+    generator = torch.Generator().manual_seed(5)
+    images[repo_id] = pipe(class_labels=["felis", 3], generator=generator, output_type="pt").images
+    assert pipe.guidance_scale == 1.5
+torch.save(images, output)
+if way == "without the package":
+    try:
+        pipe.push_to_hub("other")
+    except ImportError as error:
+        assert "needs the package flowback_hf" in str(error)
+    else:
+        raise AssertionError
+else:
+    assert not any(name.startswith("diffusers_modules") for name in sys.modules)
+"""
+
+
+def test_they_load_with_and_without_the_package_and_sample_the_same_bits(
+    the_hub, run_dir, randomised_model, tiny_vae, tmp_path
+):
+    FlowBackPipeline.from_pretrained(run_dir).push_to_hub("pixels")
+    # diffusers' other way of publishing
+    transformer = randomised_model(in_channels=4, position_embedding="rope", activation_fn="swiglu").float()
+    latent_pipeline = FlowBackPipeline(transformer, tiny_vae, {0: "cat, felis"}, guidance_scale=1.5)
+    latent_pipeline.save_pretrained(tmp_path / "latents", push_to_hub=True, private=True)
+    assert the_hub.repositories["tester/latents"].private
+    assert not any(name.startswith("samples") for name in files_of(the_hub, "tester/latents"))
+    assert not (tmp_path / "latents" / "README.md").exists()
+
+    processes = {}
+    for way in ("with the package", "without the package"):
+        environment = {"HF_ENDPOINT": the_hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        environment = {**os.environ, **environment, "HF_HOME": str(tmp_path / way)}
+        command = [sys.executable, "-c", LOAD, way, str(tmp_path / f"{way}.pt")]
+        processes[way] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    for process in processes.values():
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "were not found in your environment" not in errors  # diffusers' warning of missing packages
+
+    for repo_id, folder in {"tester/pixels": run_dir, "tester/latents": tmp_path / "latents"}.items():
+        pipeline = FlowBackPipeline.from_pretrained(folder)
+        generator = torch.Generator().manual_seed(5)
+        expected = pipeline(class_labels=["felis", 3], generator=generator, output_type="pt").images
+        assert expected.std() > 0.01
+        for way in processes:
+            assert torch.equal(torch.load(tmp_path / f"{way}.pt")[repo_id], expected), (repo_id, way)
+
+
+def test_a_newer_upload_leaves_no_shards_and_pictures_of_the_older(the_hub, run_dir):
+    pipeline = FlowBackPipeline.from_pretrained(run_dir)
+    pipeline.push_to_hub("flow")
+    files_of(the_hub)["transformer/diffusion_pytorch_model-00001-of-00002.safetensors"] = b"old"
+    files_of(the_hub)["notes.txt"] = b"a person's"
+    (run_dir / "samples/step-0000020.png").rename(run_dir / "samples/step-0000040.png")
+    pipeline.push_to_hub("flow")
+    expected = [name.replace("0020", "0040") for name in [*REPOSITORY_FILES, "notes.txt"]]
+    assert sorted(files_of(the_hub)) == sorted(expected)
+
+
+# Cards
+
+
+def test_the_card_says_what_the_runs_files_say(run_dir):
+    (run_dir / "evaluation.json").write_text(json.dumps({"accuracy": {"gradient": 0.875}, "reference": "/home/x/a/b"}))
+    pipeline = FlowBackPipeline.from_pretrained(run_dir)
+    card = hub.render_model_card(pipeline, "somebody/flow", run_dir, license="cc-by-4.0")
+    data = huggingface_hub.ModelCard(card).data
+    assert (
+        data.library_name == "diffusers" and data.license == "cc-by-4.0" and data.base_model == "facebook/dinov2-base"
+    )
+    assert {"normalizing-flow", "tarflow", "r-repa"} <= set(data.tags)
+    for line in (
+        "# flow",
+        'pipe = FlowBackPipeline.from_pretrained("somebody/flow")',
+        "pipe(class_labels=['cat'], ",
+        "`guidance_scale` is 1.5 with the linear rule",
+        "![Samples](samples/step-0000020.png)",
+        "Drawn by the training script at step 20, seed 3, one row a class, `guidance_scale=1.5`",
+        "| transformer layers per block | 2 |",
+        "Classes: cat, felis, dog.",
+        "| data | `pets/images` |",
+        "| alignment | reverse, order 0, weight 0.1 |",
+        "| aligned places | block 1 layer 2, block 3 layer 1 |",
+        "| batch size | 4 per process, 2 accumulated |",
+        "learning rate 0.001, cosine after 5 steps of warm-up",
+        "| validation nll, nats per dimension | -0.1250 (step 20) |",
+        "| the same at step 0 | 1.2500 |",
+        "| cosine similarity, block 3 layer 1 | 0.7500 |",
+        "| accuracy / gradient | 0.875 |",
+        "| reference | `a/b` |",
+        "Gaussian noise (σ = 0.05)",
+        "arXiv preprint arXiv:2511.22345",
+    ):
+        assert line in card, line
+    for placeholder in ("None", "TODO", "More information needed", "{{", "/home/"):
+        assert placeholder not in card
+
+
+def test_the_card_names_where_latents_and_stored_features_came_from(run_dir, tmp_path):
+    (tmp_path / "latents").mkdir()
+    settings = {"data": "imagenet-1k", "vae": "stabilityai/sd-vae-ft-ema", "resolution": 256, "teacher": "a/teacher"}
+    (tmp_path / "latents" / "latents.json").write_text(json.dumps(settings))
+    more = {"train_data_dir": None, "latents": str(tmp_path / "latents"), "teacher_model_name_or_path": None}
+    (run_dir / "training_args.json").write_text(json.dumps({**ARGUMENTS, **more}))
+    card = hub.render_model_card(FlowBackPipeline.from_pretrained(run_dir), "flow", run_dir)
+    assert "| data | `imagenet-1k` at 256×256, as latents of `stabilityai/sd-vae-ft-ema` |" in card
+    assert "| teacher | `a/teacher` |" in card
+    data = huggingface_hub.ModelCard(card).data
+    assert data.datasets == "imagenet-1k" and data.base_model == "a/teacher"
+
+
+def test_a_pipeline_without_a_run_says_less(randomised_model):
+    card = hub.render_model_card(FlowBackPipeline(randomised_model(num_classes=None)), "somebody/flow")
+    assert "An unconditional normalizing flow of 4×4 images" in card
+    assert "pipe(num_images_per_prompt=4, " in card and "Guidance is off" in card
+    for section in ("## Samples", "## Training", "## Measured", "## Evaluation", "Classes:", "2511.22345", "None"):
+        assert section not in card
+
+
+def test_a_cards_hash_tells_whether_it_was_edited(run_dir):
+    card = hub.render_model_card(FlowBackPipeline.from_pretrained(run_dir), "flow", run_dir)
+    assert hub.is_as_written(card) and hub.is_as_written(card + "\n")
+    assert not hub.is_as_written(card.replace("cat", "car"))
+    assert not hub.is_as_written(card + "A sentence.\n")
+    assert not hub.is_as_written("# A card by hand\n")
+
+
+def test_a_card_edited_in_the_runs_folder_goes_up_and_is_kept(the_hub, run_dir, caplog):
+    logger = logging.get_logger("flowback_hf.hub")
+    logger.addHandler(caplog.handler)
+    pipeline = FlowBackPipeline.from_pretrained(run_dir)
+    pipeline.push_to_hub("flow")
+    edited = card_of(the_hub).replace("## Use", "## Use it well")
+    (run_dir / "README.md").write_text(edited)
+    pipeline.push_to_hub("flow")
+    assert card_of(the_hub) == edited
+    # Now the one on the Hub is a person's: neither a fresh card nor another edit replaces it.
+    (run_dir / "README.md").unlink()
+    pipeline.push_to_hub("flow")
+    assert card_of(the_hub) == edited
+    logger.removeHandler(caplog.handler)
+    assert "The card of tester/flow was edited by hand on the Hub and is kept" in caplog.text
+
+
+def test_a_card_that_nobody_edited_is_written_anew(the_hub, run_dir):
+    pipeline = FlowBackPipeline.from_pretrained(run_dir)
+    pipeline.push_to_hub("flow")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 30, "validation_nll": -0.5}) + "\n")
+    pipeline.push_to_hub("flow")
+    assert "-0.5000 (step 30)" in card_of(the_hub) and hub.is_as_written(card_of(the_hub))
+    assert (run_dir / "README.md").read_text() == card_of(the_hub)
+
+
+# The scripts
+
+
+@pytest.fixture(scope="module")
+def push_script():
+    path = REPOSITORY / "pipelines" / "push_to_hub.py"
+    spec = importlib.util.spec_from_file_location("push_to_hub", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_publishes_a_finished_run(the_hub, run_dir):
+    environment = {**os.environ, "HF_ENDPOINT": the_hub.url, "HF_HUB_DISABLE_XET": "1"}
+    environment.pop("HF_TOKEN")
+    command = [sys.executable, str(REPOSITORY / "pipelines" / "push_to_hub.py"), "--model", str(run_dir)]
+    command += ["--hub_model_id", "group/flow", "--hub_token", TOKEN, "--hub_private_repo", "--license", "cc0-1.0"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip().endswith(f"{the_hub.url}/group/flow") and TOKEN not in run.stdout + run.stderr
+    assert the_hub.repositories["group/flow"].private and "license: cc0-1.0" in card_of(the_hub, "group/flow")
+    assert sorted(files_of(the_hub, "group/flow")) == REPOSITORY_FILES
+
+
+def test_the_command_writes_a_repository_to_look_at(push_script, the_hub, run_dir, tmp_path):
+    line = ["--model", str(run_dir), "--hub_model_id", "me/flow", "--output_dir", str(tmp_path / "look")]
+    push_script.main(push_script.parse_args(line))
+    files = sorted(
+        str(path.relative_to(tmp_path / "look")) for path in (tmp_path / "look").rglob("*") if path.is_file()
+    )
+    assert files == REPOSITORY_FILES and not the_hub.requests
+    with pytest.raises(ValueError, match="`--output_dir` must be a new folder, but .*look exists"):
+        push_script.main(push_script.parse_args(line))
+    with pytest.raises(ValueError, match="`--model` must be the folder of a saved pipeline, but .*samples has no"):
+        push_script.main(push_script.parse_args(["--model", str(run_dir / "samples")]))
+    pipeline = FlowBackPipeline.from_pretrained(tmp_path / "look")
+    assert type(pipeline.transformer).__module__ == "flowback_hf.models.transformer_tarflow"
+
+
+# Bad input
+
+
+def test_no_token_is_refused(the_hub, run_dir, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="There is no token to push with: run `hf auth login`"):
+        FlowBackPipeline.from_pretrained(run_dir).push_to_hub("flow")
+    assert not the_hub.requests
+
+
+def test_a_token_that_the_hub_does_not_take_is_said(the_hub, run_dir):
+    pipeline = FlowBackPipeline.from_pretrained(run_dir)
+    with pytest.raises(
+        ValueError, match="The Hub does not let `repo_id` 'flow' be written: Invalid user token"
+    ) as error:
+        pipeline.push_to_hub("flow", token=REVOKED_TOKEN)
+    assert REVOKED_TOKEN not in str(error.value) and not the_hub.repositories
+
+
+def test_a_repository_of_another_model_is_refused_without_force(the_hub, run_dir, randomised_model):
+    FlowBackPipeline.from_pretrained(run_dir).push_to_hub("flow")
+    before = dict(files_of(the_hub))
+    other = FlowBackPipeline(randomised_model(num_blocks=2, num_classes=7).float())
+    match = r"`repo_id` 'tester/flow' exists and holds a model .* differs in num_blocks, num_classes, num_layers"
+    with pytest.raises(ValueError, match=match):
+        other.push_to_hub("flow")
+    assert files_of(the_hub) == before
+    other.push_to_hub("flow", force=True)
+    assert json.loads(files_of(the_hub)["transformer/config.json"])["num_blocks"] == 2
+
+
+def test_a_repository_of_something_else_is_refused(the_hub, run_dir):
+    pipeline = FlowBackPipeline.from_pretrained(run_dir)
+    pipeline.push_to_hub("flow")
+    files_of(the_hub).clear()
+    files_of(the_hub)["config.json"] = b"{}"
+    with pytest.raises(ValueError, match="exists and holds a model of another configuration"):
+        pipeline.push_to_hub("flow")
+
+
+def test_a_public_repository_is_refused_where_a_private_one_is_asked_for(the_hub, run_dir):
+    pipeline = FlowBackPipeline.from_pretrained(run_dir)
+    pipeline.push_to_hub("flow")
+    with pytest.raises(ValueError, match="'tester/flow' exists and is public, but `private` is True"):
+        pipeline.push_to_hub("flow", private=True)
+    pipeline.push_to_hub("secret", private=True)
+    pipeline.push_to_hub("secret", private=True)
+    assert the_hub.repositories["tester/secret"].private
+
+
+def test_a_folder_that_is_no_run_is_refused(run_dir, the_hub, tmp_path):
+    with pytest.raises(
+        ValueError, match="`run_dir` must be an output folder of training/train_rra.py, but '.*nowhere'"
+    ):
+        FlowBackPipeline.from_pretrained(run_dir).push_to_hub("flow", run_dir=tmp_path / "nowhere")
