@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.utils import logging
 
-from flowback_hf import FlowBackPipeline, hub
+from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline, hub
 
 from .stand_in_hub import REVOKED_TOKEN, TOKEN
 
@@ -113,6 +113,10 @@ if way == "without the package":
     else:
         raise AssertionError
 else:
+    from flowback_hf import FlowBackClassificationPipeline
+    for repo_id, pictures in images.items():
+        scores = FlowBackClassificationPipeline.from_pretrained(repo_id).class_scores(pictures, method="bayes")
+        torch.save(scores, output.replace("with the package", repo_id.split("/")[1]))
     assert not any(name.startswith("diffusers_modules") for name in sys.modules)
 """
 
@@ -147,6 +151,10 @@ def test_they_load_with_and_without_the_package_and_sample_the_same_bits(
         assert expected.std() > 0.01
         for way in processes:
             assert torch.equal(torch.load(tmp_path / f"{way}.pt")[repo_id], expected), (repo_id, way)
+        # a classifier is loaded from the same repository
+        scores = FlowBackClassificationPipeline.from_pipe(pipeline).class_scores(expected, method="bayes")
+        assert scores.std() > 0
+        assert torch.equal(torch.load(tmp_path / f"{repo_id.split('/')[1]}.pt"), scores)
 
 
 def test_a_newer_upload_leaves_no_shards_and_pictures_of_the_older(the_hub, run_dir):

@@ -38,6 +38,16 @@ def vae_scale_factor(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def read_pipeline_index(index: dict[str, Any], module_name: str) -> dict[str, Any]:
+    """What `model_index.json` means to a class of this module. A published repository names the modules of code that
+    lie in it; who has the package needs none of that code."""
+    library = module_name.partition(".")[0]
+    if library in LOADABLE_CLASSES and isinstance(index.get("_class_name"), list):
+        index["_class_name"] = index["_class_name"][1]
+        index["transformer"] = [library, index["transformer"][1]]
+    return index
+
+
 class FlowBackPipeline(DiffusionPipeline):
     r"""
     Class-conditional image generation with a normalizing flow.
@@ -107,13 +117,7 @@ class FlowBackPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        """A published repository names the modules that lie in it; who has the package needs none of that code."""
-        config = super()._dict_from_json_file(json_file)
-        library = cls.__module__.partition(".")[0]
-        if library in LOADABLE_CLASSES and isinstance(config.get("_class_name"), list):
-            config["_class_name"] = config["_class_name"][1]
-            config["transformer"] = [library, config["transformer"][1]]
-        return config
+        return read_pipeline_index(super()._dict_from_json_file(json_file), cls.__module__)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
         """As diffusers' pipelines do; `push_to_hub=True` publishes as [`~FlowBackPipeline.push_to_hub`] does."""

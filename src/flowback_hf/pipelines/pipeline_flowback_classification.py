@@ -1,6 +1,4 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
-#
-# This file is uploaded with the weights of a model that loads without the package: it needs torch and diffusers only.
 
 import itertools
 import math
@@ -16,6 +14,8 @@ from diffusers.models import AutoencoderKL, ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import PIL_INTERPOLATION, load_image
 from diffusers.utils.torch_utils import randn_tensor
+
+from flowback_hf.pipelines.pipeline_flowback import read_pipeline_index, scale_latents, vae_scale_factor
 
 
 METHODS = ("gradient", "ascent", "bayes", "shortlist")
@@ -87,6 +87,10 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         self.register_to_config(id2label=id2label or None, guidance_scale=guidance_scale, guidance_rule=guidance_rule)
 
     @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        return read_pipeline_index(super()._dict_from_json_file(json_file), cls.__module__)
+
+    @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "FlowBackClassificationPipeline":
         """
         A classifier that shares the flow of a loaded [`FlowBackPipeline`]; nothing is copied.
@@ -103,8 +107,7 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
     @property
     def image_size(self) -> int:
         """Height and width, in pixels, of the images that the flow, or its VAE, takes."""
-        downsampling = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.transformer.config.sample_size * downsampling
+        return self.transformer.config.sample_size * (1 if self.vae is None else vae_scale_factor(self.vae))
 
     def __call__(
         self,
@@ -458,7 +461,7 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         sample = VaeImageProcessor.normalize(pixels.to(device, dtype))
         if self.vae is not None:
             latents = self.vae.encode(sample.to(self.vae.dtype)).latent_dist.mode()
-            sample = latents.to(dtype) * self.vae.config.scaling_factor
+            sample = scale_latents(latents.to(dtype), self.vae.config)
         return sample
 
     def _batches(
