@@ -175,7 +175,7 @@ def test_the_card_says_what_the_runs_files_say(run_dir):
     for line in (
         "# flow",
         'pipe = FlowBackPipeline.from_pretrained("somebody/flow")',
-        "pipe(class_labels=['cat'], ",
+        'pipe(class_labels=["cat"], ',
         "`guidance_scale` is 1.5 with the linear rule",
         "![Samples](samples/step-0000020.png)",
         "Drawn by the training script at step 20, seed 3, one row a class, `guidance_scale=1.5`",

@@ -294,7 +294,8 @@ def example_call(config: Any, id2label: dict[str, str]) -> str:
     if config.num_classes is None:
         return "num_images_per_prompt=4, "
     label = next(iter(id2label.values()), None)
-    return f"class_labels={[0] if label is None else [label.split(',')[0].strip()]}, num_images_per_prompt=4, "
+    labels = json.dumps([0 if label is None else label.split(",")[0].strip()], ensure_ascii=False)
+    return f"class_labels={labels}, num_images_per_prompt=4, "
 
 
 def about_guidance(pipeline: "pipeline_flowback.FlowBackPipeline") -> str:
