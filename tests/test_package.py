@@ -65,9 +65,11 @@ def test_some_defaults_are_documented():
     assert len(list(documented_defaults())) > 10
 
 
-def test_the_model_and_the_pipeline_need_torch_and_diffusers_only():
+def test_the_model_and_the_pipelines_need_torch_and_diffusers_only():
     """Each is uploaded as a single file for those who load a model without the package."""
-    for file in ("models/transformer_tarflow.py", "pipelines/pipeline_flowback.py"):
+    files = ["models/transformer_tarflow.py"]
+    files += ["pipelines/pipeline_flowback.py", "pipelines/pipeline_flowback_classification.py"]
+    for file in files:
         tree = ast.parse((REPOSITORY / "src" / "flowback_hf" / file).read_text())
         imported = set()
         for node in ast.walk(tree):

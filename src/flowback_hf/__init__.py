@@ -6,6 +6,7 @@ from flowback_hf.alignment.objective import AlignedFlowObjective, AlignedFlowOut
 from flowback_hf.alignment.teacher import RepresentationTeacher
 from flowback_hf.models.transformer_tarflow import TarFlowOutput, TarFlowTransformer2DModel
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
+from flowback_hf.pipelines.pipeline_flowback_classification import FlowBackClassificationPipeline
 
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlignedFlowObjective",
     "AlignedFlowOutput",
+    "FlowBackClassificationPipeline",
     "FlowBackPipeline",
     "RepresentationTeacher",
     "TarFlowOutput",

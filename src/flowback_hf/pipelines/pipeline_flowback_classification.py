@@ -1,0 +1,603 @@
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+#
+# This file is uploaded with the weights of a model that loads without the package: it needs torch and diffusers only.
+
+import itertools
+import math
+import operator
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models import AutoencoderKL, ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import PIL_INTERPOLATION, load_image
+from diffusers.utils.torch_utils import randn_tensor
+
+
+METHODS = ("gradient", "ascent", "bayes", "shortlist")
+
+
+class FlowBackClassificationPipeline(DiffusionPipeline):
+    r"""
+    Training-free image classification with a class-conditional normalizing flow, and the likelihoods behind it.
+
+    A flow knows `log p(x | y)`, and with Bayes' rule which class `y` makes an image most likely. Four methods:
+
+        "gradient"   the paper's Algorithm 1: class logits `l = 0`, class embeddings `softmax(l)^T E` in every block,
+                     one forward and one backward for `g = grad_l log p(x | l)`, whatever the number K of classes
+        "ascent"     climbs along that gradient for several steps
+        "bayes"      log p(x | k) for every class: exact, K forwards
+        "shortlist"  Bayes among the `shortlist_size` classes that "gradient" ranks first (not in the paper)
+
+    The flow was trained on noisy images, so it is shown noisy ones: everything is the mean over `num_noise_draws`
+    draws of the noise that it was trained with. `generator` decides them; without one they are the same in every call.
+    Zero draws show it the clean image.
+
+    With `pipe.transformer.requires_grad_(False)` a gradient keeps a third less memory for its backward.
+
+    Args:
+        transformer ([`TarFlowTransformer2DModel`]): The flow.
+        vae ([`~diffusers.AutoencoderKL`], *optional*): Encodes the images for a latent flow.
+        id2label (`dict[int, str]`, *optional*): Class names. Without them, labels are numbers.
+        guidance_scale (`float`, defaults to 1.0), guidance_rule (`str`, defaults to `"linear"`):
+            [`FlowBackPipeline`]'s, with which this pipeline shares its repository. Densities know no guidance.
+
+    Example:
+        ```py
+        >>> import torch
+        >>> from flowback_hf import FlowBackClassificationPipeline, TarFlowTransformer2DModel
+
+        >>> transformer = TarFlowTransformer2DModel(
+        ...     sample_size=8, patch_size=2, num_blocks=2, num_layers=1, num_attention_heads=2, attention_head_dim=16,
+        ...     num_classes=3,
+        ... )
+        >>> pipe = FlowBackClassificationPipeline(transformer, id2label={0: "cat", 1: "dog", 2: "cow"})
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> images = torch.rand(4, 3, 8, 8)
+        >>> [len(classes) for classes in pipe(images, method="bayes", top_k=2)]
+        [2, 2, 2, 2]
+        >>> pipe.log_prob(images).shape
+        torch.Size([4])
+        ```
+
+    References: Flowing Backwards: Improving Normalizing Flows via Reverse Representation Alignment,
+    https://arxiv.org/abs/2511.22345 (Algorithm 1); Zhai et al., Normalizing Flows are Capable Generative Models,
+    https://arxiv.org/abs/2412.06329
+    """
+
+    model_cpu_offload_seq = "vae->transformer"
+    _optional_components = ["vae"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rule: str = "linear",
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae)
+        # JSON turns the keys into strings.
+        id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
+        self.register_to_config(id2label=id2label or None, guidance_scale=guidance_scale, guidance_rule=guidance_rule)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """As in [`FlowBackPipeline`]: a published repository's own code is not needed by who has the package."""
+        config = super()._dict_from_json_file(json_file)
+        library = cls.__module__.partition(".")[0]
+        if library in LOADABLE_CLASSES and isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][1]
+            config["transformer"] = [library, config["transformer"][1]]
+        return config
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "FlowBackClassificationPipeline":
+        """
+        A classifier that shares the flow of a loaded [`FlowBackPipeline`]; nothing is copied.
+
+        Args:
+            pipeline ([`FlowBackPipeline`]): Whose components and class names are used.
+            kwargs: As in [`~diffusers.DiffusionPipeline.from_pipe`].
+        """
+        # The components are named because diffusers would look for the annotated class itself, not for one of its
+        # subclasses; the dtype because it would otherwise cast the shared flow to float32.
+        components = {"transformer": pipeline.transformer, "vae": pipeline.vae}
+        return super().from_pipe(pipeline, **{**components, "dtype": pipeline.transformer.dtype, **kwargs})
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, in pixels, of the images that the flow, or its VAE, takes."""
+        downsampling = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.transformer.config.sample_size * downsampling
+
+    def __call__(
+        self,
+        images: Any,
+        top_k: int = 5,
+        method: str = "gradient",
+        num_noise_draws: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int = 32,
+        num_steps: int = 10,
+        learning_rate: float = 0.05,
+        tolerance: float = 0.01,
+        shortlist_size: int = 5,
+        strict: bool = False,
+    ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
+        r"""
+        Args:
+            images (a PIL image, array, tensor or path, or many of them):
+                Many may be a list, a column of a `datasets` data set, any other iterable, or an array or tensor with
+                a leading batch dimension. Arrays are `(height, width[, channels])`, tensors `(channels, height,
+                width)`; both hold floats in [0, 1] or uint8, as the sampling pipeline's `"np"` and `"pt"` outputs do.
+                An image of another size is resized and center-cropped, with a warning.
+            top_k (`int`, defaults to 5): How many classes to return for an image; at most all of them.
+            method (`str`, defaults to `"gradient"`): `"gradient"`, `"ascent"`, `"bayes"` or `"shortlist"`, see above.
+            num_noise_draws (`int`, defaults to 1): Draws of the training noise to average over; 0 adds none.
+            generator (`torch.Generator` or one for each image, *optional*):
+                Decides the noise, image by image, however they are batched. `None` is a new one with seed 0.
+            batch_size (`int`, defaults to 32): Most samples, or pairs of sample and class, the flow sees at once.
+            num_steps (`int`, defaults to 10): Of `"ascent"`: `l <- l + learning_rate * K * grad_l log p(x | l)`.
+            learning_rate (`float`, defaults to 0.05): Of `"ascent"`, for a gradient in nats.
+            tolerance (`float`, defaults to 0.01):
+                Of `"ascent"`: an image stops after a step that gains less nats; one that loses some is undone.
+            shortlist_size (`int`, defaults to 5): Of `"shortlist"`: how many classes Bayes decides among.
+            strict (`bool`, defaults to `False`): Refuse an image of another size or mode instead of converting it.
+        Returns:
+            `list[dict]` for one image, a list of such lists for many, as of transformers' image classification:
+            `{"label": ..., "score": ...}` from the best class down. What a score is depends on the method:
+            `"bayes"`: p(k | x) under equal priors, in [0, 1], summing to 1 over all classes; `"shortlist"`: the same
+            among the shortlisted classes, 0 for all others; `"ascent"`: the weights softmax(l) of the class embeddings
+            that it reached, which sum to 1 but are no probabilities of the classes; `"gradient"`: `K g_k`, the
+            first-order estimate of `log p(x | k) - log p(x | no class)` in nats, of any sign.
+        Raises:
+            ValueError: for an argument out of its range, before any work; for an image that cannot be used, with its
+                number; for an unconditional flow.
+        """
+        arguments = {
+            "method": method,
+            "num_noise_draws": num_noise_draws,
+            "batch_size": batch_size,
+            "num_steps": num_steps,
+            "learning_rate": learning_rate,
+            "tolerance": tolerance,
+            "shortlist_size": shortlist_size,
+        }
+        if top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, but is {top_k}.")
+        scores = self.class_scores(images, generator=generator, strict=strict, **arguments)
+        values, label_ids = scores.topk(min(top_k, scores.shape[1]))
+        id2label = self.config.id2label or {}
+        id2label = {int(label_id): label for label_id, label in id2label.items()}
+        classes = [
+            [{"label": id2label.get(k, str(k)), "score": score} for k, score in zip(image_ids, image_values)]
+            for image_ids, image_values in zip(label_ids.tolist(), values.tolist())
+        ]
+        return classes[0] if _is_one_image(images) else classes
+
+    @torch.no_grad()
+    def class_scores(
+        self,
+        images: Any,
+        method: str = "gradient",
+        num_noise_draws: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int = 32,
+        num_steps: int = 10,
+        learning_rate: float = 0.05,
+        tolerance: float = 0.01,
+        shortlist_size: int = 5,
+        strict: bool = False,
+    ) -> torch.Tensor:
+        """
+        The scores of all classes, of which a call returns the best.
+
+        Args:
+            images, method, num_noise_draws, generator, batch_size, strict: As in a call.
+            num_steps, learning_rate, tolerance, shortlist_size: As in a call.
+        Returns:
+            `torch.Tensor` of shape `(num_images, num_classes)`, on the CPU: what they are depends on the method, see
+            there. float32, or float64 for a float64 flow.
+        Raises:
+            ValueError: as a call.
+        """
+        if method not in METHODS:
+            raise ValueError(f"`method` must be one of {METHODS}, but is {method!r}.")
+        if self.transformer.config.num_classes is None:
+            raise ValueError("This flow is unconditional (`num_classes` is None): it has no classes to choose from.")
+        if num_steps < 1:
+            raise ValueError(f"`num_steps` must be at least 1, but is {num_steps}.")
+        if not learning_rate > 0:
+            raise ValueError(f"`learning_rate` must be positive, but is {learning_rate}.")
+        if not tolerance >= 0:
+            raise ValueError(f"`tolerance` must not be negative, but is {tolerance}.")
+        if shortlist_size < 1:
+            raise ValueError(f"`shortlist_size` must be at least 1, but is {shortlist_size}.")
+        scores = []
+        for draws in self._batches(images, num_noise_draws, generator, batch_size, strict):
+            if method == "gradient":
+                scores.append(self._log_prob_and_gradient(draws, self._zero_logits(draws))[1])
+            elif method == "ascent":
+                scores.append(self._ascend(draws, num_steps, learning_rate, tolerance))
+            else:
+                scores.append(self._posterior(draws, method, shortlist_size, batch_size))
+        return torch.cat(scores).cpu()
+
+    @torch.no_grad()
+    def log_prob(
+        self,
+        images: Any,
+        class_labels: list[int] | torch.Tensor | None = None,
+        num_noise_draws: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int = 32,
+        strict: bool = False,
+    ) -> torch.Tensor:
+        """
+        The log-likelihood of images with the noise the flow was trained with, the mean over the draws.
+
+        Args:
+            images, num_noise_draws, generator, batch_size, strict: As in a call.
+            class_labels (`list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
+                The class of each image; -1 is no class, as is `None` for all.
+        Returns:
+            `torch.Tensor` of shape `(num_images,)`, on the CPU: nats, summed over dimensions. Of a latent flow, the
+            density of the VAE's latents, not of pixels.
+        Raises:
+            ValueError: as a call, or for labels that do not fit the flow or the number of images.
+        """
+        batches = self._batches(images, num_noise_draws, generator, batch_size, strict)
+        return torch.cat(
+            [
+                torch.stack([self.transformer.log_prob(draw, labels) for draw in draws]).mean(dim=0)
+                for draws, labels in self._with_labels(batches, class_labels)
+            ]
+        ).cpu()
+
+    @torch.no_grad()
+    def bits_per_dim(
+        self,
+        images: Any,
+        class_labels: list[int] | torch.Tensor | None = None,
+        num_noise_draws: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int = 32,
+        strict: bool = False,
+    ) -> torch.Tensor:
+        r"""
+        Bits per dimension of 8-bit images, dequantized uniformly: `(-log p(x) / D + log 128) / log 2` on
+        `x = (pixel + u) / 128 - 1`, `u` uniform in [0, 1); an upper bound on the discrete image's.
+
+        It is the figure of a density model, trained with uniform noise. A flow that was trained with Gaussian noise
+        knows the density of noisier images and is better judged by [`~FlowBackClassificationPipeline.log_prob`].
+
+        Args:
+            images, num_noise_draws, generator, batch_size, strict: As in a call; at least one draw.
+            class_labels: As in [`~FlowBackClassificationPipeline.log_prob`].
+        Returns:
+            `torch.Tensor` of shape `(num_images,)`, on the CPU: the mean over the draws.
+        Raises:
+            ValueError: as a call, or for a latent flow, which has no density of pixels.
+        """
+        if self.vae is not None:
+            raise ValueError(
+                "Bits per dimension are of pixels, but this is a flow of a VAE's latents: use `log_prob`."
+            )
+        if num_noise_draws < 1:
+            raise ValueError(f"`num_noise_draws` must be at least 1 to dequantize, but is {num_noise_draws}.")
+        batches = self._batches(images, num_noise_draws, generator, batch_size, strict, noise_type="uniform")
+        bits = []
+        for draws, labels in self._with_labels(batches, class_labels):
+            log_prob = torch.stack([self.transformer.log_prob(draw, labels) for draw in draws]).mean(dim=0)
+            bits.append((-log_prob / draws[0][0].numel() + math.log(128)) / math.log(2))
+        return torch.cat(bits).cpu()
+
+    def out_of_distribution_score(
+        self,
+        images: Any,
+        reference_log_prob: torch.Tensor,
+        num_noise_draws: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int = 32,
+        strict: bool = False,
+    ) -> torch.Tensor:
+        """
+        How far an image's likelihood, without a class, is from that of typical images, on either side: `|log p(x) -
+        mean| / standard deviation`. One forward.
+
+        A flow finds plain images more likely than those it was trained on, and strange ones less: neither a low
+        likelihood nor a small gain from a class tells both from typical ones, the distance does.
+
+        Args:
+            images, num_noise_draws, generator, batch_size, strict: As in a call.
+            reference_log_prob (`torch.Tensor` of shape `(num_typical_images,)`):
+                What [`~FlowBackClassificationPipeline.log_prob`] gives for typical images, with as many noise draws;
+                a few hundred that the flow was not trained on are enough.
+        Returns:
+            `torch.Tensor` of shape `(num_images,)`, on the CPU: at least 0, in standard deviations of typical images.
+        Raises:
+            ValueError: as a call, or for a reference that does not vary.
+
+        Reference: Nalisnick et al., Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality,
+        https://arxiv.org/abs/1906.02994, for one image at a time
+        """
+        reference_log_prob = torch.as_tensor(reference_log_prob)
+        deviation = reference_log_prob.std() if reference_log_prob.numel() > 1 else torch.tensor(math.nan)
+        if reference_log_prob.ndim != 1 or not (deviation > 0 and torch.isfinite(deviation)):
+            raise ValueError(
+                "`reference_log_prob` must hold the finite log-likelihoods of at least two different images, but are"
+                f" of shape {tuple(reference_log_prob.shape)} with the standard deviation {deviation:.3g}."
+            )
+        log_prob = self.log_prob(images, None, num_noise_draws, generator, batch_size, strict)
+        return (log_prob - reference_log_prob.mean()).abs() / deviation
+
+    # Methods
+
+    def _zero_logits(self, draws: torch.Tensor) -> torch.Tensor:
+        return draws.new_zeros(draws.shape[1], self.transformer.config.num_classes)
+
+    def _log_prob_and_gradient(self, draws: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        `log p(x | l)` in nats, `(batch_size,)`, and `K` times its gradient in the class logits `l`, `(batch_size, K)`,
+        each the mean over the draws.
+
+        The classes are met in one product with each block's table, before the flow and after it: what it costs hardly
+        depends on how many they are. The factor K makes the gradient at `l = 0` an estimate in nats (Taylor's) of what
+        each class gains over the mean of all, instead of one that shrinks with their number.
+        """
+        log_prob, gradient = torch.zeros_like(logits[:, 0]), torch.zeros_like(logits)
+        for draw in draws:
+            # A gradient is needed whatever mode the caller is in; inference tensors cannot be saved for one.
+            with torch.inference_mode(False), torch.enable_grad():
+                leaf = logits.clone().requires_grad_()
+                draw_log_prob = self.transformer.log_prob(draw.clone(), leaf.softmax(dim=1))
+                (draw_gradient,) = torch.autograd.grad(draw_log_prob.sum(), leaf)
+            log_prob += draw_log_prob.detach() / len(draws)
+            gradient += draw_gradient * (logits.shape[1] / len(draws))
+        return log_prob, gradient
+
+    def _ascend(self, draws: torch.Tensor, num_steps: int, learning_rate: float, tolerance: float) -> torch.Tensor:
+        """The class weights that gradient ascent reaches, each image until its steps stop paying."""
+        logits = self._zero_logits(draws)
+        log_prob, gradient = self._log_prob_and_gradient(draws, logits)
+        logits += learning_rate * gradient
+        climbing = torch.arange(len(logits), device=logits.device)
+        previous_gradient = gradient
+        for _ in range(num_steps - 1):
+            next_log_prob, gradient = self._log_prob_and_gradient(draws[:, climbing], logits[climbing])
+            gain = next_log_prob - log_prob[climbing]
+            fallen = climbing[gain < 0]
+            logits[fallen] -= learning_rate * previous_gradient[gain < 0]
+            log_prob[climbing] = next_log_prob
+            pays = gain >= tolerance
+            climbing, previous_gradient = climbing[pays], gradient[pays]
+            if len(climbing) == 0:
+                break
+            logits[climbing] += learning_rate * previous_gradient
+        return logits.softmax(dim=1)
+
+    def _posterior(self, draws: torch.Tensor, method: str, shortlist_size: int, batch_size: int) -> torch.Tensor:
+        """p(k | x) under equal priors on the candidate classes, all or the ones that the gradient ranks first."""
+        num_images, num_classes = draws.shape[1], self.transformer.config.num_classes
+        if method == "bayes":
+            candidates = torch.arange(num_classes, device=draws.device).expand(num_images, -1)
+        else:
+            _, gradient = self._log_prob_and_gradient(draws, self._zero_logits(draws))
+            candidates = gradient.topk(min(shortlist_size, num_classes), dim=1).indices
+        # one pair of image and class after another, so that a chunk never holds more than fits
+        image_numbers = torch.arange(num_images, device=draws.device).repeat_interleave(candidates.shape[1])
+        pairs = zip(image_numbers.split(batch_size), candidates.flatten().split(batch_size))
+        log_prob = torch.cat(
+            [
+                torch.stack([self.transformer.log_prob(draw[numbers], labels) for draw in draws]).mean(dim=0)
+                for numbers, labels in pairs
+            ]
+        ).view(num_images, -1)
+        posterior = log_prob.new_zeros(num_images, num_classes)
+        return posterior.scatter(1, candidates, log_prob.softmax(dim=1))
+
+    # Images
+
+    def preprocess(self, images: Any, strict: bool = False) -> torch.Tensor:
+        """
+        Images to what the flow models, without noise.
+
+        Args:
+            images, strict: As in a call.
+        Returns:
+            `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: pixels in [-1, 1], or the
+            mode of the VAE's latents times its `scaling_factor`; float32, or float64 for a float64 flow.
+        Raises:
+            ValueError: for something that is no image, with its number; with `strict`, for another size or mode.
+        """
+        images = [images] if _is_one_image(images) else images
+        pixels = [self._to_pixels(image, number, strict) for number, image in enumerate(images)]
+        if not pixels:
+            raise ValueError("`images` must hold at least one image, but are empty.")
+        return self._encode(torch.stack(pixels))
+
+    def _to_pixels(self, image: Any, number: int, strict: bool) -> torch.Tensor:
+        """One image as `(channels, image_size, image_size)`, in [0, 1]."""
+        size = self.image_size
+        channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
+        if isinstance(image, (str, os.PathLike)):
+            path = os.fspath(image)
+            try:
+                image = load_image(path)
+            # What is raised for a missing file, one that is no image, and a truncated one.
+            except (OSError, ValueError, SyntaxError) as error:
+                raise ValueError(f"Image {number}, {path!r}, cannot be read: {error}") from error
+            if channels == 1:
+                image = image.convert("L")
+        if not hasattr(image, "convert"):
+            pixels = _array_to_pixels(image, number)
+            if tuple(pixels.shape) == (channels, size, size):
+                return pixels
+            if strict:
+                raise ValueError(
+                    f"Image {number} must have {channels} channels of {size}x{size} pixels, but has shape"
+                    f" {tuple(pixels.shape)} (channels first): convert it, or leave out `strict`."
+                )
+            array = VaeImageProcessor.pt_to_numpy(pixels[None])
+            (image,) = VaeImageProcessor.numpy_to_pil(array)
+        mode = {1: "L", 3: "RGB"}[channels]
+        if strict and (image.mode != mode or image.size != (size, size)):
+            raise ValueError(
+                f"Image {number} must be {size}x{size} pixels of mode {mode}, but is {image.width}x{image.height} of"
+                f" mode {image.mode}: convert it, or leave out `strict`."
+            )
+        image = image.convert(mode)
+        if image.size != (size, size):
+            warnings.warn(
+                f"Images that are not {size}x{size} pixels are resized and center-cropped; `strict=True` refuses them."
+            )
+            # as training/train_rra.py does: the middle square
+            side = min(image.size)
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            image = image.resize((size, size), PIL_INTERPOLATION["bicubic"], box=(left, top, left + side, top + side))
+        return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy([image]))[0]
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        device, dtype = self._execution_device, torch.promote_types(self.transformer.dtype, torch.float32)
+        sample = VaeImageProcessor.normalize(pixels.to(device, dtype))
+        if self.vae is not None:
+            latents = self.vae.encode(sample.to(self.vae.dtype)).latent_dist.mode()
+            sample = (latents.to(dtype) - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return sample
+
+    def _batches(
+        self,
+        images: Any,
+        num_noise_draws: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        batch_size: int,
+        strict: bool,
+        noise_type: str | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """
+        Noisy samples of at most `batch_size` images, each `(num_noise_draws or 1, images, in_channels, sample_size,
+        sample_size)`. The arguments are checked before the first, with a progress bar and the offloading hooks' end
+        around them.
+        """
+        if num_noise_draws < 0:
+            raise ValueError(f"`num_noise_draws` must not be negative, but is {num_noise_draws}.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+        images = [images] if _is_one_image(images) else images
+        num_images = len(images) if hasattr(images, "__len__") else None
+        if num_images == 0:
+            raise ValueError("`images` must hold at least one image, but are empty.")
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(
+                f"`generator` must be one generator, or a list of one for each image, but has {len(generator)} for"
+                f" {'an unknown number of' if num_images is None else num_images} images."
+            )
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        generators = iter(generator if isinstance(generator, list) else itertools.repeat(generator))
+        numbered = enumerate(images)
+        with self.progress_bar(total=num_images or float("inf")) as progress_bar:
+            while pixels := [self._to_pixels(x, i, strict) for i, x in itertools.islice(numbered, batch_size)]:
+                sample = self._encode(torch.stack(pixels))
+                yield self.add_noise(
+                    sample, num_noise_draws, list(itertools.islice(generators, len(sample))), noise_type
+                )
+                progress_bar.update(len(sample))
+        self.maybe_free_model_hooks()
+
+    def add_noise(
+        self,
+        sample: torch.Tensor,
+        num_noise_draws: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise_type: str | None = None,
+    ) -> torch.Tensor:
+        """
+        The noise that the flow was trained with, drawn image by image: it does not depend on how they are batched.
+
+        Args:
+            sample (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): Of `preprocess`.
+            num_noise_draws (`int`, defaults to 1): 0 gives the clean sample, or the middle of its 8-bit bins.
+            generator: As in a call.
+            noise_type (`str`, *optional*): `"gaussian"` or `"uniform"`. The flow's by default.
+        Returns:
+            `torch.Tensor` of shape `(num_noise_draws or 1, num_images, in_channels, sample_size, sample_size)`.
+        """
+        noise_type = self.transformer.config.noise_type if noise_type is None else noise_type
+        if num_noise_draws == 0:
+            noise = torch.zeros_like(sample)[None] + (0.5 if noise_type == "uniform" else 0.0)
+        else:
+            generator = torch.Generator().manual_seed(0) if generator is None else generator
+            generators = generator if isinstance(generator, list) else [generator] * len(sample)
+            shape = (num_noise_draws, *sample.shape[1:])
+            draw = randn_tensor if noise_type == "gaussian" else _rand_tensor
+            noise = [draw(shape, generator=g, device=g.device, dtype=sample.dtype) for g in generators]
+            noise = torch.stack(noise, dim=1).to(sample.device)
+        if noise_type == "gaussian":
+            return sample + self.transformer.config.noise_std * noise
+        # 8-bit pixels are whole numbers, which a division by 255 in float32 has left only nearly
+        return (((sample + 1) * 127.5).round() + noise) / 128 - 1
+
+    def _with_labels(
+        self, batches: Iterable[torch.Tensor], class_labels: list[int] | torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Each batch with its labels."""
+        num_classes = self.transformer.config.num_classes
+        if class_labels is None:
+            yield from ((draws, None) for draws in batches)
+            return
+        labels = [operator.index(label) for label in class_labels]
+        if num_classes is None:
+            raise ValueError("`class_labels` must be None for an unconditional flow.")
+        if not all(-1 <= label < num_classes for label in labels):
+            raise ValueError(
+                f"`class_labels` must lie between 0 and {num_classes - 1}, or be -1 for no class, but are {labels}."
+            )
+        done = 0
+        for draws in batches:
+            batch_labels = labels[done : done + draws.shape[1]]
+            done += draws.shape[1]
+            if len(batch_labels) < draws.shape[1]:
+                raise ValueError(f"`class_labels` must be one for each image, but are {len(labels)} for more images.")
+            yield draws, torch.tensor(batch_labels, device=draws.device)
+        if done != len(labels):
+            raise ValueError(f"`class_labels` must be one for each image, but are {len(labels)} for {done} images.")
+
+
+def _rand_tensor(shape: tuple, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.rand(shape, generator=generator, device=device, dtype=dtype)
+
+
+def _is_one_image(images: Any) -> bool:
+    if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
+        return True
+    return hasattr(images, "ndim") and images.ndim < 4
+
+
+def _array_to_pixels(image: Any, number: int) -> torch.Tensor:
+    """A tensor (channels, height, width) or an array (height, width[, channels]) as the former, in [0, 1]."""
+    if isinstance(image, torch.Tensor):
+        pixels = image.detach().cpu()
+    elif hasattr(image, "__array__"):
+        pixels = torch.as_tensor(image)
+        pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(-1, 0)
+    else:
+        raise ValueError(
+            f"Image {number} must be a PIL image, an array, a tensor or a path, but is of type {type(image).__name__}."
+        )
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
+        raise ValueError(f"Image {number} must have 1 or 3 channels, but its shape is {tuple(image.shape)}.")
+    if pixels.dtype == torch.uint8:
+        pixels = pixels.float() / 255
+    if not pixels.is_floating_point() or not ((pixels >= 0) & (pixels <= 1)).all():
+        raise ValueError(
+            f"Image {number} must hold floats in [0, 1] or uint8, but holds {pixels.dtype} from {pixels.min():.3g} to"
+            f" {pixels.max():.3g}."
+        )
+    return pixels

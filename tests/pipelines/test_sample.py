@@ -1,0 +1,155 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from flowback_hf import FlowBackPipeline
+
+from .conftest import REPOSITORY, command_line
+
+
+def run(script, **options):
+    sample = script("sample")
+    sample.main(sample.parse_args(command_line(**options)))
+
+
+def pixels_of(folder):
+    return {path.name: np.asarray(PIL.Image.open(path)) for path in sorted(folder.glob("[0-9]*.png"))}
+
+
+def assert_same_images(folder, other):
+    images, others = pixels_of(folder), pixels_of(other)
+    assert images.keys() == others.keys() and len(images) > 0
+    for name in images:
+        # a batch of another size may round a pixel the other way
+        assert np.abs(images[name].astype(int) - others[name]).max() <= 1, name
+
+
+def test_images_labels_grid_and_settings(script, model_folder, tmp_path):
+    run(script, model=model_folder, class_labels=["cat", 0], num_images=5, output_dir=tmp_path / "out", batch_size=2)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["000000.png", "000001.png", "000002.png", "000003.png", "000004.png", "grid.png", "sampling.json"]
+    settings = json.loads((tmp_path / "out" / "sampling.json").read_text())
+    assert settings["class_labels"] == [2, 0] and settings["guidance_scale"] == 1.5
+
+    pipeline = FlowBackPipeline.from_pretrained(model_folder)
+    generators = script("sample").make_generators(0, [3])
+    (expected,) = pipeline(class_labels=[0], generator=generators).images
+    assert np.abs(np.asarray(expected).astype(int) - pixels_of(tmp_path / "out")["000003.png"]).max() <= 1
+    # two rows, of three and of two images
+    grid = PIL.Image.open(tmp_path / "out" / "grid.png")
+    assert grid.width > 1.2 * grid.height
+
+
+def test_images_do_not_depend_on_batches_and_a_run_can_be_extended(script, model_folder, tmp_path):
+    options = {"model": model_folder, "num_images": 7, "guidance_scale": 2.0}
+    run(script, output_dir=tmp_path / "whole", batch_size=7, **options)
+    run(script, output_dir=tmp_path / "extended", batch_size=3, **{**options, "num_images": 4})
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "extended").glob("[0-9]*.png")}
+    run(script, output_dir=tmp_path / "extended", batch_size=2, **options)
+    assert all(path.stat().st_mtime_ns == made_at for path, made_at in first.items()) and len(first) == 4
+    assert_same_images(tmp_path / "whole", tmp_path / "extended")
+    run(script, output_dir=tmp_path / "other", seed=1, **options)
+    with pytest.raises(AssertionError):
+        assert_same_images(tmp_path / "whole", tmp_path / "other")
+
+
+def test_a_killed_run_goes_on_where_it_was(script, model_folder, tmp_path):
+    options = {"model": model_folder, "num_images": 3000, "batch_size": 10}
+    line = command_line(output_dir=tmp_path / "killed", **options)
+    command = [sys.executable, str(REPOSITORY / "pipelines" / "sample.py"), *line]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment, **quiet)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "000099.png").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("[0-9]*.png")}
+    assert 100 <= len(made) < 3000, "the run ended before it was killed"
+    for path in made:
+        PIL.Image.open(path).load()  # whole, each of them
+
+    run(script, **{**options, "num_images": len(made) + 20}, output_dir=tmp_path / "killed")
+    assert all(path.stat().st_mtime_ns == made_at for path, made_at in made.items())
+    run(script, **{**options, "num_images": len(made) + 20}, output_dir=tmp_path / "whole")
+    assert_same_images(tmp_path / "killed", tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob(".partial-*"))
+
+
+def test_adms_npz(script, model_folder, tmp_path):
+    run(script, model=model_folder, num_images=5, output_dir=tmp_path, npz=True)
+    with np.load(tmp_path / "samples_5x4x4x3.npz") as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.dtype == np.uint8 and images.shape == (5, 4, 4, 3)
+    np.testing.assert_array_equal(images, np.stack(list(pixels_of(tmp_path).values())))
+    assert labels.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_an_unconditional_flow(script, unconditional_folder, tmp_path):
+    options = {"model": unconditional_folder, "num_images": 11, "npz": True}
+    run(script, guidance_scale=1.5, guidance_temperature=2.0, output_dir=tmp_path, **options)
+    assert len(pixels_of(tmp_path)) == 11
+    with np.load(tmp_path / "samples_11x4x4x3.npz") as file:
+        assert file["arr_1"].tolist() == [-1] * 11
+
+
+def test_names_win_over_numbers_where_classes_are_called_by_digits(script, randomised_model):
+    pipeline = FlowBackPipeline(randomised_model(), id2label={0: "4", 1: "3", 2: "2", 3: "1", 4: "0"})
+    assert script("sample").choose_class_labels(pipeline, ["0", "3", "-1"]) == [4, 1, -1]
+
+
+# Bad input
+
+
+def test_another_runs_folder_is_refused(script, model_folder, tmp_path):
+    run(script, model=model_folder, num_images=2, output_dir=tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    with pytest.raises(
+        ValueError, match=r"other settings: seed \(0 then, 1 now\), guidance_scale \(1.5 then, 2.0 now"
+    ):
+        run(script, model=model_folder, num_images=2, seed=1, guidance_scale=2.0, output_dir=tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"class_labels": ["dog"]}, "'dog' is not one. The nearest known ones are"),
+        ({"class_labels": [3]}, "`class_labels` must lie between 0 and 2"),
+        ({"guidance_scale": 0.5}, "`guidance_scale` must be at least 1.0"),
+    ],
+)
+def test_bad_arguments_leave_nothing(script, model_folder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(script, model=model_folder, output_dir=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_for_an_unconditional_flow_raise(script, unconditional_folder, tmp_path):
+    with pytest.raises(ValueError, match="`class_labels` must be None for an unconditional model"):
+        run(script, model=unconditional_folder, class_labels=[1], output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", ["num_images", "batch_size"])
+def test_the_parser_refuses_counts_below_one(script, capsys, option):
+    with pytest.raises(SystemExit):
+        script("sample").parse_args(command_line(model="m", output_dir="o", **{option: 0}))
+    assert f"--{option} must be at least 1, but is 0" in capsys.readouterr().err
+
+
+def test_noise_is_a_function_of_the_seed_and_the_images_number(script):
+    make_generators = script("sample").make_generators
+    first, second = make_generators(0, [5, 6])
+    draws = [torch.rand(3, generator=generator) for generator in (first, second, *make_generators(1, [6]))]
+    assert torch.equal(draws[0], torch.rand(3, generator=make_generators(0, [5])[0]))
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
