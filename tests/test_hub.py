@@ -172,7 +172,8 @@ def test_a_newer_upload_leaves_no_shards_and_pictures_of_the_older(the_hub, run_
 
 
 def test_the_card_says_what_the_runs_files_say(run_dir):
-    (run_dir / "evaluation.json").write_text(json.dumps({"accuracy": {"gradient": 0.875}, "reference": "/home/x/a/b"}))
+    evaluation = {"accuracy": {"gradient": 0.875}, "command": "python evaluate_flow.py --model /home/x/a/b"}
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
     pipeline = FlowBackPipeline.from_pretrained(run_dir)
     card = hub.render_model_card(pipeline, "somebody/flow", run_dir, license="cc-by-4.0")
     data = huggingface_hub.ModelCard(card).data
@@ -183,7 +184,7 @@ def test_the_card_says_what_the_runs_files_say(run_dir):
     for line in (
         "# flow",
         'pipe = FlowBackPipeline.from_pretrained("somebody/flow")',
-        "pipe(class_labels=['cat'], ",
+        'pipe(class_labels=["cat"], ',
         "`guidance_scale` is 1.5 with the linear rule",
         "![Samples](samples/step-0000020.png)",
         "Drawn by the training script at step 20, seed 3, one row a class, `guidance_scale=1.5`",
@@ -198,7 +199,7 @@ def test_the_card_says_what_the_runs_files_say(run_dir):
         "| the same at step 0 | 1.2500 |",
         "| cosine similarity, block 3 layer 1 | 0.7500 |",
         "| accuracy / gradient | 0.875 |",
-        "| reference | `a/b` |",
+        "| command | python evaluate_flow.py --model a/b |",
         "Gaussian noise (σ = 0.05)",
         "arXiv preprint arXiv:2511.22345",
     ):

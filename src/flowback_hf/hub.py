@@ -294,7 +294,8 @@ def example_call(config: Any, id2label: dict[str, str]) -> str:
     if config.num_classes is None:
         return "num_images_per_prompt=4, "
     label = next(iter(id2label.values()), None)
-    return f"class_labels={[0] if label is None else [label.split(',')[0].strip()]}, num_images_per_prompt=4, "
+    labels = json.dumps([0 if label is None else label.split(",")[0].strip()], ensure_ascii=False)
+    return f"class_labels={labels}, num_images_per_prompt=4, "
 
 
 def about_guidance(pipeline: "pipeline_flowback.FlowBackPipeline") -> str:
@@ -437,9 +438,9 @@ def flatten(evaluation: Any, prefix: str = "") -> dict[str, Any]:
     elif isinstance(evaluation, list):
         entries = enumerate(evaluation, start=1)
     else:
-        value = f"{evaluation:.5g}" if isinstance(evaluation, float) else evaluation
-        is_path = isinstance(evaluation, str) and os.path.isabs(evaluation)
-        return {prefix: portable(evaluation) if is_path else value}
+        if isinstance(evaluation, float):
+            return {prefix: f"{evaluation:.5g}"}
+        return {prefix: re.sub(r"(?<!\S)/\S+", lambda path: "/".join(Path(path[0]).parts[-2:]), str(evaluation))}
     table = {}
     for name, value in entries:
         table |= flatten(value, f"{prefix} / {name}" if prefix else str(name))
