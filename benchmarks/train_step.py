@@ -42,6 +42,8 @@ BASELINES = {"two evaluations": two_evaluation_loss, "sequential": sequential_lo
 # Relative, of the gradients of two arrangements: rounding, amplified by the series in float32; 8 bits in bfloat16.
 LARGEST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 5e-2}
 NUM_CLASSES = 1000
+# Takes one step and leaves its gradients in the objective, which it returns.
+Step = Callable[[], AlignedFlowObjective]
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -99,8 +101,7 @@ def compile_layers(flow: TarFlowTransformer2DModel, args: argparse.Namespace, mo
             layer.compile(fullgraph=True)
 
 
-def build_steps(flow: TarFlowTransformer2DModel, args: argparse.Namespace) -> dict[str, Callable[[], torch.Tensor]]:
-    """By name, a function that takes one step and leaves its gradients in the objective, which it returns."""
+def build_steps(flow: TarFlowTransformer2DModel, args: argparse.Namespace) -> dict[str, Step]:
     generator = torch.Generator().manual_seed(1)
     num_tokens = (args.sample_size // args.patch_size) ** 2
     sample = torch.randn(args.batch_size, 3, args.sample_size, args.sample_size, generator=generator)
@@ -109,7 +110,7 @@ def build_steps(flow: TarFlowTransformer2DModel, args: argparse.Namespace) -> di
     inputs = [tensor.to(args.device) for tensor in (sample, labels, features)]
     places = [(block, args.aligned_layer) for block in args.aligned_blocks]
 
-    def build(strategy: str, order: int | str | None, arrangement: str) -> Callable[[], AlignedFlowObjective]:
+    def build(strategy: str, order: int | str | None, arrangement: str) -> Step:
         torch.manual_seed(2)
         objective = AlignedFlowObjective(
             flow, strategy, places, order, teacher_dim=args.teacher_dim, projector_dim=args.projector_dim
@@ -130,11 +131,11 @@ def build_steps(flow: TarFlowTransformer2DModel, args: argparse.Namespace) -> di
     return {name: build(*STEPS[name]) for name in args.steps}
 
 
-def gradient_of(step: Callable[[], AlignedFlowObjective]) -> torch.Tensor:
+def gradient_of(step: Step) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in step().parameters()])
 
 
-def peak_memory(step: Callable[[], AlignedFlowObjective], device: str) -> int:
+def peak_memory(step: Step, device: str) -> int:
     """Bytes of tensors alive at once in a step, weights included and gradients of an earlier step not."""
     objective = step()
     objective.zero_grad()
@@ -162,42 +163,53 @@ def allocated_bytes(profiler: profile) -> Iterator[int]:
         yield held
 
 
-def measure(args: argparse.Namespace, mode: str) -> list[dict]:
+def build_arrangements(args: argparse.Namespace) -> dict[tuple[str, str], Step]:
+    """Steps by mode and name, each mode with a flow of its own."""
     torch.compiler.reset()
-    flow = build_flow(args)
-    compile_layers(flow, args, mode)
-    steps = build_steps(flow, args)
-    if mode != "eager":  # the sequential graph calls the parts of a layer, which are not compiled
-        steps = {name: step for name, step in steps.items() if STEPS[name][2] != "sequential"}
-    check_gradients(steps, args)  # and warm up
-    seconds = {name: [] for name in steps}
-    for repeat in tqdm(range(max(args.repeats, args.sequential_repeats)), desc=f"Timing, {mode}"):
+    arrangements = {}
+    for mode in args.modes:
+        flow = build_flow(args)
+        compile_layers(flow, args, mode)
+        steps = build_steps(flow, args)
+        if mode != "eager":  # the sequential graph calls the parts of a layer, which are not compiled
+            steps = {name: step for name, step in steps.items() if STEPS[name][2] != "sequential"}
+        check_gradients(steps, args)  # and warm up
+        arrangements |= {(mode, name): step for name, step in steps.items()}
+    return arrangements
+
+
+def measure(arrangements: dict[tuple[str, str], Step], args: argparse.Namespace) -> list[dict]:
+    seconds = {key: [] for key in arrangements}
+    for repeat in tqdm(range(max(args.repeats, args.sequential_repeats)), desc="Timing"):
         # Alternately, so that whatever else the machine does meets all of them.
-        for name, step in steps.items():
+        for (mode, name), step in arrangements.items():
             if repeat < (args.sequential_repeats if STEPS[name][2] == "sequential" else args.repeats):
-                seconds[name].append(seconds_of(step, args.device))
-    memory = {name: peak_memory(step, args.device) for name, step in tqdm(steps.items(), desc=f"Memory, {mode}")}
-    # Of the same round, which met the same machine.
-    ratios = {name: [a / b for a, b in zip(values, seconds["none"])] for name, values in seconds.items()}
-    return [
-        {
-            "mode": mode,
-            "step": name,
-            "median_seconds": statistics.median(seconds[name]),
-            "min_seconds": min(seconds[name]),
-            "max_seconds": max(seconds[name]),
-            "times_none": statistics.median(ratios[name]),
-            "min_times_none": min(ratios[name]),
-            "max_times_none": max(ratios[name]),
-            "images_per_second": args.batch_size / statistics.median(seconds[name]),
-            "peak_bytes": memory[name],
-            "memory_times_none": memory[name] / memory["none"],
-        }
-        for name in steps
-    ]
+                seconds[mode, name].append(seconds_of(step, args.device))
+    memory = {key: peak_memory(step, args.device) for key, step in tqdm(arrangements.items(), desc="Memory")}
+    results = []
+    for mode, name in arrangements:
+        timings = seconds[mode, name]
+        # Of the same round, which met the same machine.
+        ratios = [timing / none for timing, none in zip(timings, seconds[mode, "none"])]
+        results.append(
+            {
+                "mode": mode,
+                "step": name,
+                "median_seconds": statistics.median(timings),
+                "min_seconds": min(timings),
+                "max_seconds": max(timings),
+                "times_none": statistics.median(ratios),
+                "min_times_none": min(ratios),
+                "max_times_none": max(ratios),
+                "images_per_second": args.batch_size / statistics.median(timings),
+                "peak_bytes": memory[mode, name],
+                "memory_times_none": memory[mode, name] / memory[mode, "none"],
+            }
+        )
+    return results
 
 
-def check_gradients(steps: dict[str, Callable[[], AlignedFlowObjective]], args: argparse.Namespace):
+def check_gradients(steps: dict[str, Step], args: argparse.Namespace):
     by_order: dict[int | str, tuple[str, torch.Tensor]] = {}
     for name, step in steps.items():
         strategy, order, _ = STEPS[name]
@@ -265,7 +277,7 @@ def main(arguments: list[str] | None = None):
         torch.set_num_threads(args.threads)
     rate = matrix_rate(args)
     operations = operations_per_step(build_flow(args), args)
-    results = [result for mode in args.modes for result in measure(args, mode)]
+    results = measure(build_arrangements(args), args)
     for result in results:
         if result["step"] == "none":
             result["share_of_matrix_rate"] = operations / result["median_seconds"] / rate

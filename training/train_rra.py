@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import time
 import zlib
 from pathlib import Path
@@ -28,7 +29,7 @@ import PIL.ImageOps
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -467,6 +468,55 @@ def load_teacher(args: argparse.Namespace, grid_size: int, accelerator: Accelera
     return teacher.to(accelerator.device)
 
 
+def compile_layers(accelerator: Accelerator, objective: AlignedFlowObjective, batch_size: int):
+    """
+    Compiles the transformer layers: all of them or, where that is faster, all but those of the blocks in which the
+    gradients of likelihood and alignment part. There several gradients are taken of one graph, and a compiled layer
+    computes those of its parameters each time. Which is faster depends on the device: a few steps decide.
+    """
+    # Several gradients of one graph are what a compiled one refuses while it reuses its buffers.
+    torch._functorch.config.donated_buffer = False
+    flow = objective.flow
+    flow.compile_repeated_blocks()
+    if not objective.parting_blocks:
+        return
+    every_layer = seconds_per_step(accelerator, objective, batch_size)
+    parting_layers = [layer for number in objective.parting_blocks for layer in flow.blocks[number - 1].layers]
+    for layer in parting_layers:
+        layer._compiled_call_impl = None
+    but_parting = seconds_per_step(accelerator, objective, batch_size)
+    # The main process decides for all.
+    (compile_all,) = broadcast_object_list([every_layer < but_parting])
+    if compile_all:
+        for layer in parting_layers:
+            layer.compile()
+    logger.info(
+        f"A step takes {every_layer:.3f} s with every layer compiled and {but_parting:.3f} s without those of the flow"
+        f" blocks {objective.parting_blocks}: compiled {'every layer' if compile_all else 'the others'}."
+    )
+
+
+def seconds_per_step(accelerator: Accelerator, objective: AlignedFlowObjective, batch_size: int) -> float:
+    """The median of three steps without an optimizer, after one that compiles."""
+    config = objective.flow.config
+    noise = torch.zeros(batch_size, config.in_channels, config.sample_size, config.sample_size)
+    labels = None if config.num_classes is None else torch.zeros(batch_size, dtype=torch.long)
+    num_tokens = (config.sample_size // config.patch_size) ** 2
+    features = torch.ones(batch_size, num_tokens, objective.teacher_dim)
+    inputs = [None if tensor is None else tensor.to(accelerator.device) for tensor in (noise, labels, features)]
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        with accelerator.autocast():
+            loss = objective(*inputs).loss
+        loss.backward()
+        # Reading a value waits for the device.
+        objective.flow.blocks[0].proj_in.weight.grad.sum().item()
+        seconds.append(time.perf_counter() - start)
+        objective.zero_grad()
+    return statistics.median(seconds[1:])
+
+
 def alignment_places(flow: TarFlowTransformer2DModel, blocks: list[int] | None, layer: int | None):
     num_blocks = len(flow.blocks)
     blocks = blocks or list(range(max(1, num_blocks - 1), num_blocks + 1))
@@ -746,9 +796,7 @@ def main(args: argparse.Namespace):
     if args.gradient_checkpointing:
         flow.enable_gradient_checkpointing()
     if args.torch_compile:
-        # The alignment takes several gradients of one graph, which a compiled one refuses while it reuses its buffers.
-        torch._functorch.config.donated_buffer = False
-        flow.compile_repeated_blocks()
+        compile_layers(accelerator, objective.to(accelerator.device), args.train_batch_size)
 
     learning_rate = args.learning_rate
     if args.scale_lr:

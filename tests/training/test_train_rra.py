@@ -11,9 +11,10 @@ import datasets
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+from flowback_hf import AlignedFlowObjective, FlowBackPipeline, TarFlowTransformer2DModel
 
 from .conftest import REPOSITORY, write_images
 
@@ -190,6 +191,33 @@ def test_old_checkpoints_are_deleted_once_a_new_one_is_safe(train_rra, arguments
     line = arguments(output_dir=output_dir, checkpointing_steps=1, checkpoints_total_limit=2)
     train_rra.main(train_rra.parse_args(line))
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("every_layer, but_parting, kept", [(1.0, 2.0, [True, True]), (2.0, 1.0, [True, False])])
+def test_the_faster_way_to_compile_is_kept(train_rra, randomised_model, monkeypatch, every_layer, but_parting, kept):
+    flow = randomised_model(num_blocks=2, num_layers=2)
+    objective = AlignedFlowObjective(flow, "detach", places=[(2, 1)], teacher_dim=5)
+    timings = {(True, True): every_layer, (True, False): but_parting}
+
+    def compiled():
+        return [all(layer._compiled_call_impl is not None for layer in block.layers) for block in flow.blocks]
+
+    monkeypatch.setattr(train_rra, "seconds_per_step", lambda *_: timings[tuple(compiled())])
+    with torch._functorch.config.patch(donated_buffer=True):
+        train_rra.compile_layers(Accelerator(cpu=True), objective, batch_size=2)
+        assert not torch._functorch.config.donated_buffer
+    assert compiled() == kept
+
+
+def test_a_compiled_run_learns_what_a_plain_one_does(train_rra, arguments, tmp_path, caplog):
+    for name, options in {"plain": {}, "compiled": {"torch_compile": True}}.items():
+        torch.compiler.reset()
+        with torch._functorch.config.patch(donated_buffer=True), caplog.at_level("INFO"):
+            train_rra.main(train_rra.parse_args(arguments(output_dir=tmp_path / name, **options)))
+    torch.compiler.reset()
+    assert re.search(r"A step takes .* s with every layer compiled and .* without those of the flow", caplog.text)
+    losses = [[record["loss"] for record in read_metrics(tmp_path / name)[1:5]] for name in ("plain", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[0][3] != losses[0][0]
 
 
 # Data and models

@@ -125,8 +125,18 @@ class AlignedFlowObjective(nn.Module):
     `num_tokens` terms and is then exact: the gradient of the sequential pass, without one. `order` is the number of
     terms after the first.
 
+    Every block is evaluated once. Where the two gradients part (blocks t for `"detach"`, t..N for `"reverse"`), the
+    block is evaluated on a leaf, and the caller's one `backward()` takes a product of the likelihood's own cotangents
+    down to the blocks before: what the alignment must not reach it does not reach, exactly, in any precision. In units
+    of a block's forward, of which a plain step has 3, `"detach"` costs 1 for each of its blocks and `"reverse"` costs
+    `1 + order`, and `l / num_layers` more for each place: a seventh of a step for the paper's (7, 6) and (8, 6) of 8
+    blocks of 8 layers at order 0.
+
     The flow's weights and the projectors' are this module's parameters: it is what an optimizer, Accelerate and DDP
-    get. The teacher is not part of it. Under `no_grad` the values are computed and no gradient is.
+    get. The teacher is not part of it. Under `no_grad` the values are computed and no gradient is. Layers may be
+    compiled (`flow.compile_repeated_blocks()`) with `torch._functorch.config.donated_buffer = False`, since several
+    gradients are taken of one graph. A compiled layer computes its parameters' gradients in each of them, which may
+    cost more than compiling gains in the blocks where the gradients part.
 
     Args:
         flow ([`TarFlowTransformer2DModel`]): The flow to train.
@@ -180,16 +190,24 @@ class AlignedFlowObjective(nn.Module):
         self.strategy = strategy
         self.weight = weight
         self.places: list[Place] = []
+        # Where the gradients of likelihood and alignment part: these blocks are evaluated on a leaf, both start from
+        # that one evaluation, and the likelihood's alone goes on to the blocks before.
+        self.parting_blocks: list[int] = []
         self.num_neumann_terms = 0
         self.projectors = nn.ModuleDict()
         if strategy == "none":
             return
 
         self.places = check_places(flow, places)
+        aligned_blocks = sorted({block for block, _ in self.places})
+        if strategy == "detach":
+            self.parting_blocks = aligned_blocks
         if strategy == "reverse":
+            self.parting_blocks = list(range(aligned_blocks[0], len(flow.blocks) + 1))
             self.num_neumann_terms = check_order(flow, order)
         if teacher_dim is None:
             raise ValueError(f"`teacher_dim` must be given for the strategy {strategy!r}: it is the teacher's width.")
+        self.teacher_dim = teacher_dim
         width = flow.config.num_attention_heads * flow.config.attention_head_dim
         for place in self.places:
             self.projectors[projector_name(place)] = nn.Sequential(
@@ -224,9 +242,7 @@ class AlignedFlowObjective(nn.Module):
         fixed_points: dict[int, FixedPoint] = {}
         log_scales, hidden_states = [], {}
         for number, block in enumerate(self.flow.blocks, start=1):
-            # Where the alignment's gradient parts from the likelihood's, the block is evaluated on a leaf: both start
-            # from this one evaluation, and the likelihood's alone goes on to the blocks before it.
-            parts = torch.is_grad_enabled() and self._gradients_part_at(number)
+            parts = torch.is_grad_enabled() and number in self.parting_blocks
             block_input = tokens.detach().requires_grad_() if parts else tokens
             latents, log_scale, shift, block_hidden_states = block(
                 block_input, class_labels, self._aligned_layers(number)
@@ -263,12 +279,6 @@ class AlignedFlowObjective(nn.Module):
 
     def _aligned_layers(self, number: int) -> list[int]:
         return [layer for block, layer in self.places if block == number]
-
-    def _gradients_part_at(self, number: int) -> bool:
-        aligned_blocks = {block for block, _ in self.places}
-        if self.strategy == "detach":
-            return number in aligned_blocks
-        return self.strategy == "reverse" and number >= min(aligned_blocks)
 
     def _cosine(self, place: Place, hidden_states: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
         """Cosine similarity of every patch, `(batch_size, num_tokens)`."""
@@ -325,8 +335,7 @@ class AlignedFlowObjective(nn.Module):
     def _check_teacher_features(self, teacher_features: torch.Tensor | None, tokens: torch.Tensor):
         if self.strategy == "none":
             return
-        teacher_dim = self.projectors[projector_name(self.places[0])][-1].out_features
-        expected = (*tokens.shape[:2], teacher_dim)
+        expected = (*tokens.shape[:2], self.teacher_dim)
         if teacher_features is None or tuple(teacher_features.shape) != expected:
             given = "None" if teacher_features is None else f"of shape {tuple(teacher_features.shape)}"
             raise ValueError(
