@@ -3,19 +3,20 @@
 """
 Train and evaluate a grid of alignments, each with several seeds, and compare them in one table.
 
-    python training/ablate.py --grid training/ablations/strategies.json --settings training/configs/ablation_digits.json \\
-        --data_dir data/digits/images --teacher data/digits/teacher --judge data/digits/judge \\
-        --output_dir outputs/strategies --jobs 2
+    python training/ablate.py --grid training/ablations/strategies.json \\
+        --settings training/configs/ablation_digits.json --data_dir data/digits/images \\
+        --teacher data/digits/teacher --judge data/digits/judge --output_dir outputs/strategies --jobs 2
 
 A grid lists values of `alignment`, `alignment_order`, `alignment_blocks` (numbers, or early, late, all),
-`alignment_layer` (a number, or shallow, middle, deep), `alignment_weight`, `teacher` (given, or random: the same network
-with random weights) and `seeds`; every combination that makes sense is a variant, and a variant with a seed a cell. The
-settings hold what all cells share: the arguments of training/train_rra.py and of pipelines/evaluate_flow.py, which run
-each cell in a folder of its own.
+`alignment_layer` (a number, or shallow, middle, deep), `alignment_weight`, `teacher` (given, or random: the same
+network with random weights) and `seeds`; every combination that makes sense is a variant, and a variant with a seed a
+cell. The settings hold what all cells share: the arguments of training/train_rra.py (`train`) and of
+pipelines/evaluate_flow.py (`evaluate`), which run each cell in a folder of its own, and, if distances over steps are
+wanted, the scale at which samples of every checkpoint that a cell keeps are guided (`checkpoint_guidance_scale`).
 
-Writes `results.json`, `results.md` (mean and standard error over seeds), `accuracy_over_steps.png`,
-`distance_against_accuracy.png` and `linear_probe.png`, anew whenever a cell ends. The same command goes on where it was
-interrupted: what is finished is left alone, a killed cell resumes at its last checkpoint, a failed one is tried again.
+Writes `results.json`, `results.md` (mean and standard error over seeds), `curves.png`, `distance_against_accuracy.png`
+and `linear_probe.png`, anew whenever a cell ends. The same command goes on where it was interrupted: what is finished
+is left alone, a killed cell resumes at its last checkpoint, a failed one is tried again.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ import train_rra  # noqa: E402
 from reporting import current_commit, describe_machine, markdown_table  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
-from flowback_hf import AlignedFlowObjective  # noqa: E402
+from flowback_hf import AlignedFlowObjective, FlowBackPipeline  # noqa: E402
 
 
 AXES = ("alignment", "alignment_order", "alignment_blocks", "alignment_layer", "alignment_weight", "teacher")
@@ -102,12 +103,14 @@ class Variant:
         name: What folders, tables and figures call it.
         train: Its arguments of training/train_rra.py, the settings' included, those of a cell not.
         evaluate: Its arguments of pipelines/evaluate_flow.py, likewise.
+        checkpoint_guidance_scale: Of the samples of its checkpoints; `None` makes none.
         places: Where it is aligned; of the baseline, where it would be by default.
     """
 
     name: str
     train: dict[str, Any]
     evaluate: dict[str, Any]
+    checkpoint_guidance_scale: float | None = None
     places: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -127,6 +130,25 @@ class Cell:
     @property
     def evaluate_command(self) -> list[str]:
         own = {"seed": self.seed, "model": self.folder / "flow", "output_dir": self.folder / "evaluation"}
+        script = FOLDER.parent / "pipelines" / "evaluate_flow.py"
+        return [sys.executable, str(script), *command_line(self.variant.evaluate | own)]
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Those whose samples are to be judged: all but the last, which is what the evaluation is of."""
+        if self.variant.checkpoint_guidance_scale is None:
+            return []
+        return train_rra.list_checkpoints(self.folder / "flow")[:-1]
+
+    def checkpoint_folder(self, checkpoint: Path) -> Path:
+        return self.folder / "checkpoints" / checkpoint.name
+
+    def checkpoint_command(self, checkpoint: Path) -> list[str]:
+        folder = self.checkpoint_folder(checkpoint)
+        own = {"seed": self.seed, "model": folder / "flow", "output_dir": folder / "evaluation"}
+        own |= {"methods": [], "linear_probe": False, "max_images": 2}  # samples alone
+        own |= {"guidance_scales": [self.variant.checkpoint_guidance_scale]}
+        own |= {"reference": self.folder / "evaluation" / "reference.npz"}
         script = FOLDER.parent / "pipelines" / "evaluate_flow.py"
         return [sys.executable, str(script), *command_line(self.variant.evaluate | own)]
 
@@ -184,11 +206,22 @@ def read_grid(path: Path) -> dict[str, list]:
 
 
 def read_settings(path: Path) -> dict[str, dict[str, Any]]:
-    settings = {"train": {}, "evaluate": {}} | read_json(path, "settings", {"train", "evaluate"})
+    settings = {"train": {}, "evaluate": {}, "checkpoint_guidance_scale": None}
+    settings |= read_json(path, "settings", settings)
     known = vars(train_rra.parse_args(["--output_dir", "o", "--train_data_dir", "d"])).keys() - OWN_TRAIN_ARGUMENTS
     check_keys(settings["train"], f"'train' of `--settings` {path}", known)
     known = vars(evaluate_flow.parse_args(["--model", "m", "--output_dir", "o", "--data_dir", "d"])).keys()
     check_keys(settings["evaluate"], f"'evaluate' of `--settings` {path}", known - OWN_EVALUATE_ARGUMENTS)
+    scale, scales = settings["checkpoint_guidance_scale"], settings["evaluate"].get("guidance_scales", [])
+    if scale is not None and scale not in scales:
+        raise ValueError(
+            f"'checkpoint_guidance_scale' of `--settings` {path} must be one of the evaluation's 'guidance_scales'"
+            f" {scales}, at which the last distance is measured, but is {scale}."
+        )
+    if scale is not None and not settings["train"].get("use_ema", True):
+        raise ValueError(
+            f"'checkpoint_guidance_scale' of `--settings` {path} needs 'use_ema', whose weights it takes."
+        )
     return settings
 
 
@@ -260,7 +293,7 @@ def make_variants(grid: dict[str, list], args: argparse.Namespace) -> dict[str, 
         if own in known_arguments:  # a block of two layers is as deep in its middle as a quarter up
             continue
         known_arguments.append(own)
-        variant = Variant(name, shared | own, evaluate)
+        variant = Variant(name, shared | own, evaluate, settings["checkpoint_guidance_scale"])
         variant.places = check_variant(variant, flow)
         variants[name] = variant
     return variants
@@ -344,7 +377,8 @@ def check_output_dir(args: argparse.Namespace, grid: dict[str, list], cells: lis
 
 
 def cell_config(cell: Cell) -> dict[str, dict[str, Any]]:
-    return {"train": cell.variant.train, "evaluate": cell.variant.evaluate}
+    checkpoints = {"guidance_scale": cell.variant.checkpoint_guidance_scale}
+    return {"train": cell.variant.train, "evaluate": cell.variant.evaluate, "checkpoints": checkpoints}
 
 
 @contextlib.contextmanager
@@ -375,6 +409,26 @@ def make_random_teacher(teacher: str, folder: Path):
 # Running
 
 
+def stages(cell: Cell) -> Iterator[tuple[str, list[str], Path]]:
+    """The name, command and outcome of each stage of a cell, which follows from the one before."""
+    yield "train", cell.train_command, cell.folder / "flow" / "model_index.json"
+    yield "evaluate", cell.evaluate_command, cell.folder / "evaluation" / "evaluation.json"
+    for checkpoint in cell.checkpoints:
+        folder = cell.checkpoint_folder(checkpoint)
+        save_checkpoint_pipeline(cell, checkpoint)
+        yield f"evaluate {checkpoint.name}", cell.checkpoint_command(checkpoint), folder / "evaluation/evaluation.json"
+
+
+def save_checkpoint_pipeline(cell: Cell, checkpoint: Path):
+    """A checkpoint's averaged weights as the pipeline that the run would have saved there."""
+    pipeline = FlowBackPipeline.from_pretrained(cell.folder / "flow")
+    averaged = torch.load(checkpoint / "custom_checkpoint_0.pkl", map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for parameter, value in zip(pipeline.transformer.parameters(), averaged["shadow_params"], strict=True):
+            parameter.copy_(value)
+    pipeline.save_pretrained(cell.checkpoint_folder(checkpoint) / "flow")
+
+
 class Runner:
     """Runs the stages of cells as processes with so many threads each, and ends them if it is itself ended."""
 
@@ -389,12 +443,8 @@ class Runner:
         state.pop("error", None)
         cell.folder.mkdir(parents=True, exist_ok=True)
         train_rra.write_atomically(cell.folder / "cell.json", json.dumps(cell_config(cell), indent=2))
-        stages = {
-            "train": (cell.train_command, cell.folder / "flow" / "model_index.json"),
-            "evaluate": (cell.evaluate_command, cell.folder / "evaluation" / "evaluation.json"),
-        }
-        for stage, (command, outcome) in stages.items():
-            if outcome.exists():  # both scripts write it last
+        for stage, command, outcome in stages(cell):
+            if outcome.exists():  # the scripts write it last
                 continue
             start = time.perf_counter()
             returncode = self.run(command, cell)
@@ -417,11 +467,15 @@ class Runner:
             log.flush()
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
             self.processes.add(process)
-            if self.stopped:
+            try:
+                if self.stopped:
+                    process.terminate()
+                return process.wait()
+            except BaseException:  # an end that was asked for
                 process.terminate()
-            returncode = process.wait()
-            self.processes.discard(process)
-            return returncode
+                raise
+            finally:
+                self.processes.discard(process)
 
     def stop(self):
         self.stopped = True
@@ -473,13 +527,28 @@ def read_row(cell: Cell) -> dict[str, Any]:
     row["curve"] |= {
         name: [record.get(f"validation_{name}") for record in validations] for name in ("nll", "accuracy")
     }
+    evaluation = json.loads((cell.folder / "evaluation" / "evaluation.json").read_text())
+    row["distance_curve"] = read_distance_curve(cell, evaluation, row["curve"]["step"][-1])
     speed = statistics.median(record["images_per_second"] for record in records if "images_per_second" in record)
     training_args = json.loads((cell.folder / "flow" / "training_args.json").read_text())
     images_per_step = training_args["train_batch_size"] * training_args["gradient_accumulation_steps"]
-    evaluation = json.loads((cell.folder / "evaluation" / "evaluation.json").read_text())
     row["evaluation"] = {name: value for name, value in evaluation.items() if name not in ("model", "command")}
     row["metrics"] = read_metrics(evaluation, cell.variant.places) | {"seconds_per_step": images_per_step / speed}
     return row
+
+
+def read_distance_curve(cell: Cell, evaluation: dict[str, Any], last_step: int) -> dict[str, list]:
+    """Fréchet distances of a checkpoint's samples, at one guidance scale; empty where none were made."""
+    name = f"frechet_distance/guidance_{cell.variant.checkpoint_guidance_scale}"
+    curve = {"step": [], "distance": []}
+    for checkpoint in cell.checkpoints:
+        results = json.loads((cell.checkpoint_folder(checkpoint) / "evaluation/evaluation.json").read_text())
+        curve["step"].append(int(checkpoint.name.removeprefix("checkpoint-")))
+        curve["distance"].append(results[name])
+    if curve["step"]:
+        curve["step"].append(last_step)
+        curve["distance"].append(evaluation[name])
+    return curve
 
 
 def read_metrics(evaluation: dict[str, Any], places: list[tuple[int, int]]) -> dict[str, float]:
@@ -507,28 +576,47 @@ def mean_and_error(values: list[float]) -> dict[str, float | int | None]:
     return {"mean": statistics.fmean(values), "standard_error": error, "num_seeds": len(values)}
 
 
-def steps_to_reach(curve: dict[str, list], target: float) -> float | None:
-    """Where the accuracy first reaches the target, between two validations by their line; `None` if it never does."""
-    points = list(zip(curve["step"], curve["accuracy"]))
-    if points[0][1] >= target:
-        return float(points[0][0])
-    for (step, low), (next_step, high) in itertools.pairwise(points):
+def steps_to_reach(steps: list[int], values: list[float], target: float) -> float | None:
+    """Where a rising curve first reaches the target, between two points by their line; `None` if it never does."""
+    if values[0] >= target:
+        return float(steps[0])
+    for (step, low), (next_step, high) in itertools.pairwise(zip(steps, values)):
         if high >= target:
             return step + (next_step - step) * (target - low) / (high - low)
     return None
 
 
+def add_speed_ups(rows: list[dict[str, Any]], curve: str, name: str, sign: int) -> float | None:
+    """
+    Into the rows' metrics: the step at which each reaches what the baseline has in the end (its seeds' mean), and how
+    many times fewer that is than the baseline's own mean step. The target; `None` if there is no baseline to beat.
+    """
+    rows = [row for row in rows if row[curve]["step"] and None not in row[curve][name]]
+    baseline = [row for row in rows if row["variant"] == BASELINE]
+    if not baseline:
+        return None
+    target = statistics.fmean(row[curve][name][-1] for row in baseline)
+    reached = [
+        steps_to_reach(row[curve]["step"], [sign * value for value in row[curve][name]], sign * target) for row in rows
+    ]
+    # A seed of the baseline that ends below their mean has taken the whole run, at least.
+    baseline_steps = statistics.fmean(
+        row[curve]["step"][-1] if step is None else step for row, step in zip(rows, reached) if row in baseline
+    )
+    for row, step in zip(rows, reached):
+        if step:
+            row["metrics"][f"steps_to_baseline_{name}"] = step
+            row["metrics"][f"times_fewer_steps_{name}"] = baseline_steps / step
+    return target
+
+
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard error of each variant, and how many times fewer steps it takes to the baseline's accuracy."""
+    """Mean and standard error of each variant, and how many times fewer steps it takes to where the baseline ends."""
     done = [row for row in rows if row["status"] == "done"]
-    curves = [row["curve"] for row in done if row["variant"] == BASELINE and None not in row["curve"]["accuracy"]]
-    target = statistics.fmean(curve["accuracy"][-1] for curve in curves) if curves else None
-    for row in done:
-        if target is not None:
-            reached = steps_to_reach(row["curve"], target)
-            if reached:
-                row["metrics"]["steps_to_baseline_accuracy"] = reached
-                row["metrics"]["times_fewer_steps"] = row["curve"]["step"][-1] / reached
+    baseline_final = {
+        "accuracy": add_speed_ups(done, "curve", "accuracy", sign=1),
+        "distance": add_speed_ups(done, "distance_curve", "distance", sign=-1),
+    }
     variants = {}
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in done if row["variant"] == name]
@@ -540,7 +628,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 for metric in dict.fromkeys(metric for row in own for metric in row["metrics"])
             },
         }
-    return {"baseline_final_accuracy": target, "variants": variants}
+    return {"baseline_final": baseline_final, "variants": variants}
 
 
 # Column, figure of the summary, factor, digits.
@@ -554,7 +642,8 @@ COLUMNS = (
     ("FD guided", "frechet_distance_guided", 1, 3),
     ("at scale", "best_guidance_scale", 1, 1),
     ("read as its label, %", "judge_reads_label", 100, 1),
-    ("times fewer steps", "times_fewer_steps", 1, 2),
+    ("× fewer steps, accuracy", "times_fewer_steps_accuracy", 1, 2),
+    ("× fewer steps, FD", "times_fewer_steps_distance", 1, 2),
     ("ms a step", "seconds_per_step", 1000, 0),
 )
 
@@ -587,7 +676,7 @@ def write_report(cells: list[Cell], args: argparse.Namespace):
     train_rra.write_atomically(args.output_dir / "results.md", markdown(report))
     done = [row for row in rows if row["status"] == "done"]
     if done:
-        draw_accuracy_over_steps(done, summary, args.output_dir / "accuracy_over_steps.png")
+        draw_curves(done, summary, args.output_dir / "curves.png")
         draw_distance_against_accuracy(summary, args.output_dir / "distance_against_accuracy.png")
         draw_linear_probe(done, args.output_dir / "linear_probe.png")
 
@@ -616,18 +705,22 @@ def markdown(report: dict[str, Any]) -> str:
         " the scale with the lowest distance. Probe at its places: a linear classifier on the hidden states where the"
         " variant is aligned, of the baseline where it would be by default.",
     ]
-    if report["baseline_final_accuracy"] is not None:
+    finals = report["baseline_final"]
+    if finals["accuracy"] is not None:
         lines[-1] += (
-            " Times fewer steps: the length of the run over the step at which a variant first reaches"
-            f" {100 * report['baseline_final_accuracy']:.1f} %, the baseline's mean accuracy at its end; accuracy by"
-            " one gradient with one draw of noise at each validation, lines between them. The baseline's own entry is"
-            " what chance makes of it."
+            " × fewer steps: the step at which the baseline first reaches its own final accuracy"
+            f" ({100 * finals['accuracy']:.1f} %, the mean over seeds; by one gradient with one draw of noise at each"
+            " validation, lines between them) over that at which the variant does; a seed that never does is left"
+            " out and counted."
         )
+    if finals["distance"] is not None:
+        scale = report["settings"]["checkpoint_guidance_scale"]
+        lines[-1] += f" The same for its final FD, {finals['distance']:.3f} at guidance {scale}, over checkpoints."
     unfinished = [row for row in report["cells"] if row["status"] != "done"]
     if unfinished:
         cells = [[r["variant"], str(r["seed"]), r["status"], r.get("error", "").replace("|", "/")] for r in unfinished]
         lines += ["", markdown_table(["cell without result", "seed", "status", "error"], cells)]
-    figures = {"accuracy_over_steps": "Accuracy over steps", "distance_against_accuracy": "Distance and accuracy"}
+    figures = {"curves": "Over steps", "distance_against_accuracy": "Distance and accuracy"}
     figures["linear_probe"] = "Linear probe"
     lines += [f"\n![{title}]({name}.png)" for name, title in figures.items()]
     return "\n".join(lines) + "\n"
@@ -645,50 +738,67 @@ def colors_of(names: Iterable[str]) -> dict[str, Any]:
     return {BASELINE: "0.35"} | {name: palette[number % len(palette)] for number, name in enumerate(others)}
 
 
-def mean_curves(rows: list[dict[str, Any]], name: str) -> dict[str, tuple[list, list[dict[str, Any]]]]:
-    """By variant: steps, and mean and standard error of what was validated there."""
+def mean_curves(
+    rows: list[dict[str, Any]], curve: str, name: str
+) -> dict[str, tuple[list[int], list[float], list[float]]]:
+    """By variant: steps, means and standard errors over seeds."""
     curves = {}
     for variant in dict.fromkeys(row["variant"] for row in rows):
-        own = [row["curve"] for row in rows if row["variant"] == variant and None not in row["curve"][name]]
+        own = [row[curve] for row in rows if row["variant"] == variant]
+        own = [points for points in own if points["step"] and None not in points[name]]
         if own:
-            curves[variant] = (
-                own[0]["step"],
-                [mean_and_error(list(values)) for values in zip(*(c[name] for c in own))],
-            )
+            points = [mean_and_error(list(values)) for values in zip(*(points[name] for points in own))]
+            means, errors = [point["mean"] for point in points], [point["standard_error"] or 0.0 for point in points]
+            curves[variant] = (own[0]["step"], means, errors)
     return curves
 
 
-def draw_accuracy_over_steps(rows: list[dict[str, Any]], summary: dict[str, Any], path: Path):
-    """Accuracy and nll of every variant over steps, and the accuracy that the baseline ends with."""
+def draw_curves(rows: list[dict[str, Any]], summary: dict[str, Any], path: Path):
+    """Accuracy, distance and nll of every variant over steps, and what the baseline ends with."""
     plt = evaluate_flow.import_pyplot()
     colors = colors_of(summary["variants"])
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    for axis, name, factor in zip(axes, ("accuracy", "nll"), (100, 1)):
-        for variant, (steps, points) in mean_curves(rows, name).items():
-            means = [factor * point["mean"] for point in points]
-            errors = [factor * (point["standard_error"] or 0) for point in points]
-            times = summary["variants"][variant]["metrics"].get("times_fewer_steps")
-            label = variant if times is None or variant == BASELINE else f"{variant} ({times['mean']:.1f}×)"
-            axis.plot(steps, means, color=colors[variant], marker="o", markersize=3, label=label)
-            bounds = zip(*((mean - error, mean + error) for mean, error in zip(means, errors)))
-            axis.fill_between(steps, *bounds, color=colors[variant], alpha=0.15, linewidth=0)
-        axis.set_xlabel("step")
+    panels = {
+        "accuracy": ("curve", 100, "accuracy by one gradient, %"),
+        "distance": ("distance_curve", 1, "Fréchet distance, guided"),
+        "nll": ("curve", 1, "validation nll, nats per dimension"),
+    }
+    curves = {name: mean_curves(rows, curve, name) for name, (curve, *_) in panels.items()}
+    panels = {name: panel for name, panel in panels.items() if curves[name]}
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.6 * len(panels) + 1.5, 3.8), layout="constrained", squeeze=False
+    )
+    for axis, (name, (_, factor, label)) in zip(axes[0], panels.items()):
+        for variant, (steps, means, errors) in curves[name].items():
+            lower = [factor * (mean - error) for mean, error in zip(means, errors)]
+            upper = [factor * (mean + error) for mean, error in zip(means, errors)]
+            values = [factor * mean for mean in means]
+            axis.plot(steps, values, color=colors[variant], marker="o", markersize=3, label=variant)
+            axis.fill_between(steps, lower, upper, color=colors[variant], alpha=0.15, linewidth=0)
+        final = summary["baseline_final"].get(name)
+        if final is not None:
+            axis.axhline(factor * final, color=colors[BASELINE], linestyle="--", linewidth=1)
+        axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
-    if summary["baseline_final_accuracy"] is not None:
-        axes[0].axhline(100 * summary["baseline_final_accuracy"], color="0.35", linestyle="--", linewidth=1)
-    axes[0].set(ylabel="accuracy by one gradient, %")
-    axes[1].set(ylabel="validation nll, nats per dimension")
-    # An untrained flow is far above all that follows.
-    later = [m["mean"] for steps, points in mean_curves(rows, "nll").values() for m in points[1:]]
-    if len(later) > 1 and max(later) > min(later):
-        margin = 0.05 * (max(later) - min(later))
-        axes[1].set_ylim(min(later) - margin, max(later) + margin)
-    axes[1].legend(
-        *axes[0].get_legend_handles_labels() if axes[0].lines else axes[1].get_legend_handles_labels(),
+    # What comes before the first third is far above all that follows.
+    later = [
+        mean for steps, means, _ in curves["nll"].values() for step, mean in zip(steps, means) if 3 * step >= steps[-1]
+    ]
+    margin = 0.05 * (max(later) - min(later))
+    if margin:
+        axes[0, -1].set_ylim(min(later) - margin, max(later) + margin)
+
+    def legend_entry(variant: str) -> str:
+        times = summary["variants"][variant]["metrics"].get("times_fewer_steps_accuracy")
+        return variant if times is None or variant == BASELINE else f"{variant} ({times['mean']:.1f}×)"
+
+    handles, labels = axes[0, -1].get_legend_handles_labels()
+    axes[0, -1].legend(
+        handles,
+        [legend_entry(variant) for variant in labels],
         frameon=False,
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
-        title="times fewer steps\nto the dashed line",
+        title="(× fewer steps to the\nbaseline's final accuracy)",
     )
     evaluate_flow.savefig(figure, path)
     plt.close(figure)
@@ -759,10 +869,10 @@ def draw_linear_probe(rows: list[dict[str, Any]], path: Path):
     axis.set_xticks(range(len(places)), [str(layer) for _, layer in places], fontsize=8)
     axis.set(xlabel="layer, within flow blocks", ylabel="linear probe, %", xlim=(-0.5, len(places) - 0.5))
     blocks_axis = axis.secondary_xaxis("top")
-    centers = [
-        statistics.fmean(n for n, other in enumerate(blocks) if other == block) for block in dict.fromkeys(blocks)
-    ]
-    blocks_axis.set_xticks(centers, [f"block {block}" for block in dict.fromkeys(blocks)], fontsize=9)
+    centers = {
+        block: statistics.fmean(number for number, other in enumerate(blocks) if other == block) for block in blocks
+    }
+    blocks_axis.set_xticks(list(centers.values()), [f"block {block}" for block in centers], fontsize=9)
     blocks_axis.tick_params(length=0)
     blocks_axis.spines["top"].set_visible(False)
     axis.grid(axis="y", alpha=0.3)
@@ -778,7 +888,8 @@ def estimate_hours(cells: list[Cell], args: argparse.Namespace):
     """
     Prints what a step of each variant takes, from ten of them, and what the whole grid would take.
 
-    Validations and start-up are timed with the first variant, whose evaluation is run in full on the flow of ten steps.
+    Validations and start-up are timed with the first variant, whose evaluation is run in full on the flow that ten
+    steps have left; one of a checkpoint is taken to cost as much as the whole one.
     """
     runner = Runner(args.threads)
     timed_steps = 10
@@ -789,7 +900,7 @@ def estimate_hours(cells: list[Cell], args: argparse.Namespace):
             own |= {"validation_steps": validation_steps, "checkpointing_steps": timed_steps}
             if variant.train.get("teacher_model_name_or_path") == str(args.output_dir / "random_teacher"):
                 own["teacher_model_name_or_path"] = args.teacher  # as large, and there
-            timed = Variant(variant.name, variant.train | own, variant.evaluate, variant.places)
+            timed = Variant(variant.name, variant.train | own, variant.evaluate)
             cell = Cell(timed, 0, Path(folder) / f"{variant.name}-{validation_steps}")
             cell.folder.mkdir()
             seconds = run_timed(runner, cell.train_command, cell)
@@ -814,9 +925,12 @@ def estimate_hours(cells: list[Cell], args: argparse.Namespace):
         if not max_train_steps:
             raise ValueError("`--settings` must name max_train_steps for an estimate.")
         num_validations = 1 + math.ceil(max_train_steps / train_args.validation_steps)
-        cell_seconds[variant.name] = (
-            start_up + num_validations * validation + max_train_steps * steps[variant.name] + evaluation
-        )
+        num_evaluations = 1
+        if variant.checkpoint_guidance_scale is not None:
+            num_kept = math.ceil(max_train_steps / train_args.checkpointing_steps)
+            num_evaluations = min(num_kept, train_args.checkpoints_total_limit or num_kept)
+        cell_seconds[variant.name] = start_up + num_validations * validation + max_train_steps * steps[variant.name]
+        cell_seconds[variant.name] += num_evaluations * evaluation
         print(f"{variant.name}: {steps[variant.name]:.3f} s a step, {cell_seconds[variant.name] / 60:.1f} min a cell")
     missing = [cell for cell in cells if cell.state["status"] != "done"]
     total = sum(cell_seconds[cell.variant.name] for cell in missing)

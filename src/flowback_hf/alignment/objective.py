@@ -372,7 +372,7 @@ def check_places(flow: TarFlowTransformer2DModel, places: Iterable[Place] | None
 def check_order(flow: TarFlowTransformer2DModel, order: int | str | None) -> int:
     """The number of Neumann terms after the first. Raises ValueError for an order that is neither that nor "exact"."""
     if order == "exact":
-        return flow.blocks[0].pos_embed.shape[0] - 1
+        return (flow.config.sample_size // flow.config.patch_size) ** 2 - 1
     if order is None:
         return 0
     if isinstance(order, bool) or not isinstance(order, int) or order < 0:
