@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -452,7 +453,7 @@ class Runner:
                 return
             state["seconds"][stage] = round(time.perf_counter() - start, 1)
             if returncode != 0:
-                state |= {"status": "failed", "error": f"{stage}: {last_line(cell.folder / 'log.txt')}"}
+                state |= {"status": "failed", "error": f"{stage}: {error_message(cell.folder / 'log.txt')}"}
                 break
         else:
             state["status"] = "done"
@@ -483,10 +484,12 @@ class Runner:
             process.terminate()
 
 
-def last_line(log: Path) -> str:
-    """What a process said last, a traceback's message, say."""
-    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+def error_message(log: Path) -> str:
+    """Of the last process: its exception, else whatever it said last; progress bars may come after both."""
+    output = log.read_text(errors="replace").rpartition(f"{sys.executable} ")[2]
+    lines = [line.strip() for line in output.replace("\r", "\n").splitlines()]
+    exceptions = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return next(reversed(exceptions or [line for line in lines if line]), "no output")
 
 
 def run_cells(cells: list[Cell], args: argparse.Namespace):
@@ -721,7 +724,8 @@ def markdown(report: dict[str, Any]) -> str:
         cells = [[r["variant"], str(r["seed"]), r["status"], r.get("error", "").replace("|", "/")] for r in unfinished]
         lines += ["", markdown_table(["cell without result", "seed", "status", "error"], cells)]
     figures = {"curves": "Over steps", "distance_against_accuracy": "Distance and accuracy"}
-    figures["linear_probe"] = "Linear probe"
+    if any("linear_probe_best" in variant["metrics"] for variant in report["variants"].values()):
+        figures["linear_probe"] = "Linear probe"
     lines += [f"\n![{title}]({name}.png)" for name, title in figures.items()]
     return "\n".join(lines) + "\n"
 
@@ -943,7 +947,7 @@ def estimate_hours(cells: list[Cell], args: argparse.Namespace):
 def run_timed(runner: Runner, command: list[str], cell: Cell) -> float:
     start = time.perf_counter()
     if runner.run(command, cell) != 0:
-        raise RuntimeError(f"{cell.variant.name} cannot be timed. {last_line(cell.folder / 'log.txt')}")
+        raise RuntimeError(f"{cell.variant.name} cannot be timed. {error_message(cell.folder / 'log.txt')}")
     return time.perf_counter() - start
 
 
