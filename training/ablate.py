@@ -49,6 +49,7 @@ sys.path += [str(FOLDER), str(FOLDER.parent / "pipelines"), str(FOLDER.parent / 
 import evaluate_flow  # noqa: E402
 import torch  # noqa: E402
 import train_rra  # noqa: E402
+from diffusers.utils.logging import disable_progress_bar  # noqa: E402
 from reporting import current_commit, describe_machine, markdown_table  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
@@ -781,7 +782,7 @@ def draw_curves(rows: list[dict[str, Any]], summary: dict[str, Any], path: Path)
         final = summary["baseline_final"].get(name)
         if final is not None:
             axis.axhline(factor * final, color=colors[BASELINE], linestyle="--", linewidth=1)
-        axis.set(xlabel="step", ylabel=label)
+        axis.set(xlabel="step", ylabel=label, xlim=(0, None))
         axis.grid(alpha=0.3)
     # What comes before the first third is far above all that follows.
     later = [
@@ -952,6 +953,7 @@ def run_timed(runner: Runner, command: list[str], cell: Cell) -> float:
 
 
 def main(args: argparse.Namespace):
+    disable_progress_bar()  # of loading checkpoints, which takes no time
     # Everything a user can get wrong is found before anything runs.
     if args.data_dir is not None and not Path(args.data_dir).is_dir():
         raise ValueError(f"`--data_dir` must be an existing folder, but is {args.data_dir!r}.")
