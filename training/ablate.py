@@ -379,8 +379,7 @@ def check_output_dir(args: argparse.Namespace, grid: dict[str, list], cells: lis
 
 
 def cell_config(cell: Cell) -> dict[str, dict[str, Any]]:
-    checkpoints = {"guidance_scale": cell.variant.checkpoint_guidance_scale}
-    return {"train": cell.variant.train, "evaluate": cell.variant.evaluate, "checkpoints": checkpoints}
+    return {"train": cell.variant.train, "evaluate": cell.variant.evaluate}
 
 
 @contextlib.contextmanager
@@ -411,14 +410,16 @@ def make_random_teacher(teacher: str, folder: Path):
 # Running
 
 
-def stages(cell: Cell) -> Iterator[tuple[str, list[str], Path]]:
-    """The name, command and outcome of each stage of a cell, which follows from the one before."""
-    yield "train", cell.train_command, cell.folder / "flow" / "model_index.json"
-    yield "evaluate", cell.evaluate_command, cell.folder / "evaluation" / "evaluation.json"
+def stages(cell: Cell) -> Iterator[tuple[str, list[str], bool]]:
+    """The name and command of each stage of a cell, which follows from the one before, and whether it is done."""
+    # The scripts write these files last.
+    yield "train", cell.train_command, (cell.folder / "flow" / "model_index.json").exists()
+    yield "evaluate", cell.evaluate_command, (cell.folder / "evaluation" / "evaluation.json").exists()
     for checkpoint in cell.checkpoints:
-        folder = cell.checkpoint_folder(checkpoint)
-        save_checkpoint_pipeline(cell, checkpoint)
-        yield f"evaluate {checkpoint.name}", cell.checkpoint_command(checkpoint), folder / "evaluation/evaluation.json"
+        done = read_distance(cell, checkpoint) is not None
+        if not done:
+            save_checkpoint_pipeline(cell, checkpoint)
+        yield f"evaluate {checkpoint.name}", cell.checkpoint_command(checkpoint), done
 
 
 def save_checkpoint_pipeline(cell: Cell, checkpoint: Path):
@@ -445,8 +446,8 @@ class Runner:
         state.pop("error", None)
         cell.folder.mkdir(parents=True, exist_ok=True)
         train_rra.write_atomically(cell.folder / "cell.json", json.dumps(cell_config(cell), indent=2))
-        for stage, command, outcome in stages(cell):
-            if outcome.exists():  # the scripts write it last
+        for stage, command, done in stages(cell):
+            if done:
                 continue
             start = time.perf_counter()
             returncode = self.run(command, cell)
@@ -495,7 +496,8 @@ def error_message(log: Path) -> str:
 
 def run_cells(cells: list[Cell], args: argparse.Namespace):
     runner = Runner(args.threads)
-    missing = [cell for cell in cells if cell.state["status"] != "done"]
+    # What is done at one guidance scale may be wanted at another.
+    missing = [c for c in cells if c.state["status"] != "done" or not all(done for *_, done in stages(c))]
     progress_bar = tqdm(total=len(cells), initial=len(cells) - len(missing), desc="Cells")
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(runner.run_cell, cell): cell for cell in missing}
@@ -541,18 +543,23 @@ def read_row(cell: Cell) -> dict[str, Any]:
     return row
 
 
+def read_distance(cell: Cell, checkpoint: Path) -> float | None:
+    """The Fréchet distance of a checkpoint's samples at the guidance scale; `None` if it has not been measured."""
+    file = cell.checkpoint_folder(checkpoint) / "evaluation" / "evaluation.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    return results.get(f"frechet_distance/guidance_{cell.variant.checkpoint_guidance_scale}")
+
+
 def read_distance_curve(cell: Cell, evaluation: dict[str, Any], last_step: int) -> dict[str, list]:
-    """Fréchet distances of a checkpoint's samples, at one guidance scale; empty where none were made."""
-    name = f"frechet_distance/guidance_{cell.variant.checkpoint_guidance_scale}"
-    curve = {"step": [], "distance": []}
-    for checkpoint in cell.checkpoints:
-        results = json.loads((cell.checkpoint_folder(checkpoint) / "evaluation/evaluation.json").read_text())
-        curve["step"].append(int(checkpoint.name.removeprefix("checkpoint-")))
-        curve["distance"].append(results[name])
-    if curve["step"]:
-        curve["step"].append(last_step)
-        curve["distance"].append(evaluation[name])
-    return curve
+    """Distances over steps, at one guidance scale; empty where not all were measured."""
+    distances = {
+        int(checkpoint.name.removeprefix("checkpoint-")): read_distance(cell, checkpoint)
+        for checkpoint in cell.checkpoints
+    }
+    if not distances or None in distances.values():
+        return {"step": [], "distance": []}
+    distances[last_step] = evaluation[f"frechet_distance/guidance_{cell.variant.checkpoint_guidance_scale}"]
+    return {"step": list(distances), "distance": list(distances.values())}
 
 
 def read_metrics(evaluation: dict[str, Any], places: list[tuple[int, int]]) -> dict[str, float]:
@@ -764,7 +771,7 @@ def draw_curves(rows: list[dict[str, Any]], summary: dict[str, Any], path: Path)
     colors = colors_of(summary["variants"])
     panels = {
         "accuracy": ("curve", 100, "accuracy by one gradient, %"),
-        "distance": ("distance_curve", 1, "Fréchet distance, guided"),
+        "distance": ("distance_curve", 1, "Fréchet distance"),
         "nll": ("curve", 1, "validation nll, nats per dimension"),
     }
     curves = {name: mean_curves(rows, curve, name) for name, (curve, *_) in panels.items()}

@@ -206,6 +206,16 @@ def test_a_grid_of_teachers_from_end_to_end(ablate, in_process, line, teacher, t
     assert not torch.equal(given.state_dict()[weights], random.state_dict()[weights])
     assert len({row["metrics"]["nll"] for row in results["cells"]}) == 3
 
+    # distances over steps at another scale: nothing else is done again
+    log = output_dir / "cells" / "none" / "seed-5" / "flow" / "metrics.jsonl"
+    trained_at = log.stat().st_mtime_ns
+    run(ablate, line(grid, SETTINGS | {"checkpoint_guidance_scale": 1.0}, variants="none", teacher=teacher))
+    (row,) = read_results(output_dir)["cells"]
+    assert row["distance_curve"]["distance"][-1] == row["evaluation"]["frechet_distance/guidance_1.0"]
+    assert len(row["distance_curve"]["step"]) == 2 and log.stat().st_mtime_ns == trained_at
+    run(ablate, line(grid, variants="none", teacher=teacher))
+    capsys.readouterr()
+
     # a checkpoint's pipeline has its averaged weights: the last one's are the run's
     cell = output_dir / "cells" / "none" / "seed-5"
     variant = ablate.Variant("none", {}, {}, 2.0)
