@@ -14,7 +14,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from flowback_hf import AlignedFlowObjective, FlowBackPipeline, TarFlowTransformer2DModel
+from flowback_hf import (
+    AlignedFlowObjective,
+    FlowBackClassificationPipeline,
+    FlowBackPipeline,
+    TarFlowTransformer2DModel,
+)
 
 from .conftest import REPOSITORY, write_images
 
@@ -193,6 +198,25 @@ def test_old_checkpoints_are_deleted_once_a_new_one_is_safe(train_rra, arguments
     line = arguments(output_dir=output_dir, checkpointing_steps=1, checkpoints_total_limit=2)
     train_rra.main(train_rra.parse_args(line))
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_validation_accuracy_is_the_classifiers_by_one_gradient(train_rra, randomised_model):
+    classifier = FlowBackClassificationPipeline(randomised_model(num_classes=5, noise_std=0.1))
+    images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    generator = train_rra.make_generator(torch.device("cpu"), 0, 0, 0)
+    noisy_images = train_rra.add_noise(
+        images, classifier.transformer.config, generator
+    )  # what the likelihood sees, too
+    predictions = classifier.log_prob_and_class_gradient(noisy_images[None])[1].argmax(dim=1)
+    assert len(predictions.unique()) > 1
+    labels = predictions.clone()
+    labels[:2] = (labels[:2] + 1) % 5
+    labels[2] = -1  # unknown: not counted
+    batch = {"images": images, "class_labels": labels}
+    validated = train_rra.validate(Accelerator(cpu=True), classifier, [batch], None)
+    assert validated["validation_accuracy"] == pytest.approx(0.6)
+    batch["class_labels"] = torch.full((6,), -1)
+    assert set(train_rra.validate(Accelerator(cpu=True), classifier, [batch], None)) == {"validation_nll"}
 
 
 @pytest.mark.parametrize("every_layer, but_parting, kept", [(1.0, 2.0, [True, True]), (2.0, 1.0, [True, False])])

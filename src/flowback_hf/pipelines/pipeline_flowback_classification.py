@@ -215,7 +215,7 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         scores = []
         for draws in self._batches(images, num_noise_draws, generator, batch_size, strict):
             if method == "gradient":
-                scores.append(self._log_prob_and_gradient(draws, self._zero_logits(draws))[1])
+                scores.append(self.log_prob_and_class_gradient(draws)[1])
             elif method == "ascent":
                 scores.append(self._ascend(draws, num_steps, learning_rate, tolerance))
             else:
@@ -332,18 +332,26 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
 
     # Methods
 
-    def _zero_logits(self, draws: torch.Tensor) -> torch.Tensor:
-        return draws.new_zeros(draws.shape[1], self.transformer.config.num_classes)
-
-    def _log_prob_and_gradient(self, draws: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_prob_and_class_gradient(
+        self, draws: torch.Tensor, logits: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        `log p(x | l)` in nats, `(batch_size,)`, and `K` times its gradient in the class logits `l`, `(batch_size, K)`,
-        each the mean over the draws.
+        What `"gradient"` classifies by, of noisy samples: `log p(x | l)` and its gradient in the class logits `l`.
 
         The classes are met in one product with each block's table, before the flow and after it: what it costs hardly
         depends on how many they are. The factor K makes the gradient at `l = 0` an estimate in nats (Taylor's) of what
         each class gains over the mean of all, instead of one that shrinks with their number.
+
+        Args:
+            draws (`torch.Tensor` of shape `(num_noise_draws, batch_size, in_channels, sample_size, sample_size)`):
+                Of [`~FlowBackClassificationPipeline.add_noise`].
+            logits (`torch.Tensor` of shape `(batch_size, num_classes)`, *optional*): Zeros if not given.
+        Returns:
+            `tuple` of `torch.Tensor`: nats, `(batch_size,)`, and `K` times the gradient, `(batch_size, num_classes)`,
+            each the mean over the draws.
         """
+        if logits is None:
+            logits = draws.new_zeros(draws.shape[1], self.transformer.config.num_classes)
         log_prob, gradient = torch.zeros_like(logits[:, 0]), torch.zeros_like(logits)
         for draw in draws:
             # A gradient is needed whatever mode the caller is in; inference tensors cannot be saved for one.
@@ -357,13 +365,13 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
 
     def _ascend(self, draws: torch.Tensor, num_steps: int, learning_rate: float, tolerance: float) -> torch.Tensor:
         """The class weights that gradient ascent reaches, each image until its steps stop paying."""
-        logits = self._zero_logits(draws)
-        log_prob, gradient = self._log_prob_and_gradient(draws, logits)
+        logits = draws.new_zeros(draws.shape[1], self.transformer.config.num_classes)
+        log_prob, gradient = self.log_prob_and_class_gradient(draws, logits)
         logits += learning_rate * gradient
         climbing = torch.arange(len(logits), device=logits.device)
         previous_gradient = gradient
         for _ in range(num_steps - 1):
-            next_log_prob, gradient = self._log_prob_and_gradient(draws[:, climbing], logits[climbing])
+            next_log_prob, gradient = self.log_prob_and_class_gradient(draws[:, climbing], logits[climbing])
             gain = next_log_prob - log_prob[climbing]
             fallen = climbing[gain < 0]
             logits[fallen] -= learning_rate * previous_gradient[gain < 0]
@@ -381,7 +389,7 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         if method == "bayes":
             candidates = torch.arange(num_classes, device=draws.device).expand(num_images, -1)
         else:
-            _, gradient = self._log_prob_and_gradient(draws, self._zero_logits(draws))
+            _, gradient = self.log_prob_and_class_gradient(draws)
             candidates = gradient.topk(min(shortlist_size, num_classes), dim=1).indices
         # one pair of image and class after another, so that a chunk never holds more than fits
         image_numbers = torch.arange(num_images, device=draws.device).repeat_interleave(candidates.shape[1])

@@ -1,0 +1,442 @@
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+
+import PIL.Image
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import BitImageProcessorPil, Dinov2Model, ResNetConfig, ResNetForImageClassification
+
+from flowback_hf import FlowBackPipeline
+
+from .conftest import REPOSITORY, import_script
+from .test_train_rra import names, read_metrics
+
+
+SETTINGS = {
+    "train": {
+        "resolution": 8,
+        "patch_size": 2,
+        "num_blocks": 3,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 4,
+        "projector_dim": 8,
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "lr_warmup_steps": 1,
+        "learning_rate": 1e-2,
+        "ema_decay": 0.5,
+        "logging_steps": 1,
+        "validation_steps": 2,
+        "checkpointing_steps": 2,
+    },
+    "evaluate": {
+        "methods": ["gradient"],
+        "num_samples": 6,
+        "guidance_scales": [1.0, 2.0],
+        "linear_probe": True,
+        "batch_size": 4,
+    },
+    "checkpoint_guidance_scale": 2.0,
+}
+FAILING_WEIGHT = 1e39  # overflows float32
+
+
+@pytest.fixture(scope="module")
+def ablate():
+    return import_script("ablate")
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judge")
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1], layer_type="basic", id2label={0: "dog", 1: "cat"}
+    )
+    ResNetForImageClassification(config).save_pretrained(folder)
+    BitImageProcessorPil(size={"height": 8, "width": 8}, do_center_crop=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def line(images, teacher, judge, tmp_path):
+    """The command line of a tiny grid, its files written, as a function of them and of further options."""
+
+    def build(grid, settings=SETTINGS, /, **options) -> list[str]:
+        for name, content in {"grid": grid, "settings": settings}.items():
+            (tmp_path / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        options = {
+            "grid": tmp_path / "grid.json",
+            "settings": tmp_path / "settings.json",
+            "data_dir": images,
+            "teacher": teacher,
+            "judge": judge,
+            "output_dir": tmp_path / "out",
+            **options,
+        }
+        parts = []
+        for name, value in options.items():
+            if value is not None:
+                parts += [f"--{name}", *(str(part) for part in (value if isinstance(value, list) else [value]))]
+        return parts
+
+    return build
+
+
+@pytest.fixture
+def in_process(ablate, monkeypatch):
+    """Runs the scripts in this process, which has imported what a new one would import for seconds each time."""
+
+    def run(self, command, cell):
+        script = {"train_rra.py": ablate.train_rra, "evaluate_flow.py": ablate.evaluate_flow}[
+            command[1].split("/")[-1]
+        ]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        (cell.folder / "log.txt").touch()
+        try:
+            script.main(script.parse_args(command[2:]))
+        except Exception:
+            (cell.folder / "log.txt").write_text(traceback.format_exc())
+            return 1
+        return 0
+
+    monkeypatch.setattr(ablate.Runner, "run", run)
+
+
+def run(ablate, line, *options):
+    ablate.main(ablate.parse_args([*line, *options]))
+
+
+def read_results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+# Runs
+
+
+def test_a_grid_that_is_ended_goes_on_and_a_failing_cell_is_a_row(ablate, line, tmp_path, capsys):
+    settings = {name: value for name, value in SETTINGS.items() if name != "checkpoint_guidance_scale"}
+    settings["train"] = settings["train"] | {"max_train_steps": 40}
+    settings["evaluate"] = settings["evaluate"] | {"linear_probe": False}
+    grid = {"alignment": ["none", "detach"], "alignment_weight": [FAILING_WEIGHT], "seeds": [3]}
+    command = line(grid, settings, jobs=2, threads=1)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    script = str(REPOSITORY / "training" / "ablate.py")
+    process = subprocess.Popen([sys.executable, script, *command, "--variants", "none"], env=environment, **quiet)
+    cell = tmp_path / "out" / "cells" / "none" / "seed-3"
+    deadline = time.monotonic() + 300
+    while not (cell / "flow" / "checkpoint-2").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) == 143
+    assert not (cell / "flow" / "model_index.json").exists(), "the cell ended before it was killed"
+    with (cell / "log.txt").open("a") as log:  # nobody holds it: the cell's process was ended, too
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    ablate.main(ablate.parse_args(command))
+    printed = capsys.readouterr()
+    assert "Resuming from" in (cell / "log.txt").read_text()
+    steps = [record["step"] for record in read_metrics(cell / "flow") if "loss" in record]
+    assert steps == list(range(1, 41))
+    assert "detach, seed 3, failed. train: FloatingPointError: Step 1: the loss is" in printed.out + printed.err
+    results = read_results(tmp_path / "out")
+    done, failed = results["cells"]
+    assert (done["variant"], done["status"]) == ("none", "done") and set(done["seconds"]) == {"train", "evaluate"}
+    assert (failed["variant"], failed["status"]) == ("detach", "failed") and "Step 1" in failed["error"]
+    assert results["variants"]["detach"] == {"num_cells": 1, "num_done": 0, "metrics": {}}
+    assert results["machine"]["threads"] == 1 and results["cell_hours"] > 0 and results["commit"]
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "| detach | 0 |" in table and "| detach | 3 | failed | train: FloatingPointError" in table
+
+
+def test_a_grid_of_teachers_from_end_to_end(ablate, in_process, line, teacher, tmp_path, capsys):
+    grid = {"alignment": ["none", "reverse"], "teacher": ["given", "random"], "alignment_blocks": [[1, 3]]}
+    grid |= {"alignment_order": [0], "seeds": [5]}
+    # the tests' teacher is as random as the script's: another one
+    model = Dinov2Model.from_pretrained(teacher)
+    for parameter in model.parameters():
+        parameter.data.mul_(3.0)
+    teacher = tmp_path / "teacher"
+    model.save_pretrained(teacher)
+    BitImageProcessorPil().save_pretrained(teacher)
+    run(ablate, line(grid, teacher=teacher))
+    output_dir = tmp_path / "out"
+    assert names(output_dir) == [
+        "cells",
+        "curves.png",
+        "distance_against_accuracy.png",
+        "grid.json",
+        "linear_probe.png",
+        "random_teacher",
+        "results.json",
+        "results.md",
+    ]
+    for name in ("curves", "distance_against_accuracy", "linear_probe"):
+        assert min(PIL.Image.open(output_dir / f"{name}.png").size) > 300
+    variants = ["none", "reverse-given-teacher", "reverse-random-teacher"]
+    assert names(output_dir / "cells") == variants
+
+    results = read_results(output_dir)
+    assert [(row["seed"], row["variant"]) for row in results["cells"]] == [(5, variant) for variant in variants]
+    for row in results["cells"]:
+        assert row["status"] == "done"
+        assert row["curve"]["step"] == [0, 2, 4] and row["distance_curve"]["step"] == [2, 4]
+        evaluation = row["evaluation"]
+        assert row["distance_curve"]["distance"][-1] == evaluation["frechet_distance/guidance_2.0"]
+        assert row["metrics"]["accuracy_gradient"] == evaluation["accuracy/gradient"]
+        probes = [evaluation[f"linear_probe/block{block}_layer2"] for block in (1, 3)]
+        if row["variant"] != "none":
+            assert row["places"] == [[1, 2], [3, 2]]
+            assert row["metrics"]["linear_probe_aligned"] == pytest.approx(sum(probes) / 2)
+        else:
+            assert row["places"] == [[2, 2], [3, 2]]  # the default of training
+    # another network of the same kind, and another gradient
+    given, random = (Dinov2Model.from_pretrained(folder) for folder in (teacher, output_dir / "random_teacher"))
+    weights = next(name for name, tensor in given.state_dict().items() if "encoder" in name and tensor.ndim == 2)
+    assert not torch.equal(given.state_dict()[weights], random.state_dict()[weights])
+    assert len({row["metrics"]["nll"] for row in results["cells"]}) == 3
+
+    # distances over steps at another scale: nothing else is done again
+    log = output_dir / "cells" / "none" / "seed-5" / "flow" / "metrics.jsonl"
+    trained_at = log.stat().st_mtime_ns
+    run(ablate, line(grid, SETTINGS | {"checkpoint_guidance_scale": 1.0}, variants="none", teacher=teacher))
+    (row,) = read_results(output_dir)["cells"]
+    assert row["distance_curve"]["distance"][-1] == row["evaluation"]["frechet_distance/guidance_1.0"]
+    assert len(row["distance_curve"]["step"]) == 2 and log.stat().st_mtime_ns == trained_at
+    run(ablate, line(grid, variants="none", teacher=teacher))
+    capsys.readouterr()
+
+    # a checkpoint's pipeline has its averaged weights: the last one's are the run's
+    cell = output_dir / "cells" / "none" / "seed-5"
+    variant = ablate.Variant("none", {}, {}, 2.0)
+    ablate.save_checkpoint_pipeline(ablate.Cell(variant, 5, cell), cell / "flow" / "checkpoint-4")
+    whole, last, earlier = (
+        FlowBackPipeline.from_pretrained(folder).transformer.blocks[0].proj_in.weight
+        for folder in (cell / "flow", cell / "checkpoints/checkpoint-4/flow", cell / "checkpoints/checkpoint-2/flow")
+    )
+    assert torch.equal(whole, last) and not torch.equal(whole, earlier)
+
+    # more seeds of a part; what is finished is left alone
+    before = {path: path.stat().st_mtime_ns for path in (output_dir / "cells").rglob("*/seed-5/**/*")}
+    run(ablate, line(grid, seeds=[5, 6], variants="none", teacher=teacher))
+    assert {path: path.stat().st_mtime_ns for path in (output_dir / "cells").rglob("*/seed-5/**/*")} == before
+    assert "none, seed 5: done\nnone, seed 6: to be run\n" in capsys.readouterr().out
+    results = read_results(output_dir)
+    values = [row["metrics"]["nll"] for row in results["cells"]]
+    nll = results["variants"]["none"]["metrics"]["nll"]
+    assert nll["mean"] == pytest.approx(sum(values) / 2) and nll["num_seeds"] == 2
+    assert nll["standard_error"] == pytest.approx(abs(values[0] - values[1]) / 2) and values[0] != values[1]
+
+    # bad input: the folder is in use
+    with pytest.raises(ValueError, match="holds another grid's cells .*grid.json.*: choose another folder"):
+        run(ablate, line({"alignment": ["none"], "seeds": [5]}))
+    other = SETTINGS | {"train": SETTINGS["train"] | {"learning_rate": 0.5}}
+    with pytest.raises(ValueError, match=r"none/seed-5 ran with another config: learning_rate \(0.01 then, 0.5 now\)"):
+        run(ablate, line(grid, other, teacher=teacher))
+    with (cell / "log.txt").open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="none/seed-5 is being run by another process: wait for it, or end it"):
+            run(ablate, line(grid, teacher=teacher))
+    (output_dir / "grid.json").unlink()
+    with pytest.raises(ValueError, match="holds cells without their grid"):
+        run(ablate, line(grid))
+    assert {path: path.stat().st_mtime_ns for path in (output_dir / "cells").rglob("*/seed-5/**/*")} == before
+
+
+def test_a_dry_run_prints_cells_and_hours_and_leaves_nothing(ablate, in_process, line, tmp_path, capsys):
+    grid = {"alignment": ["none", "detach"], "seeds": [0, 1]}
+    run(ablate, line(grid, jobs=1), "--dry_run")
+    printed = capsys.readouterr().out
+    for text in ("none, seed 0: to be run", "detach, seed 1: to be run", "an evaluation", "s a step", "min a cell"):
+        assert text in printed
+    assert "4 of 4 cells are to be run: " in printed and "hours one by one" in printed
+    assert not (tmp_path / "out").exists()
+
+
+# The grid
+
+
+@pytest.mark.parametrize("settings", ["digits", "shapes"])
+@pytest.mark.parametrize(
+    "grid, expected",
+    [
+        ("strategies", ["none", "forward", "detach", "reverse-0", "reverse-1", "reverse-exact"]),
+        ("weights", ["none", *(f"reverse-weight{weight}" for weight in (0.03, 0.1, 0.3, 1.0))]),
+        ("teachers", ["none", "reverse-given-teacher", "reverse-random-teacher"]),
+        ("places", None),
+    ],
+)
+def test_the_grids_that_ship(ablate, line, grid, expected, settings):
+    grid = REPOSITORY / "training" / "ablations" / f"{grid}.json"
+    settings = REPOSITORY / "training" / "configs" / f"ablation_{settings}.json"
+    args = ablate.parse_args(line({}, {}, grid=grid, settings=settings))
+    cells = ablate.make_cells(args, ablate.read_grid(grid))
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    variants = {cell.variant.name: cell.variant for cell in cells}
+    assert len(cells) == 3 * len(variants)
+    if expected is not None:
+        assert list(variants) == expected
+        assert all(variant.places[0][0] == 3 for variant in variants.values())
+        return
+    places = [variants[f"reverse-{blocks}-deep"].places for blocks in ("early", "late", "all")]
+    assert [[block for block, _ in p] for p in places] == [[1, 2], [3, 4], [1, 2, 3, 4]]
+    # digits have blocks of three layers; of two, the middle is as deep as a quarter
+    layers = [variants[name].places[0][1] for name in variants if "early" in name]
+    assert layers == ([1, 2, 3] if "digits" in settings.name else [1, 2])
+
+
+def test_names_and_arguments_of_variants(ablate, line):
+    grid = {
+        "alignment": ["none", "forward", "reverse"],
+        "alignment_order": [0, "exact"],
+        "alignment_blocks": ["early", [3]],
+        "alignment_layer": [1],
+        "alignment_weight": [0.5],
+        "seeds": [0],
+    }
+    variants = ablate.make_variants(grid, ablate.parse_args(line(grid)))
+    assert list(variants) == ["none", "forward-early", "forward-blocks3", "reverse-0-early", "reverse-0-blocks3",
+                              "reverse-exact-early", "reverse-exact-blocks3"]  # fmt: skip
+    train = variants["reverse-exact-blocks3"].train
+    assert (
+        train["alignment_blocks"] == [3] and train["alignment_order"] == "exact" and train["alignment_weight"] == 0.5
+    )
+    assert "alignment_order" not in variants["forward-early"].train
+    assert not {"teacher_model_name_or_path", "alignment_weight"} & variants["none"].train.keys()
+    assert ablate.command_line({"use_ema": False, "random_flip": False, "a": True, "b": [1, "x"], "c": None}) == [
+        "--no-use_ema", "--a", "--b", "1", "x"
+    ]  # fmt: skip
+
+
+def test_layers_are_the_papers(ablate):
+    assert [ablate.resolve_layer(name, 8) for name in ("shallow", "middle", "deep")] == [2, 4, 6]
+    assert ablate.resolve_blocks("late", 8) == [7, 8] and ablate.resolve_blocks("early", 8) == [1, 2]
+    assert ablate.resolve_blocks("all", 1) == ablate.resolve_blocks("late", 1) == [1]
+
+
+# Results
+
+
+def make_row(variant, seed, accuracy, distance=()):
+    steps = list(range(0, 100 * len(accuracy), 100))
+    return {
+        "variant": variant,
+        "seed": seed,
+        "status": "done",
+        "curve": {"step": steps, "accuracy": accuracy, "nll": [0.0] * len(accuracy)},
+        "distance_curve": {"step": steps[: len(distance)], "distance": list(distance)},
+        "metrics": {},
+    }
+
+
+def test_how_many_times_fewer_steps(ablate):
+    rows = [
+        make_row("none", 0, [0.1, 0.3, 0.5], [8.0, 4.0, 3.0]),
+        make_row("none", 1, [0.1, 0.4, 0.7], [8.0, 4.0, 3.0]),
+        make_row("fast", 0, [0.1, 0.7, 0.9], [8.0, 2.0, 1.0]),
+        make_row("slow", 0, [0.1, 0.2, 0.3], [8.0, 7.0, 6.0]),
+        {"variant": "slow", "seed": 1, "status": "failed"},
+    ]
+    summary = ablate.summarise(rows)
+    assert summary["baseline_final"] == {"accuracy": pytest.approx(0.6), "distance": pytest.approx(3.0)}
+    # 0.6 lies at 100 * 0.5 / 0.6; the baseline's seeds reach it at the end, if at all, and at 100 + 100 * 0.2 / 0.3
+    fast = summary["variants"]["fast"]["metrics"]
+    assert fast["steps_to_baseline_accuracy"]["mean"] == pytest.approx(100 * 0.5 / 0.6)
+    baseline_steps = (200 + 100 + 100 * 0.2 / 0.3) / 2
+    assert fast["times_fewer_steps_accuracy"]["mean"] == pytest.approx(baseline_steps / (100 * 0.5 / 0.6))
+    assert fast["times_fewer_steps_distance"]["mean"] == pytest.approx(200 / (100 * 5 / 6))
+    assert fast["times_fewer_steps_distance"]["standard_error"] is None
+    assert summary["variants"]["none"]["metrics"]["times_fewer_steps_accuracy"]["num_seeds"] == 1
+    slow = summary["variants"]["slow"]
+    assert slow["metrics"] == {} and (slow["num_cells"], slow["num_done"]) == (2, 1)
+    assert ablate.format_figure({"mean": 0.5, "standard_error": 0.01, "num_seeds": 2}, 100, 1, 3) == (
+        "50.0 ± 1.0 (2 of 3)"
+    )
+
+
+def test_no_baseline_is_no_target(ablate):
+    summary = ablate.summarise([make_row("detach", 0, [0.1, 0.2])])
+    assert summary["baseline_final"] == {"accuracy": None, "distance": None}
+    assert summary["variants"]["detach"]["metrics"] == {}
+
+
+# Bad input
+
+
+GRID = {"alignment": ["none", "reverse"], "seeds": [0]}
+
+
+@pytest.mark.parametrize(
+    "grid, message",
+    [
+        (GRID | {"strategy": ["x"]}, r"grid.json has the unknown keys \['strategy'\]; it may have \['alignment', "),
+        ({"alignment": ["none"]}, "grid.json has no 'seeds', of which every cell has one"),
+        (GRID | {"alignment_weight": 0.1}, "must have a list of values for 'alignment_weight', but has 0.1"),
+        (GRID | {"teacher": ["strict"]}, r"names the teachers \['strict'\], but they are \['given', 'random'\]"),
+        ("{", "grid.json is not JSON"),
+        ("[]", "grid.json must hold a JSON object, but holds"),
+        (GRID | {"alignment_blocks": [[4]]}, "variant 'reverse' cannot be run: `places` names flow block 4"),
+        (GRID | {"alignment_layer": [3]}, "variant 'reverse' cannot be run: `places` names layer 3 of flow block 2"),
+        (
+            GRID | {"alignment_blocks": ["last"]},
+            r"must be numbers or one of \['early', 'late', 'all'\], but are 'last'",
+        ),
+        (GRID | {"alignment_layer": ["top"]}, r"must be a number or one of \['shallow', .*\], but is 'top'"),
+        (GRID | {"alignment": ["up"]}, "variant 'up' cannot be run: argument --alignment: invalid choice: 'up'"),
+        (GRID | {"alignment_order": [-1]}, "variant 'reverse' cannot be run: `order`"),
+    ],
+)
+def test_a_bad_grid_raises_and_nothing_runs(ablate, line, tmp_path, grid, message):
+    with pytest.raises(ValueError, match=message):
+        run(ablate, line(grid))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"training": {}}, r"settings.json has the unknown keys \['training'\]"),
+        ({"train": {"width": 3}}, r"'train' of `--settings` .* has the unknown keys \['width'\]"),
+        ({"train": {"seed": 3}}, r"'train' of `--settings` .* has the unknown keys \['seed'\]"),
+        ({"evaluate": {"model": "m"}}, r"'evaluate' of `--settings` .* has the unknown keys \['model'\]"),
+        ({"train": {"train_batch_size": 0}}, "--train_batch_size must be at least 1, but is 0"),
+        ({"evaluate": {"num_samples": 1}}, "'none' cannot be run: --num_samples must be at least 2, but is 1"),
+        ({"checkpoint_guidance_scale": 3.0}, r"must be one of the evaluation's 'guidance_scales' \[\], .* but is 3.0"),
+        (
+            SETTINGS | {"train": {"use_ema": False}},
+            "'checkpoint_guidance_scale' of `--settings` .* needs 'use_ema'",
+        ),
+    ],
+)
+def test_bad_settings_raise_and_nothing_runs(ablate, line, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run(ablate, line(GRID, settings))
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_options_raise(ablate, line, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"`--variants` must be of the grid's, \['none', 'reverse'\], but \['up'\]"):
+        run(ablate, line(GRID, variants=["none", "up"]))
+    with pytest.raises(ValueError, match="`--data_dir` must be an existing folder, but is 'nowhere'"):
+        run(ablate, line(GRID, data_dir="nowhere"))
+    with pytest.raises(ValueError, match="`--grid` must be an existing JSON file, but is 'nowhere.json'"):
+        run(ablate, line(GRID, grid="nowhere.json"))
+    for options, message in (
+        ({"data_dir": None}, "give one of --dataset_name and --data_dir"),
+        ({"jobs": 0}, "--jobs must be at least 1, but is 0"),
+        ({"threads": 0}, "--threads must be at least 1, but is 0"),
+    ):
+        with pytest.raises(SystemExit):
+            ablate.parse_args(line(GRID, **options))
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
