@@ -30,6 +30,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from classify import UNREADABLE
 from sample import (
     check_settings,
@@ -778,7 +779,7 @@ def check_extras(args: argparse.Namespace):
 
 
 def main(args: argparse.Namespace, command: list[str] | None = None):
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which it does not look at by itself
     datasets.utils.logging.set_verbosity_error()
     if state.num_processes > 1 and not state.is_main_process:
         datasets.utils.logging.disable_progress_bar()

@@ -23,6 +23,7 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackPipeline
@@ -203,7 +204,7 @@ def choose_class_labels(pipeline: FlowBackPipeline, labels: list[str] | None) ->
 
 
 def main(args: argparse.Namespace):
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which it does not look at by itself
     pipeline = FlowBackPipeline.from_pretrained(args.model).to(state.device)
     pipeline.set_progress_bar_config(disable=True)
     class_labels = choose_class_labels(pipeline, args.class_labels)

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import huggingface_hub
 import pytest
 import torch
@@ -10,6 +15,14 @@ from .stand_in_hub import TOKEN, StandInHub
 
 
 torch.set_num_threads(1)
+
+
+def start_two_processes(script: Path, arguments: list[str], **options) -> subprocess.Popen:
+    """A script in two processes on the CPU. `accelerate launch --cpu` starts one, whatever `--num_processes` says."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([*command, *arguments], env=environment, start_new_session=True, text=True, **options)
+
 
 # Smallest model that has several heads, several classes, both token orders and a first block after a reversed one.
 TINY_CONFIG = {

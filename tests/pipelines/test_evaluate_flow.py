@@ -1,6 +1,5 @@
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -15,20 +14,8 @@ from diffusers import AutoencoderKL
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
 from flowback_hf.metrics import FrechetDistance, ImageFeatureExtractor, ReferenceFeatures
 
+from ..conftest import start_two_processes
 from .conftest import CLASS_NAMES, REPOSITORY, command_line, write_images
-
-
-LAUNCH = [
-    sys.executable,
-    "-m",
-    "accelerate.commands.launch",
-    "--cpu",
-    "--num_machines",
-    "1",
-    "--mixed_precision",
-    "no",
-]
-LAUNCH += ["--dynamo_backend", "no", "--num_processes", "2"]
 
 
 @pytest.fixture
@@ -148,11 +135,11 @@ def test_accuracy_is_of_the_labels_by_name(script, options, tmp_path, load_label
 
 def test_two_processes_give_what_one_gives_and_a_run_goes_on(script, options, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     line = command_line(output_dir=two, linear_probe=True, **options)
-    command = [*LAUNCH, str(REPOSITORY / "pipelines" / "evaluate_flow.py"), *line]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
+    script_file = REPOSITORY / "pipelines" / "evaluate_flow.py"
+    process = start_two_processes(script_file, line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
 
     # one process, in two goes: the second adds a guidance scale and the probe, and redoes nothing
     run(script, output_dir=one, **{**options, "guidance_scales": [1.0]})

@@ -3,7 +3,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import datasets
@@ -12,6 +11,7 @@ import torch
 
 from flowback_hf import RepresentationTeacher
 
+from ..conftest import start_two_processes
 from .conftest import REPOSITORY, import_script
 from .test_train_rra import read_metrics
 
@@ -105,13 +105,9 @@ def test_flipped_images_get_the_features_of_the_flipped_image(train_rra, argumen
 
 
 def test_a_killed_run_goes_on_and_two_processes_share_it(features_arguments, tmp_path, precompute_features):
-    script = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    script += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", "2"]
-    script += [str(REPOSITORY / "training" / "precompute_features.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    script = REPOSITORY / "training" / "precompute_features.py"
     line = features_arguments(images_per_shard=1, batch_size=1)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([*script, *line], env=environment, start_new_session=True, **quiet)
+    process = start_two_processes(script, line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "features" / "shard-00002").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -120,7 +116,10 @@ def test_a_killed_run_goes_on_and_two_processes_share_it(features_arguments, tmp
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("shard-*")}
     assert 3 <= len(before) < 20
-    run(precompute_features, line)
+    # Processes that each thought themselves alone would meet at the first shard: a folder is not moved onto another.
+    process = start_two_processes(script, line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("shard-*")}
     assert len(after) == 20 and after.items() >= before.items()
 

@@ -21,6 +21,7 @@ from flowback_hf import (
     TarFlowTransformer2DModel,
 )
 
+from ..conftest import start_two_processes
 from .conftest import REPOSITORY, write_images
 
 
@@ -37,8 +38,8 @@ LAUNCH = [
 LAUNCH += ["--dynamo_backend", "no"]
 
 
-def launch(arguments, num_processes=1, **options):
-    command = [*LAUNCH, "--num_processes", str(num_processes), str(REPOSITORY / "training" / "train_rra.py")]
+def launch(arguments, **options):
+    command = [*LAUNCH, "--num_processes", "1", str(REPOSITORY / "training" / "train_rra.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen([*command, *arguments], env=environment, start_new_session=True, **options)
 
@@ -132,13 +133,16 @@ def test_a_killed_run_goes_on_exactly(arguments, tmp_path):
 
 def test_two_processes(arguments, tmp_path):
     output_dir = tmp_path / "run"
-    process = launch(
-        arguments(output_dir=output_dir), num_processes=2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    script = REPOSITORY / "training" / "train_rra.py"
+    process = start_two_processes(
+        script, arguments(output_dir=output_dir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     metrics = read_metrics(output_dir)
     assert [record["step"] for record in metrics] == [0, 1, 2, 3, 4, 4]
+    # 20 images, 4 for each of two processes: an epoch has two steps, where one process alone would make five
+    assert [record["epoch"] for record in metrics[1:5]] == [0, 0, 1, 1]
     assert metrics[-1]["validation_nll"] < metrics[0]["validation_nll"]
     assert FlowBackPipeline.from_pretrained(output_dir)(class_labels=[0]).images
 
@@ -202,7 +206,7 @@ def test_old_checkpoints_are_deleted_once_a_new_one_is_safe(train_rra, arguments
 
 def test_validation_accuracy_is_the_classifiers_by_one_gradient(train_rra, randomised_model):
     classifier = FlowBackClassificationPipeline(randomised_model(num_classes=5, noise_std=0.1))
-    images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    images = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     generator = train_rra.make_generator(torch.device("cpu"), 0, 0, 0)
     noisy_images = train_rra.add_noise(
         images, classifier.transformer.config, generator
