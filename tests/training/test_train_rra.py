@@ -95,8 +95,11 @@ def test_a_launched_run_leaves_a_pipeline_metrics_and_pictures(arguments, tmp_pa
     pipeline = FlowBackPipeline.from_pretrained(output_dir)
     assert pipeline.get_label_ids(["cat", "dog"]) == [0, 1]
     assert pipeline(class_labels=["dog"]).images[0].size == (8, 8)
+    # the teacher is no part of a checkpoint
+    checkpoint = load_file(output_dir / "checkpoint-4" / "model.safetensors")
+    assert {name.split(".")[0] for name in checkpoint} == {"flow", "projectors"}
     # the pipeline has the averaged weights, not the last ones
-    last = load_file(output_dir / "checkpoint-4" / "model.safetensors")["flow.blocks.0.proj_in.weight"]
+    last = checkpoint["flow.blocks.0.proj_in.weight"]
     averaged = pipeline.transformer.blocks[0].proj_in.weight
     assert 0 < (last - averaged).abs().max() < 0.1
 
