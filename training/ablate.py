@@ -304,7 +304,7 @@ def make_variants(grid: dict[str, list], args: argparse.Namespace) -> dict[str, 
 def make_shapes(train_args: argparse.Namespace) -> torch.nn.Module:
     """The flow without its weights: what it takes to check places."""
     with torch.device("cpu" if train_args.pretrained_model_name_or_path else "meta"):
-        return train_rra.make_flow(train_args, None if train_args.unconditional else ["any"])[0]
+        return train_rra.make_flow(train_args, None if train_args.unconditional else ["any"], data_sizes={})[0]
 
 
 def parse(what: str, options: dict[str, Any], parser: Any) -> argparse.Namespace:
@@ -638,8 +638,17 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 metric: mean_and_error([row["metrics"][metric] for row in own if metric in row["metrics"]])
                 for metric in dict.fromkeys(metric for row in own for metric in row["metrics"])
             },
+            "minus_baseline": paired_differences(own, [row for row in done if row["variant"] == BASELINE]),
         }
     return {"baseline_final": baseline_final, "variants": variants}
+
+
+def paired_differences(rows: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard error of what each metric is more than the baseline's of the same seed: what seeds do to both
+    falls out."""
+    pairs = [(row["metrics"], other["metrics"]) for row in rows for other in baseline if row["seed"] == other["seed"]]
+    metrics = [key for _, key, *_ in COLUMNS if pairs and all(key in metrics for pair in pairs for metrics in pair)]
+    return {key: mean_and_error([own[key] - other[key] for own, other in pairs]) for key in metrics}
 
 
 # Column, figure of the summary, factor, digits.
@@ -659,13 +668,13 @@ COLUMNS = (
 )
 
 
-def format_figure(figure: dict[str, Any] | None, factor: float, digits: int, num_done: int) -> str:
+def format_figure(figure: dict[str, Any] | None, factor: float, digits: int, num_done: int | None) -> str:
     if figure is None:
         return ""
     text = f"{factor * figure['mean']:.{digits}f}"
     if figure["standard_error"] is not None:
         text += f" ± {factor * figure['standard_error']:.{digits}f}"
-    return text if figure["num_seeds"] == num_done else f"{text} ({figure['num_seeds']} of {num_done})"
+    return text if num_done in (None, figure["num_seeds"]) else f"{text} ({figure['num_seeds']} of {num_done})"
 
 
 def write_report(cells: list[Cell], args: argparse.Namespace):
@@ -717,6 +726,11 @@ def markdown(report: dict[str, Any]) -> str:
         " variant is aligned, of the baseline where it would be by default.",
     ]
     finals = report["baseline_final"]
+    differences = {
+        name: variant["minus_baseline"]
+        for name, variant in report["variants"].items()
+        if name != BASELINE and variant["minus_baseline"] and variant["num_done"] > 1
+    }
     if finals["accuracy"] is not None:
         lines[-1] += (
             " × fewer steps: the step at which the baseline first reaches its own final accuracy"
@@ -727,6 +741,14 @@ def markdown(report: dict[str, Any]) -> str:
     if finals["distance"] is not None:
         scale = report["settings"]["checkpoint_guidance_scale"]
         lines[-1] += f" The same for its final FD, {finals['distance']:.3f} at guidance {scale}, over checkpoints."
+    if differences:
+        compared = [column for column in columns if all(column[1] in figures for figures in differences.values())]
+        table = [
+            [name, *(format_figure(figures[key], factor, digits, None) for _, key, factor, digits in compared)]
+            for name, figures in differences.items()
+        ]
+        lines += ["", "The same less the baseline's, seed by seed, which what a seed does to both does not blur:", ""]
+        lines += [markdown_table(["variant", *(title for title, *_ in compared)], table)]
     unfinished = [row for row in report["cells"] if row["status"] != "done"]
     if unfinished:
         cells = [[r["variant"], str(r["seed"]), r["status"], r.get("error", "").replace("|", "/")] for r in unfinished]

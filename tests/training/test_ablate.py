@@ -153,7 +153,9 @@ def test_a_grid_that_is_ended_goes_on_and_a_failing_cell_is_a_row(ablate, line, 
     done, failed = results["cells"]
     assert (done["variant"], done["status"]) == ("none", "done") and set(done["seconds"]) == {"train", "evaluate"}
     assert (failed["variant"], failed["status"]) == ("detach", "failed") and "Step 1" in failed["error"]
-    assert results["variants"]["detach"] == {"num_cells": 1, "num_done": 0, "metrics": {}}
+    assert results["variants"]["detach"] == {
+        "num_cells": 1, "num_done": 0, "metrics": {}, "minus_baseline": {}
+    }  # fmt: skip
     assert results["machine"]["threads"] == 1 and results["cell_hours"] > 0 and results["commit"]
     table = (tmp_path / "out" / "results.md").read_text()
     assert "| detach | 0 |" in table and "| detach | 3 | failed | train: FloatingPointError" in table
@@ -364,10 +366,24 @@ def test_how_many_times_fewer_steps(ablate):
     )
 
 
+def test_differences_to_the_baseline_are_of_the_same_seeds(ablate):
+    rows = [
+        make_row(variant, seed, [0.5]) | {"metrics": {"nll": nll}}
+        for variant, nlls in {"none": [1.0, 3.0, 8.0], "detach": [0.5, 2.7, None]}.items()
+        for seed, nll in enumerate(nlls)
+        if nll is not None
+    ]
+    summary = ablate.summarise(rows)
+    # -0.5 and -0.3, whatever the third seed of the baseline is
+    figure = summary["variants"]["detach"]["minus_baseline"]["nll"]
+    assert figure == {"mean": pytest.approx(-0.4), "standard_error": pytest.approx(0.1), "num_seeds": 2}
+    assert summary["variants"]["none"]["minus_baseline"]["nll"]["mean"] == 0
+
+
 def test_no_baseline_is_no_target(ablate):
     summary = ablate.summarise([make_row("detach", 0, [0.1, 0.2])])
     assert summary["baseline_final"] == {"accuracy": None, "distance": None}
-    assert summary["variants"]["detach"]["metrics"] == {}
+    assert summary["variants"]["detach"]["metrics"] == summary["variants"]["detach"]["minus_baseline"] == {}
 
 
 # Bad input
