@@ -4,7 +4,7 @@
 Train and evaluate a grid of alignments, each with several seeds, and compare them in one table.
 
     python training/ablate.py --grid training/ablations/strategies.json \\
-        --settings training/configs/ablation_digits.json --data_dir data/digits/images \\
+        --settings training/ablations/settings/digits.json --data_dir data/digits/images \\
         --teacher data/digits/teacher --judge data/digits/judge --output_dir outputs/strategies --jobs 2
 
 A grid lists values of `alignment`, `alignment_order`, `alignment_blocks` (numbers, or early, late, all),
@@ -70,7 +70,7 @@ BASELINE = "none"
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=Path, required=True, help="A JSON file, as in training/ablations.")
-    parser.add_argument("--settings", type=Path, required=True, help="As training/configs/ablation_digits.json.")
+    parser.add_argument("--settings", type=Path, required=True, help="As training/ablations/settings/digits.json.")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--data_dir", help="An image folder, one folder a class, below train/ and validation/.")
     parser.add_argument("--dataset_name", help="Of the Hub, or a folder that `datasets` loads, instead.")

@@ -280,7 +280,7 @@ def test_a_dry_run_prints_cells_and_hours_and_leaves_nothing(ablate, in_process,
 )
 def test_the_grids_that_ship(ablate, line, grid, expected, settings):
     grid = REPOSITORY / "training" / "ablations" / f"{grid}.json"
-    settings = REPOSITORY / "training" / "configs" / f"ablation_{settings}.json"
+    settings = REPOSITORY / "training" / "ablations" / "settings" / f"{settings}.json"
     args = ablate.parse_args(line({}, {}, grid=grid, settings=settings))
     cells = ablate.make_cells(args, ablate.read_grid(grid))
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
