@@ -17,6 +17,7 @@ from pathlib import Path
 
 import PIL.Image
 import torch
+from sample import load_pipeline
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackClassificationPipeline
@@ -73,7 +74,7 @@ def read_images(files: list[Path], read: list[Path], skipped: list[Path]) -> Ite
 
 def main(args: argparse.Namespace):
     files = find_files(args.images)
-    pipeline = FlowBackClassificationPipeline.from_pretrained(args.model).to(args.device)
+    pipeline = load_pipeline(FlowBackClassificationPipeline, args.model).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.requires_grad_(False)  # a backward to the classes then keeps less
     read, skipped = [], []

@@ -37,6 +37,7 @@ from sample import (
     choose_class_labels,
     draw_first_images,
     image_path,
+    load_pipeline,
     make_generators,
     sample_images,
     write_atomically,
@@ -786,7 +787,7 @@ def main(args: argparse.Namespace, command: list[str] | None = None):
 
     # Everything a user can get wrong is found before anything is written.
     check_extras(args)
-    pipeline = FlowBackPipeline.from_pretrained(args.model).to(state.device)
+    pipeline = load_pipeline(FlowBackPipeline, args.model).to(state.device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.requires_grad_(False)  # a backward to the classes then keeps less
     classifier = FlowBackClassificationPipeline.from_pipe(pipeline)

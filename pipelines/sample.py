@@ -24,6 +24,7 @@ import PIL.Image
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackPipeline
@@ -49,6 +50,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")
     return args
+
+
+def load_pipeline(pipeline_class: type[DiffusionPipeline], model: str) -> DiffusionPipeline:
+    """A saved or pushed pipeline. Raises ValueError if there is none."""
+    try:
+        return pipeline_class.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(
+            f"`--model` must be a folder that holds a saved pipeline, or its id on the Hub, but {str(model)!r} is no"
+            " such folder and could not be loaded from the Hub."
+        ) from error
 
 
 def write_atomically(path: Path, text: str):
@@ -205,7 +217,7 @@ def choose_class_labels(pipeline: FlowBackPipeline, labels: list[str] | None) ->
 
 def main(args: argparse.Namespace):
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which it does not look at by itself
-    pipeline = FlowBackPipeline.from_pretrained(args.model).to(state.device)
+    pipeline = load_pipeline(FlowBackPipeline, args.model).to(state.device)
     pipeline.set_progress_bar_config(disable=True)
     class_labels = choose_class_labels(pipeline, args.class_labels)
     arguments = {

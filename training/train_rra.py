@@ -219,6 +219,8 @@ def check_at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 def order_type(text: str) -> int | str:
+    if text != "exact" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be 0, 1, 2, ... or exact, but is {text!r}")
     return text if text == "exact" else int(text)
 
 

@@ -153,3 +153,25 @@ def test_noise_is_a_function_of_the_seed_and_the_images_number(script):
     draws = [torch.rand(3, generator=generator) for generator in (first, second, *make_generators(1, [6]))]
     assert torch.equal(draws[0], torch.rand(3, generator=make_generators(0, [5])[0]))
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("sample", {}),
+        ("classify", {"images": "."}),
+        ("evaluate_flow", {"data_dir": "."}),
+    ],
+)
+def test_a_model_that_is_nowhere_is_said(script, tmp_path, monkeypatch, name, options):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    module = script(name)
+    if name == "classify":
+        PIL.Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
+        options = {"images": tmp_path}
+    else:
+        options = {**options, "output_dir": tmp_path / "out"}
+    message = "`--model` must be a folder that holds a saved pipeline, or its id on the Hub, but 'nowhere/flow' is no"
+    with pytest.raises(ValueError, match=message):
+        module.main(module.parse_args(command_line(model="nowhere/flow", **options)))
+    assert not (tmp_path / "out").exists()

@@ -495,3 +495,9 @@ def test_a_non_finite_loss_stops_with_the_last_checkpoint_intact(train_rra, argu
         train_rra.main(train_rra.parse_args(line))
     assert train_rra.read_progress(output_dir / "checkpoint-1")["global_step"] == 1
     assert not (output_dir / "model_index.json").exists()
+
+
+def test_an_order_that_is_none_is_said(train_rra, arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_rra.parse_args(arguments(output_dir=tmp_path, alignment_order="exactly"))
+    assert "--alignment_order: must be 0, 1, 2, ... or exact, but is 'exactly'" in capsys.readouterr().err
