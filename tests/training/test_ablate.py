@@ -409,7 +409,7 @@ GRID = {"alignment": ["none", "reverse"], "seeds": [0]}
         ),
         (GRID | {"alignment_layer": ["top"]}, r"must be a number or one of \['shallow', .*\], but is 'top'"),
         (GRID | {"alignment": ["up"]}, "variant 'up' cannot be run: argument --alignment: invalid choice: 'up'"),
-        (GRID | {"alignment_order": [-1]}, "variant 'reverse' cannot be run: `order`"),
+        (GRID | {"alignment_order": [-1]}, "variant 'reverse' cannot be run: argument --alignment_order: must be 0"),
     ],
 )
 def test_a_bad_grid_raises_and_nothing_runs(ablate, line, tmp_path, grid, message):
