@@ -22,10 +22,7 @@ from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackClassificationPipeline
 from flowback_hf.pipelines.pipeline_flowback_classification import METHODS
-
-
-# What PIL raises for files that are not images, truncated, or malformed inside.
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError)
+from flowback_hf.utils import UNREADABLE
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

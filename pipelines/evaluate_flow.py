@@ -31,7 +31,6 @@ import PIL.Image
 import PIL.ImageOps
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from classify import UNREADABLE
 from sample import (
     check_settings,
     choose_class_labels,
@@ -40,13 +39,13 @@ from sample import (
     load_pipeline,
     make_generators,
     sample_images,
-    write_atomically,
 )
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
 from flowback_hf.models.transformer_tarflow import GUIDANCE_RULES
 from flowback_hf.pipelines.pipeline_flowback_classification import METHODS
+from flowback_hf.utils import UNREADABLE, write_atomically
 
 
 Results = dict[str, float | int | str]

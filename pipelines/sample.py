@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackPipeline
 from flowback_hf.models.transformer_tarflow import GUIDANCE_RULES, GUIDANCE_SCHEDULES
+from flowback_hf.utils import write_atomically
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -61,12 +62,6 @@ def load_pipeline(pipeline_class: type[DiffusionPipeline], model: str) -> Diffus
             f"`--model` must be a folder that holds a saved pipeline, or its id on the Hub, but {str(model)!r} is no"
             " such folder and could not be loaded from the Hub."
         ) from error
-
-
-def write_atomically(path: Path, text: str):
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def make_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:

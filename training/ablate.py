@@ -54,6 +54,7 @@ from reporting import current_commit, describe_machine, markdown_table  # noqa: 
 from tqdm.auto import tqdm  # noqa: E402
 
 from flowback_hf import AlignedFlowObjective, FlowBackPipeline  # noqa: E402
+from flowback_hf.utils import write_atomically  # noqa: E402
 
 
 AXES = ("alignment", "alignment_order", "alignment_blocks", "alignment_layer", "alignment_weight", "teacher")
@@ -445,7 +446,7 @@ class Runner:
         state = cell.state | {"status": None}
         state.pop("error", None)
         cell.folder.mkdir(parents=True, exist_ok=True)
-        train_rra.write_atomically(cell.folder / "cell.json", json.dumps(cell_config(cell), indent=2))
+        write_atomically(cell.folder / "cell.json", json.dumps(cell_config(cell), indent=2))
         for stage, command, done in stages(cell):
             if done:
                 continue
@@ -459,7 +460,7 @@ class Runner:
                 break
         else:
             state["status"] = "done"
-        train_rra.write_atomically(cell.folder / "state.json", json.dumps(state, indent=2))
+        write_atomically(cell.folder / "state.json", json.dumps(state, indent=2))
 
     def run(self, command: list[str], cell: Cell) -> int:
         with (cell.folder / "log.txt").open("a") as log:
@@ -692,8 +693,8 @@ def write_report(cells: list[Cell], args: argparse.Namespace):
         **summary,
         "cells": rows,
     }
-    train_rra.write_atomically(args.output_dir / "results.json", json.dumps(report, indent=2) + "\n")
-    train_rra.write_atomically(args.output_dir / "results.md", markdown(report))
+    write_atomically(args.output_dir / "results.json", json.dumps(report, indent=2) + "\n")
+    write_atomically(args.output_dir / "results.md", markdown(report))
     done = [row for row in rows if row["status"] == "done"]
     if done:
         draw_curves(done, summary, args.output_dir / "curves.png")
@@ -996,7 +997,7 @@ def main(args: argparse.Namespace):
         return
     args.output_dir.mkdir(parents=True, exist_ok=True)
     axes = {name: values for name, values in grid.items() if name != "seeds"}
-    train_rra.write_atomically(args.output_dir / "grid.json", json.dumps(axes, indent=2))
+    write_atomically(args.output_dir / "grid.json", json.dumps(axes, indent=2))
     if "random" in grid.get("teacher", []):
         make_random_teacher(args.teacher, args.output_dir / "random_teacher")
     run_cells(cells, args)

@@ -34,8 +34,9 @@ from train_rra import (
     collate,
     load_splits,
     load_teacher,
-    write_atomically,
 )
+
+from flowback_hf.utils import write_atomically
 
 
 BYTES_PER_NUMBER = 2

@@ -36,11 +36,12 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
-from train_rra import check_at_least_one, load_teacher, write_atomically
+from train_rra import check_at_least_one, load_teacher
 
 from flowback_hf import RepresentationTeacher
 from flowback_hf.latents import SETTINGS_FILE, hash_weights, load_vae, missing_shards, shard_name
 from flowback_hf.pipelines.pipeline_flowback import vae_scale_factor
+from flowback_hf.utils import UNREADABLE, write_atomically
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -141,7 +142,7 @@ def decode(row: dict[str, Any], image_column: str, resolution: int, mode: str) -
     """Resized and center-cropped to a square; `None` for what is no image."""
     try:
         image = datasets.Image().decode_example(row[image_column]).convert(mode)
-    except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError):
+    except UNREADABLE:
         return None
     return PIL.ImageOps.fit(image, (resolution, resolution), PIL.Image.Resampling.BICUBIC)
 

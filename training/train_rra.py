@@ -54,6 +54,7 @@ from flowback_hf.latents import (
     read_latents_settings,
 )
 from flowback_hf.models.transformer_tarflow import ACTIVATION_FNS, NOISE_TYPES, POSITION_EMBEDDINGS
+from flowback_hf.utils import UNREADABLE, write_atomically
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -266,8 +267,7 @@ class ImageDataset(torch.utils.data.Dataset):
             file = row[self.image_column]
             try:
                 image = datasets.Image().decode_example(file).convert(self.mode)
-            # What PIL raises for files that are not images, truncated, or malformed inside.
-            except (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError):
+            except UNREADABLE:
                 skipped.append((file or {}).get("path") or f"row {number}")
                 continue
             image = PIL.ImageOps.fit(image, (self.sample_size, self.sample_size), PIL.Image.Resampling.BICUBIC)
@@ -648,12 +648,6 @@ def check_output_dir(args: argparse.Namespace) -> bool:
     if different:
         raise ValueError(f"`--output_dir` {folder} holds a different run; it differs in {', '.join(different)}.")
     return True
-
-
-def write_atomically(path: Path, text: str):
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
