@@ -4,7 +4,8 @@
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -13,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 
 
 GUIDANCE_RULES = ("linear", "product")
@@ -22,6 +23,25 @@ NOISE_TYPES = ("gaussian", "uniform")
 ACTIVATION_FNS = ("gelu", "swiglu")
 POSITION_EMBEDDINGS = ("learned", "rope")
 ROTARY_BASE = 10_000.0
+
+SOLVERS = ("auto", "sequential", "jacobi")
+INITIAL_GUESSES = ("latents", "zeros")
+DEFAULT_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+# A value that a sweep changes by less than this share of the tolerance is settled: later tokens and flow blocks
+# amplify what is left of its error. Rounding alone changes it by a few units of its last place.
+SETTLED_SHARE = 0.01
+SETTLED_UNITS = 8
+# What a token's step and a window's sweep cost whatever they evaluate (reading weights, launching kernels), in units
+# of one more row: a token of one branch of one sample. By device; then if they are compiled. Of the CPU they are
+# measured, of CUDA estimated from how many operations it does in the time that a byte takes.
+STEP_OVERHEADS = {
+    "cpu": {False: (14.0, 28.0), True: (5.0, 8.0)},
+    "cuda": {False: (2048.0, 3072.0), True: (512.0, 768.0)},
+}
+# "auto" sweeps only where that promises to save a fifth: the promise is an estimate.
+JACOBI_MUST_SAVE = 0.2
+PROBE_SWEEPS = 6
+PROFILE_WINDOW_SIZES = (4, 16, 64, 256)
 
 
 @dataclass
@@ -36,11 +56,76 @@ class TarFlowOutput(BaseOutput):
             `log |det d output / d input|` of the map that was applied, in nats, summed over all dimensions.
         hidden_states (`dict` of `(block, layer)` to `torch.Tensor` of shape `(batch_size, num_tokens, width)`):
             The hidden states that `output_hidden_states` asked for, in raster order; `None` if it asked for none.
+        report ([`TarFlowInverseReport`]): What `output_report` asked for; `None` if it did not.
     """
 
     sample: torch.Tensor | None = None
     log_abs_det: torch.Tensor | None = None
     hidden_states: dict[tuple[int, int], torch.Tensor] | None = None
+    report: "TarFlowInverseReport | None" = None
+
+
+@dataclass
+class TarFlowInverseReport:
+    """
+    How an inverse was found, and how exact it is.
+
+    Args:
+        solvers (`dict` of block to `str`):
+            `"sequential"` or `"jacobi"`, the one that the block was begun with: `"auto"` without a profile may go on
+            from Jacobi sweeps token by token.
+        sweeps (`dict` of block to `torch.LongTensor` of shape `(batch_size,)`):
+            Network evaluations that each sample took part in, both branches of guidance counted as one; a sequential
+            block has `num_tokens - 1`.
+        network_evaluations (`dict` of block to `int`): Those of the whole batch: the largest of `sweeps`.
+        residual (`torch.Tensor` of shape `(batch_size,)`):
+            Certified after the fact by one parallel pass: the largest `|f(x) - z|` of a sample, where `x` is the data
+            returned, `z` the latents given and `f` the flow, guided as it was inverted. Not finite for a sample that
+            overflowed.
+    """
+
+    solvers: dict[int, str]
+    sweeps: dict[int, torch.Tensor]
+    network_evaluations: dict[int, int]
+    residual: torch.Tensor
+
+
+@dataclass(frozen=True)
+class InverseOptions:
+    """How [`TarFlowBlock`] inverts: guidance as in [`TarFlowTransformer2DModel.forward`], and a solver's settings.
+
+    Args:
+        window_size (`int`): Tokens of a sweep; 0 is the sequential solver.
+        initial_guess (`str`): What tokens are before their first sweep: their `"latents"` or `"zeros"`.
+        tolerance (`float`): As in [`TarFlowTransformer2DModel.forward`].
+        least_pace (`float`): Sweeps that settle fewer tokens than this give way to single tokens after a few.
+    """
+
+    guidance_scale: float = 1.0
+    guidance_rule: str = "linear"
+    guidance_schedule: str = "constant"
+    guidance_temperature: float = 1.0
+    window_size: int = 0
+    initial_guess: str = "latents"
+    tolerance: float = 0.0
+    least_pace: float = 0.0
+
+
+class KeyValueCache(NamedTuple):
+    """
+    Keys and values of the tokens so far in one layer, and where a window of tokens has its place among them.
+
+    Args:
+        states (`torch.Tensor` of shape `(num_rows, 2, heads, num_tokens, head_dim)`):
+            Finite everywhere, also where nothing has been written yet; those of the window are written into it.
+        positions (`torch.LongTensor` of shape `(num_rows or 1, window_size)`): 0-based numbers of the window's tokens.
+        attention_mask (`torch.BoolTensor` of shape `(num_rows or 1, 1, window_size, length)`):
+            True where a token of the window sees one of the first `length` tokens.
+    """
+
+    states: torch.Tensor
+    positions: torch.Tensor
+    attention_mask: torch.Tensor
 
 
 class TarFlowLayerNorm(nn.LayerNorm):
@@ -91,14 +176,14 @@ def rotary_embedding(grid_size: int, head_dim: int, device: torch.device, dtype:
 
 def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     """Turns pairs of neighbours in `(batch_size, num_tokens, 2, heads, head_dim)`, queries and keys in one go."""
-    cosine, sine = rotary[:, :, None, None]
+    cosine, sine = rotary[..., None, None, :]
     first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     return rotated.flatten(-2).to(states.dtype)
 
 
 class TarFlowAttnProcessor:
-    """Causal self-attention, over a whole sequence or of its next token to those in a key/value cache."""
+    """Causal self-attention, over a whole sequence or of a window of its tokens to those in a key/value cache."""
 
     _attention_backend = None
     _parallel_config = None
@@ -109,8 +194,7 @@ class TarFlowAttnProcessor:
         hidden_states: torch.Tensor,
         rotary: torch.Tensor | None = None,
         temperature: torch.Tensor | None = None,
-        key_value_cache: torch.Tensor | None = None,
-        position: int = 0,
+        key_value_cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         # (batch_size, num_tokens, 3, heads, head_dim)
         states = attn.to_qkv(hidden_states).view(*hidden_states.shape[:2], 3, -1, attn.head_dim)
@@ -130,12 +214,27 @@ class TarFlowAttnProcessor:
                 parallel_config=self._parallel_config,
             )
         else:
-            key_value_cache[:, :, :, position : position + 1] = states[:, 0, 1:].unsqueeze(3)
-            # One query at the end of the cache sees all of it; a causal kernel would align it with the start. Backends
-            # made for long sequences have nothing to gain here, and choosing one takes as long as a small product.
-            keys, values = key_value_cache[:, :, :, : position + 1].unbind(dim=1)
-            attended = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values).transpose(1, 2)
+            attended = self._attend_to_cache(query, states[:, :, 1:], key_value_cache)
         return attn.to_out[0](attended.flatten(2, 3).to(query.dtype))
+
+    def _attend_to_cache(
+        self, query: torch.Tensor, keys_and_values: torch.Tensor, key_value_cache: KeyValueCache
+    ) -> torch.Tensor:
+        cached, positions, attention_mask = key_value_cache
+        # A token alone overflows for good. In a window it may for the time being, and must not reach the tokens before
+        # it: what a mask hides is still multiplied by 0, which makes NaN of infinity.
+        in_window = positions.shape[1] > 1
+        if in_window:
+            is_finite = keys_and_values.isfinite().flatten(2).all(dim=2)[..., None, None]
+            keys_and_values = torch.where(is_finite[..., None], keys_and_values, 0.0)
+        rows = torch.arange(len(query), device=query.device).unsqueeze(1)
+        cached[rows, :, :, positions] = keys_and_values.to(cached.dtype)
+        # A causal kernel would line the window up with the start of the cache. Backends made for long sequences have
+        # nothing to gain here, and choosing one takes as long as a small product.
+        keys, values = cached[:, :, :, : attention_mask.shape[-1]].unbind(dim=1)
+        attended = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=attention_mask)
+        attended = attended.transpose(1, 2)
+        return torch.where(is_finite, attended, math.nan) if in_window else attended
 
 
 class TarFlowAttention(nn.Module, AttentionModuleMixin):
@@ -160,10 +259,9 @@ class TarFlowAttention(nn.Module, AttentionModuleMixin):
         hidden_states: torch.Tensor,
         rotary: torch.Tensor | None = None,
         temperature: torch.Tensor | None = None,
-        key_value_cache: torch.Tensor | None = None,
-        position: int = 0,
+        key_value_cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        return self.processor(self, hidden_states, rotary, temperature, key_value_cache, position)
+        return self.processor(self, hidden_states, rotary, temperature, key_value_cache)
 
 
 class TarFlowLayer(nn.Module):
@@ -172,14 +270,13 @@ class TarFlowLayer(nn.Module):
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, width)`):
-            All tokens of the sequence, or its token number `position` alone where a `key_value_cache` is given.
+            All tokens of the sequence, or a window of them where a `key_value_cache` is given.
         rotary (`torch.Tensor` of shape `(2, num_tokens, head_dim / 2)`, *optional*):
-            What [`rotary_embedding`] gives for the tokens of `hidden_states`, in their order.
+            What [`rotary_embedding`] gives for the tokens of `hidden_states`, in their order; of shape
+            `(2, batch_size, num_tokens, head_dim / 2)` where they differ from sample to sample.
         temperature (`torch.Tensor` of shape `(batch_size, 1, 1, 1)`, *optional*):
             Divides the attention logits, sample by sample.
-        key_value_cache (`torch.Tensor` of shape `(batch_size, 2, heads, num_tokens, head_dim)`, *optional*):
-            Keys and values of the tokens before `position`; those of this token are written into it.
-        position (`int`): 0-based number of the token in the sequence. Without a cache it has no meaning.
+        key_value_cache ([`KeyValueCache`], *optional*): Of this layer; the window's keys and values are added to it.
     """
 
     def __init__(self, heads: int, head_dim: int, mlp_ratio: float, activation_fn: str):
@@ -199,12 +296,146 @@ class TarFlowLayer(nn.Module):
         hidden_states: torch.Tensor,
         rotary: torch.Tensor | None = None,
         temperature: torch.Tensor | None = None,
-        key_value_cache: torch.Tensor | None = None,
-        position: int = 0,
+        key_value_cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        attended = self.attn(self.norm1(hidden_states), rotary, temperature, key_value_cache, position)
+        attended = self.attn(self.norm1(hidden_states), rotary, temperature, key_value_cache)
         hidden_states = hidden_states + attended
         return hidden_states + self.ff(self.norm2(hidden_states))
+
+
+class InverseState(NamedTuple):
+    """
+    What the solvers of one block's inverse read and write, in the block's own token order. Local to a call.
+
+    Rows are what the network evaluates: sample by sample, and under guidance the conditional branch of each before its
+    weak one.
+
+    Args:
+        latents, tokens, log_scale, shift (`torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`):
+            `z`, and `u`, `a` and `m` as far as they are known.
+        class_embedding (`torch.Tensor` of shape `(num_rows, 1, width)`)
+        position_embedding (`torch.Tensor` of shape `(num_tokens, width)`, *optional*)
+        rotary (`torch.Tensor` of shape `(2, num_tokens, head_dim / 2)`, *optional*)
+        temperature (`torch.Tensor` of shape `(num_rows, 1, 1, 1)`, *optional*)
+        guidance_weight (`torch.Tensor` of shape `(num_tokens, 1)`, *optional*): `w` of each token; `None` is off.
+        guidance_rule (`str`)
+        key_value_caches (`tuple` of `torch.Tensor` of shape `(num_rows, 2, heads, num_tokens, head_dim)`): By layer.
+    """
+
+    latents: torch.Tensor
+    tokens: torch.Tensor
+    log_scale: torch.Tensor
+    shift: torch.Tensor
+    class_embedding: torch.Tensor
+    position_embedding: torch.Tensor | None
+    rotary: torch.Tensor | None
+    temperature: torch.Tensor | None
+    guidance_weight: torch.Tensor | None
+    guidance_rule: str
+    key_value_caches: tuple[torch.Tensor, ...]
+
+    @property
+    def branches(self) -> int:
+        return 1 if self.guidance_weight is None else 2
+
+    def first(self, num_samples: int) -> "InverseState":
+        """A view of the first samples."""
+        num_rows = num_samples * self.branches
+        return self._replace(
+            latents=self.latents[:num_samples],
+            tokens=self.tokens[:num_samples],
+            log_scale=self.log_scale[:num_samples],
+            shift=self.shift[:num_samples],
+            class_embedding=self.class_embedding[:num_rows],
+            temperature=None if self.temperature is None else self.temperature[:num_rows],
+            key_value_caches=tuple(cache[:num_rows] for cache in self.key_value_caches),
+        )
+
+    def swap(self, one: int, other: int):
+        """Two samples change places."""
+        for values in (self.latents, self.tokens, self.log_scale, self.shift):
+            values[[one, other]] = values[[other, one]]
+        for rows in (self.class_embedding, *self.key_value_caches):
+            rows = rows.unflatten(0, (-1, self.branches))
+            rows[[one, other]] = rows[[other, one]]
+
+
+def evaluate_window(
+    block: "TarFlowBlock", state: InverseState, positions: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    One evaluation of a block's network: guided log-scale and shift of the tokens that follow those at `positions`,
+    `(batch_size or 1, window_size)`, none of which is at `length` or beyond. Writes keys and values of `positions`.
+    """
+    samples = torch.arange(len(state.tokens), device=positions.device).unsqueeze(1)
+    tokens = state.tokens[samples, positions].to(block.proj_in.weight.dtype)
+    row_positions = positions
+    if state.branches == 2:
+        tokens = tokens.repeat_interleave(2, dim=0)
+        row_positions = positions if len(positions) == 1 else positions.repeat_interleave(2, dim=0)
+    hidden_states = block.proj_in(tokens) + state.class_embedding
+    if state.position_embedding is not None:
+        hidden_states = hidden_states + state.position_embedding[row_positions]
+    rotary = None if state.rotary is None else state.rotary[:, row_positions]
+    attention_mask = torch.arange(length, device=positions.device) <= row_positions[:, None, :, None]
+    for layer, cache in zip(block.layers, state.key_value_caches):
+        key_value_cache = KeyValueCache(cache, row_positions, attention_mask)
+        hidden_states = layer(hidden_states, rotary, state.temperature, key_value_cache)
+    log_scale, shift = block.proj_out(hidden_states).to(state.tokens.dtype).chunk(2, dim=-1)
+    if state.branches == 2:
+        weight = state.guidance_weight[positions + 1]
+        log_scale, shift = log_scale.unflatten(0, (-1, 2)), shift.unflatten(0, (-1, 2))
+        log_scale, shift = apply_guidance(log_scale, shift, weight, state.guidance_rule)
+    return log_scale, shift
+
+
+def take_token(block: "TarFlowBlock", state: InverseState, position: torch.Tensor, length: int):
+    """
+    The sequential solver's step: from token `position`, `(1, 1)` and the same for all samples, the one after it.
+
+    Shapes and addresses stay the same from token to token, and nothing is read back: it compiles into one graph, which
+    a CUDA graph can replay. `position` counts itself up.
+    """
+    log_scale, shift = evaluate_window(block, state, position, length)
+    following = position[0] + 1
+    latents = state.latents.index_select(1, following)
+    state.log_scale.index_copy_(1, following, log_scale)
+    state.shift.index_copy_(1, following, shift)
+    state.tokens.index_copy_(1, following, shift + torch.exp(log_scale) * latents)
+    position += 1
+
+
+def sweep_window(
+    block: "TarFlowBlock", state: InverseState, last: torch.Tensor, window_size: int, length: int, tolerance: float
+) -> torch.Tensor:
+    """
+    The Jacobi solver's step: one sweep `u <- m(u) + exp(a(u)) z` over the window after each sample's `last` settled
+    token, `(batch_size,)`. Returns the last one that is settled then, at least one further.
+    """
+    num_tokens = state.tokens.shape[1]
+    begin = last.clamp(max=num_tokens - 1 - window_size)
+    positions = begin.unsqueeze(1) + torch.arange(window_size, device=last.device)
+    following = positions + 1
+    samples = torch.arange(len(last), device=last.device).unsqueeze(1)
+    log_scale, shift = evaluate_window(block, state, positions, length)
+    old_tokens = state.tokens[samples, following]
+    tokens = shift + torch.exp(log_scale) * state.latents[samples, following]
+
+    is_open = following > last.unsqueeze(1)
+    # Everything before the first open token is settled, so that it is exact now, whatever it is. A later one that is
+    # not finite keeps its last finite value until its turn comes, unless the first has overflowed for good.
+    is_first = following == last.unsqueeze(1) + 1
+    is_finite = tokens.isfinite().all(dim=2)
+    overflowed = (is_first & ~is_finite).any(dim=1, keepdim=True)
+    is_new = (is_open & (is_finite | is_first | overflowed)).unsqueeze(2)
+    state.tokens[samples, following] = torch.where(is_new, tokens, old_tokens)
+    state.log_scale[samples, following] = torch.where(is_new, log_scale, state.log_scale[samples, following])
+    state.shift[samples, following] = torch.where(is_new, shift, state.shift[samples, following])
+
+    change = ((tokens - old_tokens).abs() / tokens.abs().clamp(min=1)).amax(dim=2)
+    largest_change = tolerance and max(SETTLED_SHARE * tolerance, SETTLED_UNITS * torch.finfo(tokens.dtype).eps)
+    is_unsettled = is_open & ~is_first & ~overflowed & ~(change <= largest_change)  # NaN is not settled
+    return torch.where(is_unsettled, following, num_tokens).amin(dim=1).sub(1).minimum(following[:, -1])
 
 
 class TarFlowBlock(nn.Module):
@@ -250,6 +481,20 @@ class TarFlowBlock(nn.Module):
             TarFlowLayer(num_attention_heads, attention_head_dim, mlp_ratio, activation_fn) for _ in range(num_layers)
         )
         self.proj_out = TarFlowOutputProjection(width, 2 * token_dim)
+        self.take_token = take_token
+        self.sweep_window = sweep_window
+        self.steps_are_compiled = False
+
+    def compile_steps(self, *args, **kwargs):
+        """Compiles the steps that the solvers repeat, each whole; takes the arguments of `torch.compile`."""
+        self.take_token = torch.compile(take_token, *args, **kwargs)
+        self.sweep_window = torch.compile(sweep_window, *args, **kwargs)
+        self.steps_are_compiled = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled functions are left behind, as a module leaves its compiled forward.
+        steps = {"take_token": take_token, "sweep_window": sweep_window, "steps_are_compiled": False}
+        return super().__getstate__() | steps
 
     def forward(
         self,
@@ -257,11 +502,8 @@ class TarFlowBlock(nn.Module):
         class_labels: torch.Tensor | None = None,
         output_hidden_states: Collection[int] = (),
         inverse: bool = False,
-        guidance_scale: float = 1.0,
-        guidance_rule: str = "linear",
-        guidance_schedule: str = "constant",
-        guidance_temperature: float = 1.0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
+        options: InverseOptions = InverseOptions(),
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, torch.Tensor] | torch.Tensor]:
         """
         Args:
             tokens (`torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`):
@@ -269,23 +511,22 @@ class TarFlowBlock(nn.Module):
             class_labels: As in [`TarFlowTransformer2DModel.forward`].
             output_hidden_states (collection of `int`): 1-based layers whose outputs are returned. Forward only.
             inverse (`bool`): Latents to data. No gradient flows through it.
-            guidance_scale, guidance_rule, guidance_schedule, guidance_temperature:
-                As in [`TarFlowTransformer2DModel.forward`]. Inverse only.
+            options ([`InverseOptions`]): Of the inverse. Guided forward, the latents are those of the guided map.
         Returns:
             `tuple`: latents (data with `inverse=True`), log-scale `a` and shift `m`, each in raster order and shaped
-            as `tokens`, then a `dict` of layer to hidden states `(batch_size, num_tokens, width)`, in raster order.
+            as `tokens`, then a `dict` of layer to hidden states `(batch_size, num_tokens, width)`, in raster order;
+            with `inverse=True` the sweeps of each sample instead, `(batch_size,)`.
         """
         tokens = self._permute(tokens)
         if inverse:
-            tokens, log_scale, shift = self._invert(
-                tokens, class_labels, guidance_scale, guidance_rule, guidance_schedule, guidance_temperature
-            )
-            hidden_states = {}
+            tokens, log_scale, shift, details = self._invert(tokens, class_labels, options)
         else:
             log_scale, shift, hidden_states = self._predict(tokens, class_labels, output_hidden_states)
+            if options.guidance_scale != 1.0:
+                log_scale, shift = self._guide(tokens, log_scale, shift, options)
             tokens = (tokens - shift) * torch.exp(-log_scale)
-        hidden_states = {layer: self._permute(states) for layer, states in hidden_states.items()}
-        return self._permute(tokens), self._permute(log_scale), self._permute(shift), hidden_states
+            details = {layer: self._permute(states) for layer, states in hidden_states.items()}
+        return self._permute(tokens), self._permute(log_scale), self._permute(shift), details
 
     def _permute(self, tokens: torch.Tensor) -> torch.Tensor:
         """Raster order to the block's own order, and back: reversal is its own inverse."""
@@ -299,14 +540,15 @@ class TarFlowBlock(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return self._permute(rotary_embedding(self.grid_size, self.attention_head_dim, weight.device, dtype))
 
-    def _conditioning(self, class_labels: torch.Tensor | None) -> torch.Tensor:
-        """What is added to the embedded tokens: `(1 or batch_size, num_tokens, width)`, in the block's own order."""
-        if self.pos_embed is None:
-            conditioning = self.proj_in.weight.new_zeros(1, self.grid_size**2, self.proj_in.out_features)
-        else:
-            conditioning = self._permute(self.pos_embed).unsqueeze(0)
+    def _position_embedding(self) -> torch.Tensor | None:
+        """`(num_tokens, width)`, in the block's own order; `None` for rotary positions."""
+        return None if self.pos_embed is None else self._permute(self.pos_embed)
+
+    def _class_embedding(self, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """`(1 or batch_size, 1, width)`: zeros for an unconditional model."""
+        weight = self.proj_in.weight
         if self.class_embed is None:
-            return conditioning
+            return weight.new_zeros(1, 1, self.proj_in.out_features)
         no_class = self.class_embed.mean(dim=0, keepdim=True)
         if class_labels is None:
             class_embedding = no_class
@@ -318,20 +560,27 @@ class TarFlowBlock(nn.Module):
         else:
             has_class = (class_labels >= 0).unsqueeze(-1)
             class_embedding = torch.where(has_class, self.class_embed[class_labels.clamp(min=0).long()], no_class)
-        return conditioning + class_embedding.to(conditioning.dtype).unsqueeze(1)
+        return class_embedding.to(weight.dtype).unsqueeze(1)
 
     def _predict(
-        self, tokens: torch.Tensor, class_labels: torch.Tensor | None, output_hidden_states: Collection[int]
+        self,
+        tokens: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        output_hidden_states: Collection[int],
+        temperature: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
         """Log-scale and shift of every token at once, each from the tokens before it."""
-        hidden_states = self.proj_in(tokens.to(self.proj_in.weight.dtype)) + self._conditioning(class_labels)
+        conditioning = self._class_embedding(class_labels)
+        if self.pos_embed is not None:
+            conditioning = self._position_embedding() + conditioning
+        hidden_states = self.proj_in(tokens.to(self.proj_in.weight.dtype)) + conditioning
         rotary = self._rotary()
         collected = {}
         for number, layer in enumerate(self.layers, start=1):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(layer, hidden_states, rotary)
+                hidden_states = self._gradient_checkpointing_func(layer, hidden_states, rotary, temperature)
             else:
-                hidden_states = layer(hidden_states, rotary)
+                hidden_states = layer(hidden_states, rotary, temperature)
             if number in output_hidden_states:
                 collected[number] = hidden_states
         # What is read off token i belongs to token i + 1: shifted right by one, so that the first token gets zeros.
@@ -339,68 +588,139 @@ class TarFlowBlock(nn.Module):
         log_scale, shift = prediction.chunk(2, dim=-1)
         return log_scale, shift, collected
 
+    def _guide(
+        self, tokens: torch.Tensor, log_scale: torch.Tensor, shift: torch.Tensor, options: InverseOptions
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Guided log-scale and shift of every token at once, from the conditional ones."""
+        temperature = None
+        if options.guidance_temperature != 1.0:
+            temperature = self.proj_in.weight.new_full((1, 1, 1, 1), options.guidance_temperature)
+        weak_log_scale, weak_shift, _ = self._predict(tokens, None, (), temperature)
+        return apply_guidance(
+            torch.stack([log_scale, weak_log_scale], dim=1),
+            torch.stack([shift, weak_shift], dim=1),
+            self._guidance_weight(tokens, options),
+            options.guidance_rule,
+        )
+
+    def _guidance_weight(self, tokens: torch.Tensor, options: InverseOptions) -> torch.Tensor:
+        """`w` of the papers for each token, `(num_tokens, 1)`: 0 is off; annealed, it grows from 0 at the first token
+        to the whole at the last."""
+        num_tokens = tokens.shape[1]
+        weight = tokens.new_full((num_tokens, 1), options.guidance_scale - 1.0)
+        if options.guidance_schedule == "linear":
+            weight = weight * torch.arange(num_tokens, device=weight.device).unsqueeze(1) / max(num_tokens - 1, 1)
+        return weight
+
     @torch.no_grad()
     def _invert(
-        self,
-        latents: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        guidance_scale: float,
-        guidance_rule: str,
-        guidance_schedule: str,
-        guidance_temperature: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token by token, each exactly; the guided and the unguided branch are the two halves of one batch."""
+        self, latents: torch.Tensor, class_labels: torch.Tensor | None, options: InverseOptions
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Data, log-scale, shift, each in the block's own order, and each sample's sweeps."""
         batch_size, num_tokens, _ = latents.shape
-        guided = guidance_scale != 1.0
-        temperature = None
-        conditioning = self._conditioning(class_labels).expand(batch_size, -1, -1)
-        if guided:
-            weak_conditioning = self._conditioning(None).expand(batch_size, -1, -1)
-            conditioning = torch.cat([conditioning, weak_conditioning])
-            if guidance_temperature != 1.0:
-                temperature = conditioning.new_ones(2 * batch_size, 1, 1, 1)
-                temperature[batch_size:] = guidance_temperature
-        rotary = self._rotary()
-        key_value_caches = self._allocate_key_value_caches(conditioning)
+        state = self._allocate_state(latents, class_labels, options)
+        if options.window_size == 0 or num_tokens == 1:
+            self._take_tokens(state, 0)
+            return state.tokens, state.log_scale, state.shift, torch.full((batch_size,), num_tokens - 1)
+        places, sweeps = self._sweep_windows(state, options)
+        return state.tokens[places], state.log_scale[places], state.shift[places], sweeps
 
+    def _allocate_state(
+        self, latents: torch.Tensor, class_labels: torch.Tensor | None, options: InverseOptions
+    ) -> InverseState:
+        batch_size, num_tokens, _ = latents.shape
+        class_embedding = self._class_embedding(class_labels).expand(batch_size, -1, -1)
+        temperature = guidance_weight = None
+        if options.guidance_scale != 1.0:
+            guidance_weight = self._guidance_weight(latents, options)
+            weak_embedding = self._class_embedding(None).expand(batch_size, -1, -1)
+            class_embedding = torch.stack([class_embedding, weak_embedding], dim=1).flatten(0, 1)
+            if options.guidance_temperature != 1.0:
+                temperature = class_embedding.new_ones(batch_size, 2, 1, 1, 1)
+                temperature[:, 1] = options.guidance_temperature
+                temperature = temperature.flatten(0, 1)
         tokens = torch.zeros_like(latents)
-        log_scale = torch.zeros_like(latents)
-        shift = torch.zeros_like(latents)
+        if options.window_size > 0 and options.initial_guess == "latents":
+            tokens = latents.clone()
         tokens[:, 0] = latents[:, 0]
-        for position in range(num_tokens - 1):
-            token = tokens[:, position : position + 1].to(self.proj_in.weight.dtype)
-            if guided:
-                token = token.repeat(2, 1, 1)
-            hidden_states = self.proj_in(token) + conditioning[:, position : position + 1]
-            token_rotary = None if rotary is None else rotary[:, position : position + 1]
-            for layer, key_value_cache in zip(self.layers, key_value_caches):
-                hidden_states = layer(hidden_states, token_rotary, temperature, key_value_cache, position)
-            next_log_scale, next_shift = self.proj_out(hidden_states)[:, 0].to(latents.dtype).chunk(2, dim=-1)
+        return InverseState(
+            latents=latents.clone(),
+            tokens=tokens,
+            log_scale=torch.zeros_like(latents),
+            shift=torch.zeros_like(latents),
+            class_embedding=class_embedding.clone(),
+            # Never a parameter, which would be a type of its own to a compiled step.
+            position_embedding=None if self.pos_embed is None else self._position_embedding().detach(),
+            rotary=self._rotary(),
+            temperature=temperature,
+            guidance_weight=guidance_weight,
+            guidance_rule=options.guidance_rule,
+            key_value_caches=self._allocate_key_value_caches(class_embedding, num_tokens),
+        )
 
-            following = position + 1
-            if guided:
-                # w of the papers, 0 is off; annealed, it grows from 0 at the first token to w at the last.
-                weight = guidance_scale - 1.0
-                if guidance_schedule == "linear":
-                    weight = weight * following / (num_tokens - 1)
-                next_log_scale, next_shift = apply_guidance(next_log_scale, next_shift, weight, guidance_rule)
-            log_scale[:, following] = next_log_scale
-            shift[:, following] = next_shift
-            tokens[:, following] = next_shift + torch.exp(next_log_scale) * latents[:, following]
-        return tokens, log_scale, shift
-
-    def _allocate_key_value_caches(self, conditioning: torch.Tensor) -> list[torch.Tensor]:
-        """One `(batch_size, 2, heads, num_tokens, head_dim)` a layer, in the dtype of its projections."""
-        batch_size, num_tokens, _ = conditioning.shape
-        device_type, dtype = conditioning.device.type, conditioning.dtype
+    def _allocate_key_value_caches(self, class_embedding: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, ...]:
+        """Zeros, in the dtype of the layers' projections."""
+        device_type, dtype = class_embedding.device.type, class_embedding.dtype
         if torch.is_autocast_enabled(device_type) and dtype == torch.float32:  # autocast leaves float64 alone
             dtype = torch.get_autocast_dtype(device_type)
-        shapes = [(batch_size, 2, layer.attn.heads, num_tokens, layer.attn.head_dim) for layer in self.layers]
-        return [conditioning.new_empty(shape, dtype=dtype) for shape in shapes]
+        shapes = [(len(class_embedding), 2, each.attn.heads, num_tokens, each.attn.head_dim) for each in self.layers]
+        return tuple(class_embedding.new_zeros(shape, dtype=dtype) for shape in shapes)
+
+    def _take_tokens(self, state: InverseState, last: int):
+        """The tokens after number `last`, one after another, each exactly."""
+        num_tokens = state.tokens.shape[1]
+        position = torch.full((1, 1), last, device=state.tokens.device)
+        for length in range(last + 1, num_tokens):
+            self.take_token(self, state, position, round_up_length(length, num_tokens))
+
+    def _sweep_windows(self, state: InverseState, options: InverseOptions) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Jacobi inside a window of tokens, Gauss-Seidel between windows, every sample at its own pace: what a sweep has
+        settled is left behind, with its keys and values in the cache, and the window moves on.
+
+        A sweep settles at least one token: those before it are, so that it is exact. `num_tokens - 1` sweeps suffice.
+
+        Returns:
+            `tuple`: where in `state` each sample has ended up, and its sweeps.
+        """
+        batch_size, num_tokens, _ = state.tokens.shape
+        device = state.tokens.device
+        window_size = min(options.window_size, num_tokens - 1)
+        # Samples change places, so that those at work are always the first: a view of them costs nothing.
+        order = list(range(batch_size))
+        settled = [0] * batch_size
+        sweeps = [0] * batch_size
+        num_active, num_sweeps = batch_size, 0
+        while num_active > 0:
+            last = torch.tensor(settled[:num_active], device=device)
+            length = round_up_length(max(settled[:num_active]) + window_size, num_tokens)
+            last = self.sweep_window(self, state.first(num_active), last, window_size, length, options.tolerance)
+            settled[:num_active] = last.tolist()
+            num_sweeps += 1
+            for place in reversed(range(num_active)):
+                if settled[place] == num_tokens - 1:
+                    sweeps[order[place]] = num_sweeps
+                    num_active -= 1
+                    state.swap(place, num_active)
+                    for each in (order, settled):
+                        each[place], each[num_active] = each[num_active], each[place]
+            pace = sum(settled) / (num_sweeps * batch_size)
+            if num_sweeps == PROBE_SWEEPS and num_active > 0 and pace < options.least_pace:
+                slowest = min(settled)
+                self._take_tokens(state, slowest)
+                sweeps = [num_sweeps + num_tokens - 1 - slowest] * batch_size
+                break
+        return torch.tensor(order, device=device).argsort(), torch.tensor(sweeps)
+
+
+def round_up_length(length: int, num_tokens: int) -> int:
+    """Of the cache that is attended to: one of at most eight, since each is a shape of its own to a compiled step."""
+    multiple = max(32, math.ceil(num_tokens / 8))
+    return min(num_tokens, multiple * math.ceil(length / multiple))
 
 
 def apply_guidance(
-    log_scale: torch.Tensor, shift: torch.Tensor, weight: float, rule: str
+    log_scale: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, rule: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     Classifier-free guidance of one affine autoregressive step, weight `w` (0 is off):
@@ -411,16 +731,16 @@ def apply_guidance(
                  sigma = sigma_c / sqrt(q),  m = ((1 + w) m_c - w s m_u) / q
 
     Args:
-        log_scale, shift (`torch.Tensor` of shape `(2 * batch_size, token_dim)`):
+        log_scale, shift (`torch.Tensor` of shape `(batch_size, 2, num_tokens, token_dim)`):
             `a` and `m` of the conditional branch, then of the weak one.
-        weight (`float`): `w >= 0`, diffusers' `guidance_scale` less 1.
+        weight (`torch.Tensor` of shape `(num_tokens, 1)`): `w >= 0` of each token, diffusers' `guidance_scale` less 1.
         rule (`str`): `"linear"` (TARFlow, https://arxiv.org/abs/2412.06329) or `"product"` (STARFlow,
             https://arxiv.org/abs/2506.06276).
     Returns:
-        `tuple` of `torch.Tensor` of shape `(batch_size, token_dim)`: guided log-scale and shift.
+        `tuple` of `torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`: guided log-scale and shift.
     """
-    log_scale_c, log_scale_u = log_scale.chunk(2)
-    shift_c, shift_u = shift.chunk(2)
+    log_scale_c, log_scale_u = log_scale.unbind(dim=1)
+    shift_c, shift_u = shift.unbind(dim=1)
     if rule == "linear":
         return log_scale_c + weight * (log_scale_c - log_scale_u), shift_c + weight * (shift_c - shift_u)
     # 1 - s by expm1 and m rewritten around m_c: the formulas above, without the differences of large numbers
@@ -457,6 +777,8 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         noise_std (`float`): sigma of the noise the model is trained with, in units of the sample (images are in
             [-1, 1]); [`FlowBackPipeline`] removes it after sampling.
         noise_type (`str`): `"gaussian"`, or `"uniform"` for density models, whose samples are never denoised.
+        inverse_profile (`dict`, *optional*):
+            What [`~TarFlowTransformer2DModel.profile_inverse`] found, by which `solver="auto"` chooses.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -501,6 +823,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         num_classes: int | None = 1000,
         noise_std: float = 0.05,
         noise_type: str = "gaussian",
+        inverse_profile: dict[str, Any] | None = None,
     ):
         super().__init__()
         sizes = {
@@ -542,6 +865,8 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError(f"`mlp_ratio` must be positive, but is {mlp_ratio}.")
         if not noise_std >= 0:
             raise ValueError(f"`noise_std` must not be negative, but is {noise_std}.")
+
+        self._check_inverse_profile(inverse_profile, (sample_size // patch_size) ** 2, layers_per_block)
 
         self.blocks = nn.ModuleList(
             TarFlowBlock(
@@ -592,10 +917,19 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         guidance_rule: str = "linear",
         guidance_schedule: str = "constant",
         guidance_temperature: float = 1.0,
+        solver: str = "auto",
+        tolerance: float | None = None,
+        window_size: int | None = None,
+        output_report: bool = False,
         return_dict: bool = True,
     ) -> TarFlowOutput | tuple:
         r"""
-        Data to latents in one parallel pass or, with `inverse=True`, latents to data token by token.
+        Data to latents in one parallel pass or, with `inverse=True`, latents to data by one of three solvers.
+
+        A flow block is inverted by finding the one `u` that is `m(u) + exp(a(u)) z`. `"sequential"` computes its
+        tokens one after another. `"jacobi"` sweeps over a window of tokens at once, each from what the sweep before
+        made of those before it: after `k` sweeps the first `k` tokens are exact, and as many more as no longer change;
+        the window moves on over those. `"auto"` takes for each block the one that should be faster.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
@@ -609,17 +943,32 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             blocks (iterable of `int`, *optional*):
                 The flow blocks to apply, numbered from 1, in their own order: ascending forward, descending with
                 `inverse=True`. All by default.
-            inverse (`bool`, defaults to `False`):
-                Latents to data: exact to rounding, `num_tokens - 1` network evaluations a block. No gradient flows
-                through it.
+            inverse (`bool`, defaults to `False`): Latents to data. No gradient flows through it.
             guidance_scale (`float`, defaults to 1.0):
-                Classifier-free guidance, diffusers' convention: 1.0 is off. Inverse only, as are the next three.
+                Classifier-free guidance, diffusers' convention: 1.0 is off. Inverse only, as are all that follow.
             guidance_rule (`str`, defaults to `"linear"`): `"linear"` or `"product"`, see [`apply_guidance`].
             guidance_schedule (`str`, defaults to `"constant"`):
                 `"linear"` anneals: token `i` of the block's own order is guided by `w i / (num_tokens - 1)`.
             guidance_temperature (`float`, defaults to 1.0):
                 Divides the attention logits of the weak branch. It is what guides an unconditional model.
-            return_dict (`bool`, defaults to `True`): Otherwise a tuple `(sample, log_abs_det[, hidden_states])`.
+            solver (`str`, defaults to `"auto"`):
+                `"sequential"`: exact to rounding, `num_tokens - 1` network evaluations a block. `"jacobi"`: exact to
+                `tolerance`, at most as many evaluations, each of a whole window. `"auto"`: by batch size, device, the
+                number of tokens and the config's `inverse_profile`; without one it sweeps where that can pay and goes
+                on token by token where the first sweeps do not settle enough.
+            tolerance (`float`, *optional*):
+                A token is settled when no value of it or of the tokens before it changes in a sweep by more than
+                `0.01 * tolerance * max(1, |u|)`. Default: 1e-5 in float32, 1e-10 in float64. On trained flows the
+                sample is then within `tolerance` of the sequential one. That cannot be promised: what is left of an
+                error is multiplied by later tokens and blocks, without bound in a flow that is ill-conditioned. 0 can:
+                a token is then settled when a sweep repeats it to the bit, or when all before it are, which
+                `num_tokens - 1` sweeps bring about on any flow.
+            window_size (`int`, *optional*):
+                Tokens of a Jacobi sweep, from 1 to `num_tokens`. Default: by the profile, or what doubles the time of
+                a sweep of one.
+            output_report (`bool`, defaults to `False`): Return a [`TarFlowInverseReport`], at the cost of one forward.
+            return_dict (`bool`, defaults to `True`):
+                Otherwise a tuple `(sample, log_abs_det[, hidden_states][, report])`.
         Returns:
             [`TarFlowOutput`] or `tuple`. All in float32, or float64 for a float64 model or sample.
         Raises:
@@ -628,29 +977,180 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         """
         self._check_class_labels(class_labels, len(sample))
         numbers = self._check_blocks(blocks)
-        guidance = {
+        options = InverseOptions(guidance_scale, guidance_rule, guidance_schedule, guidance_temperature)
+        self._check_guidance(options, inverse)
+        self._check_solver(solver, tolerance, window_size, output_report, inverse)
+        places = [] if output_hidden_states is None else self._check_places(output_hidden_states, numbers, inverse)
+
+        tokens = latents = self.patchify(sample)
+        log_abs_det = tokens.new_zeros(len(tokens))
+        hidden_states, solvers, sweeps = {}, {}, {}
+        if inverse:
+            tolerance = DEFAULT_TOLERANCES[tokens.dtype] if tolerance is None else tolerance
+            options = replace(options, tolerance=tolerance)
+            for number in reversed(numbers):
+                block_options = self._choose_solver(number, options, solver, window_size, tokens)
+                tokens, log_scale, _, sweeps[number] = self.blocks[number - 1](
+                    tokens, class_labels, inverse=True, options=block_options
+                )
+                solvers[number] = "jacobi" if block_options.window_size else "sequential"
+                log_abs_det = log_abs_det + log_scale.sum(dim=(1, 2))
+        else:
+            for number in numbers:
+                layers = [layer for block, layer in places if block == number]
+                tokens, log_scale, _, block_hidden_states = self.blocks[number - 1](tokens, class_labels, layers)
+                log_abs_det = log_abs_det - log_scale.sum(dim=(1, 2))
+                hidden_states.update({(number, layer): states for layer, states in block_hidden_states.items()})
+
+        report = None
+        if output_report:
+            evaluations = {number: max(each.tolist(), default=0) for number, each in sweeps.items()}
+            residual = self._certify(tokens, latents, class_labels, numbers, options)
+            report = TarFlowInverseReport(solvers, sweeps, evaluations, residual)
+        output = TarFlowOutput(self.unpatchify(tokens), log_abs_det, hidden_states or None, report)
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def _certify(
+        self,
+        tokens: torch.Tensor,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        numbers: list[int],
+        options: InverseOptions,
+    ) -> torch.Tensor:
+        """The largest `|f(x) - z|` of each sample, `f` guided."""
+        for number in numbers:
+            tokens = self.blocks[number - 1](tokens, class_labels, options=options)[0]
+        return (tokens - latents).abs().amax(dim=(1, 2))
+
+    def _choose_solver(
+        self, number: int, options: InverseOptions, solver: str, window_size: int | None, tokens: torch.Tensor
+    ) -> InverseOptions:
+        """The options with which a block is inverted."""
+        num_steps = tokens.shape[1] - 1
+        if solver == "sequential" or num_steps < 2:
+            return options
+        rows = len(tokens) * (1 if options.guidance_scale == 1.0 else 2)
+        overheads = STEP_OVERHEADS.get(tokens.device.type, STEP_OVERHEADS["cpu"])
+        token_overhead, sweep_overhead = overheads[self.blocks[number - 1].steps_are_compiled]
+        token_cost = token_overhead + rows
+
+        profile = self.config.inverse_profile
+        if profile is not None:
+            options = replace(options, initial_guess=profile["initial_guesses"][number - 1])
+        if profile is not None and window_size is None:
+            costs = {
+                size: sweeps * (sweep_overhead + size * rows)
+                for size, sweeps in zip(profile["window_sizes"], profile["sweeps"][number - 1])
+            }
+            best = min(costs, key=costs.get)
+            pays = costs[best] <= (1 - JACOBI_MUST_SAVE) * num_steps * token_cost
+            return replace(options, window_size=best) if pays or solver == "jacobi" else options
+
+        if window_size is None:
+            window_size = max(4, 2 ** round(math.log2(max(sweep_overhead / rows, 1))))
+        options = replace(options, window_size=min(window_size, num_steps))
+        if solver == "jacobi":
+            return options
+        # As many tokens have to be settled in a sweep as can be taken one by one in its time. A sweep settles half of
+        # its window at best: where that is too few, there is nothing to try.
+        least_pace = (sweep_overhead + options.window_size * rows) / token_cost / (1 - JACOBI_MUST_SAVE)
+        tries = least_pace <= options.window_size / 2
+        return replace(options, least_pace=least_pace) if tries else replace(options, window_size=0)
+
+    @torch.no_grad()
+    def profile_inverse(
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rule: str = "linear",
+        guidance_schedule: str = "constant",
+        guidance_temperature: float = 1.0,
+        tolerance: float | None = None,
+    ) -> dict[str, Any]:
+        r"""
+        Measure how many Jacobi sweeps each flow block needs, by window size and initial guess, for `solver="auto"`.
+
+        What it finds is a property of the flow and its guidance, not of the device: it is registered as the config's
+        `inverse_profile`, saved with the model, and weighed against the costs of whatever device samples.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
+                Noise; four samples are plenty.
+            class_labels, guidance_scale, guidance_rule, guidance_schedule, guidance_temperature, tolerance:
+                As in [`~TarFlowTransformer2DModel.forward`], and as they will be in use.
+        Returns:
+            `dict`: `num_tokens` and `num_layers`, which tell whose profile it is; `window_sizes`; from block 1 on
+            `initial_guesses` and the mean `sweeps` for each window size; the guidance and tolerance measured with.
+        Raises:
+            ValueError: as [`~TarFlowTransformer2DModel.forward`].
+
+        Example:
+            ```py
+            >>> import torch
+            >>> from flowback_hf import TarFlowTransformer2DModel
+
+            >>> model = TarFlowTransformer2DModel(
+            ...     sample_size=8, patch_size=2, num_blocks=2, num_layers=1, num_attention_heads=2,
+            ...     attention_head_dim=16, num_classes=10,
+            ... )
+            >>> profile = model.profile_inverse(torch.randn(2, 3, 8, 8), torch.tensor([3, 1]), guidance_scale=2.0)
+            >>> profile["window_sizes"]
+            [4, 15]
+            >>> model.config.inverse_profile == profile
+            True
+            ```
+        """
+        self._check_class_labels(class_labels, len(latents))
+        options = InverseOptions(guidance_scale, guidance_rule, guidance_schedule, guidance_temperature)
+        self._check_guidance(options, inverse=True)
+        self._check_solver("jacobi", tolerance, None, output_report=False, inverse=True)
+        tokens = self.patchify(latents)
+        tolerance = DEFAULT_TOLERANCES[tokens.dtype] if tolerance is None else tolerance
+        num_tokens = tokens.shape[1]
+        window_sizes = sorted({min(size, max(num_tokens - 1, 1)) for size in PROFILE_WINDOW_SIZES})
+        initial_guesses, sweeps = [], []
+        for block in logging.tqdm(list(reversed(self.blocks)), desc="Profiling the inverse"):
+            found = {}
+            for initial_guess in INITIAL_GUESSES:
+                found[initial_guess] = []
+                for window_size in window_sizes:
+                    block_options = replace(
+                        options, tolerance=tolerance, window_size=window_size, initial_guess=initial_guess
+                    )
+                    data, _, _, block_sweeps = block(tokens, class_labels, inverse=True, options=block_options)
+                    found[initial_guess].append(block_sweeps.float().mean().item())
+            tokens = data
+            best = min(INITIAL_GUESSES, key=lambda initial_guess: sum(found[initial_guess]))
+            initial_guesses.insert(0, best)
+            sweeps.insert(0, found[best])
+        profile = {
+            "num_tokens": num_tokens,
+            "num_layers": [len(block.layers) for block in self.blocks],
+            "window_sizes": window_sizes,
+            "initial_guesses": initial_guesses,
+            "sweeps": sweeps,
             "guidance_scale": guidance_scale,
             "guidance_rule": guidance_rule,
             "guidance_schedule": guidance_schedule,
             "guidance_temperature": guidance_temperature,
+            "tolerance": tolerance,
         }
-        self._check_guidance(inverse=inverse, **guidance)
-        places = [] if output_hidden_states is None else self._check_places(output_hidden_states, numbers, inverse)
+        self.register_to_config(inverse_profile=profile)
+        return profile
 
-        tokens = self.patchify(sample)
-        log_abs_det = tokens.new_zeros(len(tokens))
-        hidden_states = {}
-        for number in reversed(numbers) if inverse else numbers:
-            layers = [layer for block, layer in places if block == number]
-            tokens, log_scale, _, block_hidden_states = self.blocks[number - 1](
-                tokens, class_labels, layers, inverse=inverse, **guidance
-            )
-            block_log_abs_det = log_scale.sum(dim=(1, 2))
-            log_abs_det = log_abs_det + block_log_abs_det if inverse else log_abs_det - block_log_abs_det
-            hidden_states.update({(number, layer): states for layer, states in block_hidden_states.items()})
+    def compile_repeated_blocks(self, *args, **kwargs):
+        """
+        Compile what runs again and again: the layers, and the steps of the inverse's solvers, each of them whole.
 
-        output = TarFlowOutput(self.unpatchify(tokens), log_abs_det, hidden_states or None)
-        return output if return_dict else output.to_tuple()
+        Takes the arguments of `torch.compile`. On a CPU `options={"freezing": True, "max_autotune": True}` is fastest;
+        every flow block then has graphs of its own, for which `torch._dynamo.config.recompile_limit` has to make room.
+        """
+        super().compile_repeated_blocks(*args, **kwargs)
+        for block in self.blocks:
+            block.compile_steps(*args, **kwargs)
 
     def log_prob(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         r"""
@@ -707,14 +1207,40 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 )
         return places
 
-    def _check_guidance(
-        self,
-        inverse: bool,
-        guidance_scale: float,
-        guidance_rule: str,
-        guidance_schedule: str,
-        guidance_temperature: float,
+    @staticmethod
+    def _check_inverse_profile(profile: dict[str, Any] | None, num_tokens: int, num_layers: list[int]):
+        if profile is None:
+            return
+        found = (profile.get("num_tokens"), profile.get("num_layers"))
+        if found != (num_tokens, num_layers):
+            raise ValueError(
+                f"`inverse_profile` must be of this architecture, {num_tokens} tokens and {num_layers} layers in the"
+                f" blocks, but is of {found[0]} tokens and {found[1]} layers. Measure it with `profile_inverse`, or"
+                " leave it out."
+            )
+
+    def _check_solver(
+        self, solver: str, tolerance: float | None, window_size: int | None, output_report: bool, inverse: bool
     ):
+        if solver not in SOLVERS:
+            raise ValueError(f"`solver` must be one of {SOLVERS}, but is {solver!r}.")
+        if tolerance is not None and not 0 <= tolerance < math.inf:  # NaN is refused too
+            raise ValueError(f"`tolerance` must be a number from 0, which is exact, or None, but is {tolerance}.")
+        num_tokens = (self.config.sample_size // self.config.patch_size) ** 2
+        if window_size is not None and not 1 <= window_size <= num_tokens:
+            raise ValueError(
+                f"`window_size` must be from 1 to this model's {num_tokens} tokens, but is {window_size}."
+            )
+        if window_size is not None and solver == "sequential":
+            raise ValueError(
+                f"`window_size` is of `solver='jacobi'` and `'auto'`, but is {window_size} with `'sequential'`."
+            )
+        if not inverse and output_report:
+            raise ValueError("`output_report` tells of an inverse, but `inverse` is False.")
+
+    def _check_guidance(self, options: InverseOptions, inverse: bool):
+        guidance_scale, guidance_rule = options.guidance_scale, options.guidance_rule
+        guidance_schedule, guidance_temperature = options.guidance_schedule, options.guidance_temperature
         if not guidance_scale >= 1.0:  # NaN is refused too
             raise ValueError(f"`guidance_scale` must be at least 1.0, which is off, but is {guidance_scale}.")
         if guidance_rule not in GUIDANCE_RULES:

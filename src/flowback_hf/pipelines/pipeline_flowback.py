@@ -21,6 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+ON_OVERFLOW = ("warn", "raise")
 
 
 def scale_latents(latents: torch.Tensor, vae_config: Any) -> torch.Tensor:
@@ -216,7 +217,10 @@ class FlowBackPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        solver: str = "auto",
+        tolerance: float | None = None,
         denoise: bool = True,
+        on_overflow: str = "warn",
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
@@ -240,9 +244,14 @@ class FlowBackPipeline(DiffusionPipeline):
             latents (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`, *optional*):
                 The noise itself. `pipe(latents=model(x, y).sample, class_labels=y, denoise=False)` gives `x` back,
                 where `guidance_scale` is 1.0.
+            solver (`str`, defaults to `"auto"`), tolerance (`float`, *optional*):
+                How the flow is inverted, `"sequential"`, `"jacobi"` or whichever should be faster, and how exactly:
+                see [`TarFlowTransformer2DModel.forward`].
             denoise (`bool`, defaults to `True`):
                 Removes the Gaussian noise of training: `x + sigma^2 grad log p(x | y)`. Nothing to do for a flow that
                 was trained with uniform noise or none.
+            on_overflow (`str`, defaults to `"warn"`):
+                What to do about images that are not finite: a warning that names them, or `"raise"`.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"`, `"np"` (num_images, height, width, channels) or `"pt"` (num_images, channels, height, width),
                 both in [0, 1], or `"latent"`: the flow's data, unclipped, before any VAE.
@@ -254,6 +263,7 @@ class FlowBackPipeline(DiffusionPipeline):
             [`~diffusers.ImagePipelineOutput`] or `tuple`.
         Raises:
             ValueError: for any argument out of its range, before any work is done.
+            OverflowError: if an image is not finite and `on_overflow` is `"raise"`.
         """
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         guidance_rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
@@ -267,6 +277,7 @@ class FlowBackPipeline(DiffusionPipeline):
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
+            on_overflow,
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
@@ -294,6 +305,8 @@ class FlowBackPipeline(DiffusionPipeline):
                     guidance_rule=guidance_rule,
                     guidance_schedule=guidance_schedule,
                     guidance_temperature=guidance_temperature,
+                    solver=solver,
+                    tolerance=tolerance,
                 ).sample
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents}
@@ -306,7 +319,7 @@ class FlowBackPipeline(DiffusionPipeline):
         noise_std = self.transformer.config.noise_std
         if denoise and self.transformer.config.noise_type == "gaussian" and noise_std > 0:
             sample = self._denoise(sample, class_labels, noise_std)
-        self._warn_of_overflow(sample)
+        self._report_overflow(sample, on_overflow)
         if output_type != "latent":
             if self.vae is not None:
                 sample = self._decode(sample)
@@ -324,6 +337,7 @@ class FlowBackPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end_tensor_inputs: Iterable[str] = (),
+        on_overflow: str = "warn",
     ):
         """Raises ValueError with one sentence for the first argument of a call that is out of its range."""
         config = self.transformer.config
@@ -353,6 +367,8 @@ class FlowBackPipeline(DiffusionPipeline):
             raise ValueError(f"`latents` must have shape {expected}, but have shape {tuple(latents.shape)}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but is {output_type!r}.")
+        if on_overflow not in ON_OVERFLOW:
+            raise ValueError(f"`on_overflow` must be one of {ON_OVERFLOW}, but is {on_overflow!r}.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -434,10 +450,15 @@ class FlowBackPipeline(DiffusionPipeline):
             (score,) = torch.autograd.grad(log_prob.sum(), noisy_sample)
         return sample + noise_std**2 * score
 
-    def _warn_of_overflow(self, sample: torch.Tensor):
+    def _report_overflow(self, sample: torch.Tensor, on_overflow: str):
         overflowed = (~torch.isfinite(sample).flatten(1).all(dim=1)).nonzero().flatten().tolist()
-        if overflowed:
-            logger.warning(
-                f"Images {overflowed} of this call overflowed and are not finite. Try another seed, a smaller"
-                " `guidance_scale` or `guidance_rule='product'`."
-            )
+        if not overflowed:
+            return
+        message = (
+            f"Images {overflowed} of this call overflowed and are not finite. Try another seed, a smaller"
+            " `guidance_scale` or `guidance_rule='product'`."
+        )
+        if on_overflow == "raise":
+            self.maybe_free_model_hooks()
+            raise OverflowError(message)
+        logger.warning(message)
