@@ -1,5 +1,8 @@
 """What the benchmarks measure the package against."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -10,8 +13,9 @@ from flowback_hf.models.transformer_tarflow import (
 )
 
 
-# The keys and the values of a layer, one tensor a token.
+# The keys and the values of a layer: one tensor a token, or one of a module's tokens and all before it.
 KeyValueCache = tuple[list[torch.Tensor], list[torch.Tensor]]
+ModuleCache = tuple[torch.Tensor, torch.Tensor]
 
 
 @torch.no_grad()
@@ -33,6 +37,18 @@ def published_token_loop(
 
     Reference: Zhai et al., Normalizing Flows are Capable Generative Models, https://arxiv.org/abs/2412.06329
     """
+    return invert_blocks(model, latents, class_labels, guidance_scale, lambda number, *block: invert_block(*block))
+
+
+def invert_blocks(
+    model: TarFlowTransformer2DModel,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor,
+    guidance_scale: float,
+    invert: Callable[[int, TarFlowBlock, torch.Tensor, list[torch.Tensor], float], torch.Tensor],
+) -> torch.Tensor:
+    """Flow blocks from the last to the first, each by `invert(number, block, latents, conditionings, weight)` in its
+    own token order; the second conditioning, where there is one, is that of the unguided branch."""
     no_class = torch.full_like(class_labels, -1)
     tokens = model.patchify(latents)
     for number, block in reversed(list(enumerate(model.blocks, start=1))):
@@ -42,7 +58,7 @@ def published_token_loop(
         if guidance_scale != 1.0:
             conditionings.append(positions + embed_classes(block, no_class))
         tokens = tokens.flip(1) if is_reversed else tokens
-        tokens = invert_block(block, tokens, conditionings, guidance_scale - 1.0)
+        tokens = invert(number, block, tokens, conditionings, guidance_scale - 1.0)
         tokens = tokens.flip(1) if is_reversed else tokens
     return model.unpatchify(tokens)
 
@@ -95,3 +111,173 @@ def attend(attention: TarFlowAttention, hidden_states: torch.Tensor, cache: KeyV
     values.append(value)
     hidden_states = F.scaled_dot_product_attention(query, torch.cat(keys, dim=2), torch.cat(values, dim=2))
     return attention.to_out[0](hidden_states.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def selective_jacobi_decoding(
+    model: TarFlowTransformer2DModel,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor,
+    guidance_scale: float,
+    tolerance: float,
+) -> torch.Tensor:
+    """
+    SeJD: the block next to the noise token by token, each other one by Jacobi sweeps over the whole sequence, from
+    zeros and without a cache, until no value of the batch changes by `tolerance`. Arguments and result otherwise as of
+    [`published_token_loop`].
+
+    Reference: Accelerating Inference of Normalizing Flow Models via Selective Jacobi Decoding,
+    https://arxiv.org/abs/2505.24791
+    """
+
+    def invert(number, block, latents, conditionings, weight):
+        if number == len(model.blocks):
+            return invert_block(block, latents, conditionings, weight)
+        tokens = torch.zeros_like(latents)
+        for _ in range(latents.shape[1]):
+            swept = sweep_module(block, tokens, latents, conditionings, weight, [[] for _ in conditionings], start=0)
+            change = (swept - tokens).abs().max()
+            tokens = swept
+            if change < tolerance:
+                break
+        return tokens
+
+    return invert_blocks(model, latents, class_labels, guidance_scale, invert)
+
+
+@dataclass
+class GSJacobiRecipe:
+    """Of each block, from block 1: how many modules its sequence is cut into, and whether sweeps start from zeros."""
+
+    num_modules: list[int]
+    from_zeros: list[bool]
+
+
+@torch.no_grad()
+def gs_jacobi(
+    model: TarFlowTransformer2DModel,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor,
+    guidance_scale: float,
+    tolerance: float,
+    recipe: GSJacobiRecipe,
+) -> torch.Tensor:
+    """
+    GS-Jacobi: sequences are cut into modules; Jacobi sweeps inside a module until its change, root mean square over
+    the whole batch, is below `tolerance`; its keys and values are then kept for the modules after it. Arguments and
+    result otherwise as of [`published_token_loop`].
+
+    Reference: Accelerate TarFlow Sampling with GS-Jacobi Iteration, https://arxiv.org/abs/2505.12849
+    """
+
+    def invert(number, block, latents, conditionings, weight):
+        num_tokens = latents.shape[1]
+        tokens = torch.zeros_like(latents) if recipe.from_zeros[number - 1] else latents.clone()
+        tokens[:, 0] = latents[:, 0]
+        caches = [[] for _ in conditionings]
+        # Token 0 is known: modules are of those that follow it.
+        for positions in torch.arange(1, num_tokens).chunk(recipe.num_modules[number - 1]):
+            start, stop = positions[0].item() - 1, positions[-1].item() + 1
+            module = (latents[:, start:stop], [each[:, start:stop] for each in conditionings], weight)
+            for _ in positions:
+                swept = sweep_module(block, tokens[:, start:stop], *module, caches, start)
+                change = (swept - tokens[:, start:stop]).square().mean().sqrt()
+                tokens[:, start:stop] = swept
+                if change < tolerance:
+                    break
+            caches = [
+                predict_module(block, tokens[:, start : stop - 1], conditioning[:, : stop - 1 - start], cache)[2]
+                for conditioning, cache in zip(module[1], caches)
+            ]
+        return tokens
+
+    return invert_blocks(model, latents, class_labels, guidance_scale, invert)
+
+
+@torch.no_grad()
+def calibrate_gs_jacobi(
+    model: TarFlowTransformer2DModel,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor,
+    guidance_scale: float,
+    tolerance: float,
+    num_modules: int = 8,
+) -> GSJacobiRecipe:
+    """
+    The recipe, from a few samples: each block starts from what one sweep brings nearer to its solution (the initial
+    guessing metric), and the block that takes most sweeps (the convergence ranking) is cut into modules. The ranking
+    is by the sweeps themselves, which the published metric estimates.
+    """
+    sweeps, from_zeros = {}, {}
+
+    def invert(number, block, latents, conditionings, weight):
+        solution = invert_block(block, latents, conditionings, weight)
+        caches = [[] for _ in conditionings]
+        guesses = {False: latents, True: torch.zeros_like(latents)}
+        errors = {}
+        for is_zeros, guess in guesses.items():
+            swept = sweep_module(block, guess, latents, conditionings, weight, caches, start=0)
+            errors[is_zeros] = (swept - solution).abs().max().item()
+        from_zeros[number] = errors[True] < errors[False]
+        tokens = guesses[from_zeros[number]]
+        for sweeps[number] in range(1, latents.shape[1]):
+            swept = sweep_module(block, tokens, latents, conditionings, weight, caches, start=0)
+            change = (swept - tokens).square().mean().sqrt()
+            tokens = swept
+            if change < tolerance:
+                break
+        return solution
+
+    invert_blocks(model, latents, class_labels, guidance_scale, invert)
+    toughest = max(sweeps, key=sweeps.get)
+    numbers = range(1, len(model.blocks) + 1)
+    return GSJacobiRecipe(
+        num_modules=[num_modules if number == toughest else 1 for number in numbers],
+        from_zeros=[from_zeros[number] for number in numbers],
+    )
+
+
+def sweep_module(
+    block: TarFlowBlock,
+    tokens: torch.Tensor,
+    latents: torch.Tensor,
+    conditionings: list[torch.Tensor],
+    weight: float,
+    caches: list[list[ModuleCache]],
+    start: int,
+) -> torch.Tensor:
+    """`u <- m(u) + exp(a(u)) z` for all but the first of `tokens`, number `start` of the sequence, which is known."""
+    predictions = [
+        predict_module(block, tokens[:, :-1], conditioning[:, :-1], cache)[:2]
+        for conditioning, cache in zip(conditionings, caches)
+    ]
+    log_scale, shift = predictions[0]
+    if len(predictions) > 1:
+        log_scale = log_scale + weight * (log_scale - predictions[1][0])
+        shift = shift + weight * (shift - predictions[1][1])
+    first = latents[:, :1] if start == 0 else tokens[:, :1]
+    return torch.cat([first, shift + torch.exp(log_scale) * latents[:, 1:]], dim=1)
+
+
+def predict_module(
+    block: TarFlowBlock,
+    tokens: torch.Tensor,
+    conditioning: torch.Tensor,
+    caches: list[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Log-scale and shift of the token after each of `tokens`, and the keys and values of every layer with theirs."""
+    hidden_states = block.proj_in(tokens) + conditioning
+    extended = []
+    for number, layer in enumerate(block.layers):
+        attention = layer.attn
+        states = attention.to_qkv(layer.norm1(hidden_states)).unflatten(-1, (3, attention.heads, attention.head_dim))
+        query, keys, values = states.permute(0, 2, 3, 1, 4).unbind(dim=1)
+        if caches:
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(caches[number], (keys, values)))
+        extended.append((keys, values))
+        num_before = keys.shape[2] - query.shape[2]
+        mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril(num_before)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        hidden_states = hidden_states + attention.to_out[0](attended.transpose(1, 2).flatten(2))
+        hidden_states = hidden_states + layer.ff(layer.norm2(hidden_states))
+    return *block.proj_out(hidden_states).chunk(2, dim=-1), extended

@@ -1,5 +1,7 @@
 """What the benchmarks share: the clock, and a record of what was run, where, and what came out."""
 
+import gc
+import itertools
 import json
 import os
 import platform
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def synchronise(device: str):
@@ -25,6 +28,22 @@ def seconds_of(function: Callable[[], Any], device: str) -> float:
     function()
     synchronise(device)
     return time.perf_counter() - start
+
+
+def peak_memory_of(function: Callable[[], Any], device: str) -> int:
+    """Bytes of tensors alive at once in a call, more than before it."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        function()
+        synchronise(device)
+        return torch.cuda.max_memory_allocated(device) - held
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(sizes), default=0)
 
 
 def describe_machine(device: str) -> dict:

@@ -1,159 +1,294 @@
 """
-Times sampling: the model's sequential solver, plain and compiled, against the published token loop, alternately and in
-one run, and refuses to report times of results that differ.
+Times sampling from a trained flow: the package's solvers, plain and compiled, against the published token loop and the
+two published Jacobi recipes, alternately and in one run; refuses to report times of results that differ. Draws how
+far each is from what the hardware allows.
 
-    python benchmarks/sampling.py --batch_sizes 1 16 --threads 1 --compile
+    python benchmarks/prepare_flow.py
+    python benchmarks/sampling.py --compile
 """
 
 import argparse
 import copy
+import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from baselines import published_token_loop
-from reporting import markdown_table, seconds_of, write_report
+from baselines import calibrate_gs_jacobi, gs_jacobi, published_token_loop, selective_jacobi_decoding
+from reporting import markdown_table, peak_memory_of, seconds_of, write_report
+from tqdm.auto import tqdm
 
-from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
+from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
 
 
-NUM_CLASSES = 1000
-LARGEST_DIFFERENCE = 1e-4
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+BASELINES = ("published loop", "GS-Jacobi", "SeJD")
+# A run that took longer is not repeated.
+REPEATED_SECONDS = 20.0
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample_size", type=int, default=64)
-    parser.add_argument("--patch_size", type=int, default=4)
-    parser.add_argument("--num_blocks", type=int, default=4)
-    parser.add_argument("--num_layers", type=int, default=4, help="Transformer layers in every flow block.")
-    parser.add_argument("--num_attention_heads", type=int, default=4)
-    parser.add_argument("--attention_head_dim", type=int, default=64)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="1.0 is off.")
+    parser.add_argument("--model", type=Path, default=Path("outputs/benchmark_flow/flow"), help="A saved pipeline.")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 2.0], help="1.0 is off.")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="Of every solver but the token loops.")
     parser.add_argument("--repeats", type=int, default=3, help="Timed runs of each sampler, after one that is not.")
+    parser.add_argument("--largest_difference", type=float, default=1e-3, help="Of samples, from the published loop.")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=None, help="Of the CPU; torch's own choice if not given.")
-    parser.add_argument("--compile", action="store_true", help="Also time the solver with compiled layers.")
+    parser.add_argument("--compile", action="store_true", help="Also time the solvers with compiled steps.")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sampling.json"))
     args = parser.parse_args(arguments)
     if min(args.repeats, *args.batch_sizes) < 1:
         parser.error("--repeats and --batch_sizes must be at least 1")
+    if not (args.model / "model_index.json").exists():
+        parser.error(f"--model must be a saved pipeline, but {args.model} is none: run benchmarks/prepare_flow.py")
     return args
 
 
-def build_model(args: argparse.Namespace) -> TarFlowTransformer2DModel:
-    torch.manual_seed(0)
-    model = TarFlowTransformer2DModel(
-        sample_size=args.sample_size,
-        patch_size=args.patch_size,
-        num_blocks=args.num_blocks,
-        num_layers=args.num_layers,
-        num_attention_heads=args.num_attention_heads,
-        attention_head_dim=args.attention_head_dim,
-        num_classes=NUM_CLASSES,
-    )
-    for block in model.blocks:
-        # An untrained flow is the identity; with large output weights, sampling from a random one overflows.
-        torch.nn.init.normal_(block.proj_out.weight, std=0.1 * block.proj_out.in_features**-0.5)
-        # Classes far enough apart for guidance to matter.
-        torch.nn.init.normal_(block.class_embed)
-    return model.to(args.device, getattr(torch, args.dtype)).eval()
+def load_model(args: argparse.Namespace) -> TarFlowTransformer2DModel:
+    pipe = FlowBackPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    return pipe.transformer.to(args.device).eval().requires_grad_(False)
 
 
-def build_samplers(args: argparse.Namespace) -> dict[str, Sampler]:
-    """Samplers by name, the baseline first."""
-    model = build_model(args)
+def draw_noise_and_labels(
+    model: TarFlowTransformer2DModel, args: argparse.Namespace, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(batch_size)
+    config = model.config
+    latents = torch.randn(batch_size, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+    class_labels = torch.randint(config.num_classes, (batch_size,), generator=generator)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    return latents.to(args.device, dtype), class_labels.to(args.device)
 
-    def solver_of(model: TarFlowTransformer2DModel) -> Sampler:
-        def sample(latents: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-            return model(latents, class_labels, inverse=True, guidance_scale=args.guidance_scale).sample
 
-        return torch.no_grad()(sample)
+def compile_steps(model: TarFlowTransformer2DModel, device: str) -> TarFlowTransformer2DModel:
+    """A copy whose solvers' steps are compiled as its device likes it best."""
+    model = copy.deepcopy(model)
+    # Frozen, each block has graphs of its own, for each batch size with and without guidance.
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.accumulated_recompile_limit = 1024
+    if torch.device(device).type == "cuda":
+        model.compile_repeated_blocks(fullgraph=True, mode="reduce-overhead")
+    else:
+        torch._inductor.config.freezing = True
+        torch._inductor.config.max_autotune = True
+        model.compile_repeated_blocks(fullgraph=True)
+    return model
 
-    def baseline(latents: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        return published_token_loop(model, latents, class_labels, args.guidance_scale)
 
-    samplers = {"baseline": baseline, "sequential": solver_of(model)}
-    if args.compile:
-        compiled_model = copy.deepcopy(model)
-        compiled_model.compile_repeated_blocks()
-        samplers["compiled"] = solver_of(compiled_model)
+def build_samplers(
+    model: TarFlowTransformer2DModel,
+    compiled_model: TarFlowTransformer2DModel | None,
+    args: argparse.Namespace,
+    scale: float,
+) -> dict[str, Sampler]:
+    """Samplers by name, the published token loop first. The model and its compiled copy have a profile afterwards."""
+    few = draw_noise_and_labels(model, args, batch_size=4)
+    recipe = calibrate_gs_jacobi(model, *few, scale, args.tolerance)
+    print(f"guidance {scale}: GS-Jacobi's recipe is {recipe}", flush=True)
+    samplers = {
+        "published loop": partial(published_token_loop, model, guidance_scale=scale),
+        "GS-Jacobi": partial(gs_jacobi, model, guidance_scale=scale, tolerance=args.tolerance, recipe=recipe),
+        "SeJD": partial(selective_jacobi_decoding, model, guidance_scale=scale, tolerance=args.tolerance),
+    }
+    profile = model.profile_inverse(*few, guidance_scale=scale)
+    print(f"guidance {scale}: the profile is {profile}", flush=True)
+    for suffix, each in (("", model), (", compiled", compiled_model)):
+        if each is not None:
+            each.register_to_config(inverse_profile=profile)
+            for solver in ("sequential", "auto"):
+                samplers[f"{solver}{suffix}"] = partial(sample, each, args, scale, solver)
     return samplers
 
 
-def draw_noise_and_labels(args: argparse.Namespace, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(batch_size)
-    latents = torch.randn(batch_size, 3, args.sample_size, args.sample_size, generator=generator)
-    class_labels = torch.randint(NUM_CLASSES, (batch_size,), generator=generator)
-    return latents.to(args.device, getattr(torch, args.dtype)), class_labels.to(args.device)
+def sample(
+    model: TarFlowTransformer2DModel,
+    args: argparse.Namespace,
+    guidance_scale: float,
+    solver: str,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor,
+) -> torch.Tensor:
+    options = {"solver": solver, "tolerance": args.tolerance, "guidance_scale": guidance_scale}
+    return model(latents, class_labels, inverse=True, **options).sample
 
 
-def largest_difference(samples: dict[str, torch.Tensor]) -> float:
-    # torch's maximum of numbers with a NaN is NaN; Python's depends on their order.
-    return torch.stack([(sample - samples["baseline"]).abs().max() for sample in samples.values()]).max().item()
-
-
-def measure(samplers: dict[str, Sampler], args: argparse.Namespace, batch_size: int) -> dict:
-    inputs = draw_noise_and_labels(args, batch_size)
-    difference = largest_difference({name: sampler(*inputs) for name, sampler in samplers.items()})  # and warm up
-    if not difference <= LARGEST_DIFFERENCE:  # NaN is refused too
-        sys.exit(
-            f"The samples of {', '.join(samplers)} differ by up to {difference:.2e} at batch size {batch_size}, more"
-            f" than {LARGEST_DIFFERENCE:.0e}: times of different results are not compared, and nothing was written."
-        )
-    seconds = {name: [] for name in samplers}
+def measure(
+    samplers: dict[str, Sampler], model: TarFlowTransformer2DModel, args: argparse.Namespace, batch_size: int
+) -> dict:
+    inputs = draw_noise_and_labels(model, args, batch_size)
+    samples, seconds = {}, {}
+    for name, sampler in samplers.items():
+        samples[name] = sampler(*inputs)  # warms up, and compiles
+        differences = {key: (value - samples["published loop"]).abs().max().item() for key, value in samples.items()}
+        if not differences[name] <= args.largest_difference:  # NaN is refused too
+            sys.exit(
+                f"The samples of {name} differ from the published loop's by {differences[name]:.2e} at batch size"
+                f" {batch_size}, more than {args.largest_difference:.0e}: times of different results are not compared,"
+                " and nothing was written."
+            )
+        seconds[name] = []
     for _ in range(args.repeats):
         # Alternately, so that whatever else the machine does meets all of them.
         for name, sampler in samplers.items():
-            seconds[name].append(seconds_of(lambda: sampler(*inputs), args.device))
-    return {"batch_size": batch_size, "max_difference": difference, **summarise(seconds)}
+            if not seconds[name] or seconds[name][0] < REPEATED_SECONDS:
+                seconds[name].append(seconds_of(lambda: sampler(*inputs), args.device))
+    return {name: summarise(seconds[name], seconds, differences[name]) for name in samplers}
 
 
-def summarise(seconds: dict[str, list[float]]) -> dict[str, dict]:
-    baseline = statistics.median(seconds["baseline"])
+def summarise(seconds: list[float], of_all: dict[str, list[float]], difference: float) -> dict:
+    median = statistics.median(seconds)
     return {
-        name: {
-            "median_seconds": statistics.median(values),
-            "min_seconds": min(values),
-            "max_seconds": max(values),
-            "times_faster_than_baseline": baseline / statistics.median(values),
-        }
-        for name, values in seconds.items()
+        "median_seconds": median,
+        "min_seconds": min(seconds),
+        "max_seconds": max(seconds),
+        "times_faster_than_published_loop": statistics.median(of_all["published loop"]) / median,
+        "difference_from_published_loop": difference,
     }
 
 
+def measure_memory(model: TarFlowTransformer2DModel, args: argparse.Namespace, batch_size: int, scale: float) -> dict:
+    """Peak bytes of tensors beyond the weights, one flow block at a time, and those of the key/value caches."""
+    inputs = draw_noise_and_labels(model, args, batch_size)
+    num_tokens = (model.config.sample_size // model.config.patch_size) ** 2
+    solvers = {solver: {"solver": solver} for solver in ("sequential", "auto", "jacobi")}
+    solvers |= {"jacobi, all tokens": {"solver": "jacobi", "window_size": num_tokens}}
+    peaks = {
+        name: peak_memory_of(
+            lambda: model(
+                *inputs, inverse=True, guidance_scale=scale, blocks=[1], tolerance=args.tolerance, **options
+            ),
+            args.device,
+        )
+        for name, options in solvers.items()
+    }
+    rows = batch_size * (1 if scale == 1.0 else 2)
+    block = model.blocks[0]
+    cache = rows * 2 * num_tokens * block.proj_in.out_features * len(block.layers) * model.dtype.itemsize
+    return {"batch_size": batch_size, "guidance_scale": scale, "cache_bytes": cache, "peak_bytes": peaks}
+
+
+class Floor:
+    """What no token loop can be faster than: weights that are read for every token, and products that are computed."""
+
+    def __init__(self, model: TarFlowTransformer2DModel, device: str):
+        matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
+        self.weights = sum(weight.numel() for weight in matrices) / len(model.blocks)
+        self.num_blocks = len(model.blocks)
+        self.num_steps = (model.config.sample_size // model.config.patch_size) ** 2 - 1
+        self.bytes = self.weights * model.dtype.itemsize
+        # As large as a block's weights, which are what is read again and again: they may stay in a cache.
+        source = torch.empty(int(self.bytes), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        self.bytes_per_second = 2 * self.bytes / fastest(lambda: target.copy_(source), device)
+        matrix = torch.randn(2048, 2048, device=device, dtype=model.dtype)
+        self.operations_per_second = 2 * 2048**3 / fastest(lambda: matrix @ matrix, device)
+
+    def seconds(self, rows: int) -> dict[str, float]:
+        """`rows`: tokens a step, twice the batch size under guidance."""
+        steps = self.num_blocks * self.num_steps
+        return {
+            "bandwidth": steps * self.bytes / self.bytes_per_second,
+            "operations": steps * 2 * self.weights * rows / self.operations_per_second,
+        }
+
+
+def fastest(function: Callable, device: str) -> float:
+    return min(seconds_of(function, device) for _ in range(10))
+
+
 def results_table(results: list[dict]) -> str:
-    """Seconds per batch: the median of the repeats, then their range."""
-    has_compiled = "compiled" in results[0]
-    header = ["batch size", "baseline, s", "sequential, s", "ratio"]
-    header += ["compiled, s", "ratio"] if has_compiled else []
+    """Seconds for the batch, the median of the repeats, and how many times faster than the published loop."""
+    names = list(results[0]["samplers"])
     rows = []
     for result in results:
-        row = [str(result["batch_size"]), seconds_cell(result["baseline"])]
-        for name in ("sequential", "compiled") if has_compiled else ("sequential",):
-            row += [seconds_cell(result[name]), f"{result[name]['times_faster_than_baseline']:.2f}"]
-        rows.append([*row, f"{result['max_difference']:.1e}"])
-    return markdown_table([*header, "max. difference"], rows)
+        row = [str(result["batch_size"]), f"{result['guidance_scale']:g}"]
+        for name in names:
+            timing = result["samplers"][name]
+            row.append(f"{timing['median_seconds']:.3f} ({timing['times_faster_than_published_loop']:.2f})")
+        binds = max(result["floor"], key=result["floor"].get)
+        difference = max(timing["difference_from_published_loop"] for timing in result["samplers"].values())
+        rows.append([*row, f"{result['floor'][binds]:.3f} ({binds})", f"{difference:.1e}"])
+    return markdown_table(["batch", "guidance", *names, "floor", "max. difference"], rows)
 
 
-def seconds_cell(timing: dict) -> str:
-    return f"{timing['median_seconds']:.3f} ({timing['min_seconds']:.3f} to {timing['max_seconds']:.3f})"
+def memory_table(memory: dict) -> str:
+    sequential = memory["peak_bytes"]["sequential"]
+    rows = [[name, f"{peak / 2**20:.1f}", f"{peak / sequential:.3f}"] for name, peak in memory["peak_bytes"].items()]
+    about = (
+        f"Peak memory of inverting one block, batch {memory['batch_size']}, guidance {memory['guidance_scale']:g}; the"
+        f" cache of keys and values is {memory['cache_bytes'] / 2**20:.1f} MiB of it:"
+    )
+    return f"{about}\n\n{markdown_table(['solver', 'MiB', 'of sequential'], rows)}"
+
+
+def draw(results: list[dict], path: Path):
+    """Seconds an image against the batch size, with the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scales = sorted({result["guidance_scale"] for result in results})
+    figure, axes = plt.subplots(1, len(scales), figsize=(6 * len(scales), 4.5), sharey=True, squeeze=False)
+    for axis, scale in zip(axes[0], scales):
+        of_scale = [result for result in results if result["guidance_scale"] == scale]
+        batch_sizes = [result["batch_size"] for result in of_scale]
+        for name in of_scale[0]["samplers"]:
+            seconds = [result["samplers"][name]["median_seconds"] / result["batch_size"] for result in of_scale]
+            axis.plot(batch_sizes, seconds, marker="o", linestyle="--" if name in BASELINES else "-", label=name)
+        floor = [max(result["floor"].values()) / result["batch_size"] for result in of_scale]
+        axis.fill_between(batch_sizes, floor, min(floor) / 3, color="0.85", label="below the floor")
+        axis.set(xscale="log", yscale="log", xlabel="batch size", title=f"guidance scale {scale:g}")
+        axis.set_xticks(batch_sizes, batch_sizes)
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel("seconds an image")
+    axes[0, -1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def main(arguments: list[str] | None = None):
     args = parse_args(arguments)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    samplers = build_samplers(args)
-    results = [measure(samplers, args, batch_size) for batch_size in args.batch_sizes]
-    table = results_table(results)
+    model = load_model(args)
+    compiled_model = compile_steps(model, args.device) if args.compile else None
+    floor = Floor(model, args.device)
+    results = []
+    with torch.no_grad(), tqdm(total=len(args.guidance_scales) * len(args.batch_sizes), desc="Timing") as progress:
+        for scale in args.guidance_scales:
+            samplers = build_samplers(model, compiled_model, args, scale)
+            for batch_size in args.batch_sizes:
+                timings = measure(samplers, model, args, batch_size)
+                rows = batch_size * (1 if scale == 1.0 else 2)
+                setting = {"batch_size": batch_size, "guidance_scale": scale}
+                results.append({**setting, "samplers": timings, "floor": floor.seconds(rows)})
+                progress.write(
+                    json.dumps(setting | {name: round(t["median_seconds"], 3) for name, t in timings.items()})
+                )
+                progress.update()
+        memory = measure_memory(model, args, max(args.batch_sizes), max(args.guidance_scales))
+    rates = {"bytes_per_second": floor.bytes_per_second, "operations_per_second": floor.operations_per_second}
+    table = "\n\n".join(
+        [
+            "Seconds for the batch (times faster than the published loop):",
+            results_table(results),
+            f"The floor: {floor.bytes / 1e6:.1f} MB of a block's weights, copied at"
+            f" {floor.bytes_per_second / 1e9:.0f} GB/s (reading and writing), or products at"
+            f" {floor.operations_per_second / 1e12:.3f} TFLOP/s.",
+            memory_table(memory),
+        ]
+    )
     print(table)
-    write_report(args.output, arguments, args.device, results, table)
+    write_report(args.output, arguments, args.device, {"sampling": results, "rates": rates, "memory": memory}, table)
+    draw(results, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

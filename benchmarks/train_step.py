@@ -9,16 +9,14 @@ Results are refused unless every arrangement of one strategy gives the same grad
 """
 
 import argparse
-import gc
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from alignment_baselines import sequential_loss, two_evaluation_loss
-from reporting import markdown_table, seconds_of, synchronise, write_report
-from torch.profiler import ProfilerActivity, profile
+from reporting import markdown_table, peak_memory_of, seconds_of, write_report
 from tqdm.auto import tqdm
 
 from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
@@ -139,28 +137,9 @@ def peak_memory(step: Step, device: str) -> int:
     """Bytes of tensors alive at once in a step, weights included and gradients of an earlier step not."""
     objective = step()
     objective.zero_grad()
-    gc.collect()
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        step()
-        synchronise(device)
-        transient = torch.cuda.max_memory_allocated(device) - held
-    else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step()
-        transient = max(allocated_bytes(profiler))
+    transient = peak_memory_of(step, device)
     objective.zero_grad()
     return transient + sum(weight.numel() * weight.element_size() for weight in objective.parameters())
-
-
-def allocated_bytes(profiler: profile) -> Iterator[int]:
-    """What torch's allocator holds more than at the start, after each of its events."""
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        yield held
 
 
 def build_arrangements(args: argparse.Namespace) -> dict[tuple[str, str], Step]:

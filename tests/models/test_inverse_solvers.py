@@ -159,10 +159,21 @@ def test_true_overflow_marks_its_sample_alone(randomised_model):
     model = randomised_model(sample_size=8)
     latents, class_labels = noise(model), torch.tensor([2, -1, 4])
     latents[1, 0, 0, 0] = 1e308
+    finite = []
     for solver in ({"solver": "sequential"}, {"solver": "jacobi", "tolerance": 0, "window_size": 5}):
         output = model(latents, class_labels, inverse=True, output_report=True, **solver)
-        assert output.sample.flatten(1).isfinite().all(dim=1).tolist() == [True, False, True]
+        finite.append(output.sample.isfinite())
+        assert finite[-1].flatten(1).all(dim=1).tolist() == [True, False, True]
         assert output.report.residual.isfinite().tolist() == [True, False, True]
+    assert torch.equal(*finite)
+
+
+def test_keys_that_overflow_for_good_are_not_hidden(randomised_model):
+    model = randomised_model(sample_size=8, num_blocks=1)
+    model.blocks[0].layers[0].attn.to_qkv.weight.data[8:16] *= 1e308  # the keys'
+    latents = noise(model)
+    for solver in ({"solver": "sequential"}, {"solver": "jacobi", "window_size": 5}):
+        assert not model(latents, inverse=True, **solver).sample.flatten(1).isfinite().all(dim=1).any()
 
 
 # Tolerance

@@ -351,13 +351,15 @@ class InverseState(NamedTuple):
             key_value_caches=tuple(cache[:num_rows] for cache in self.key_value_caches),
         )
 
-    def swap(self, one: int, other: int):
-        """Two samples change places."""
+    def retire(self, sample: int, last: int):
+        """A sample that is done changes places with the last one at work, and leaves its rows to it."""
+        if sample == last:
+            return
         for values in (self.latents, self.tokens, self.log_scale, self.shift):
-            values[[one, other]] = values[[other, one]]
+            values[[sample, last]] = values[[last, sample]]
         for rows in (self.class_embedding, *self.key_value_caches):
             rows = rows.unflatten(0, (-1, self.branches))
-            rows[[one, other]] = rows[[other, one]]
+            rows[sample] = rows[last]
 
 
 def evaluate_window(
@@ -423,18 +425,16 @@ def sweep_window(
 
     is_open = following > last.unsqueeze(1)
     # Everything before the first open token is settled, so that it is exact now, whatever it is. A later one that is
-    # not finite keeps its last finite value until its turn comes, unless the first has overflowed for good.
+    # not finite keeps its last finite value until its turn comes.
     is_first = following == last.unsqueeze(1) + 1
-    is_finite = tokens.isfinite().all(dim=2)
-    overflowed = (is_first & ~is_finite).any(dim=1, keepdim=True)
-    is_new = (is_open & (is_finite | is_first | overflowed)).unsqueeze(2)
+    is_new = (is_open & (tokens.isfinite().all(dim=2) | is_first)).unsqueeze(2)
     state.tokens[samples, following] = torch.where(is_new, tokens, old_tokens)
     state.log_scale[samples, following] = torch.where(is_new, log_scale, state.log_scale[samples, following])
     state.shift[samples, following] = torch.where(is_new, shift, state.shift[samples, following])
 
     change = ((tokens - old_tokens).abs() / tokens.abs().clamp(min=1)).amax(dim=2)
     largest_change = tolerance and max(SETTLED_SHARE * tolerance, SETTLED_UNITS * torch.finfo(tokens.dtype).eps)
-    is_unsettled = is_open & ~is_first & ~overflowed & ~(change <= largest_change)  # NaN is not settled
+    is_unsettled = is_open & ~is_first & ~(change <= largest_change)  # NaN is not settled
     return torch.where(is_unsettled, following, num_tokens).amin(dim=1).sub(1).minimum(following[:, -1])
 
 
@@ -701,14 +701,15 @@ class TarFlowBlock(nn.Module):
                 if settled[place] == num_tokens - 1:
                     sweeps[order[place]] = num_sweeps
                     num_active -= 1
-                    state.swap(place, num_active)
+                    state.retire(place, num_active)
                     for each in (order, settled):
                         each[place], each[num_active] = each[num_active], each[place]
             pace = sum(settled) / (num_sweeps * batch_size)
             if num_sweeps == PROBE_SWEEPS and num_active > 0 and pace < options.least_pace:
-                slowest = min(settled)
-                self._take_tokens(state, slowest)
-                sweeps = [num_sweeps + num_tokens - 1 - slowest] * batch_size
+                slowest = min(settled[:num_active])
+                self._take_tokens(state.first(num_active), slowest)
+                for sample in order[:num_active]:
+                    sweeps[sample] = num_sweeps + num_tokens - 1 - slowest
                 break
         return torch.tensor(order, device=device).argsort(), torch.tensor(sweeps)
 
