@@ -30,25 +30,11 @@ def commands(args: argparse.Namespace) -> list[list[str]]:
     # The flow is trained without alignment, and nobody looks at its samples: teacher and judge are not needed.
     prepare += ["--num_train_images", args.num_train_images, "--num_validation_images", 200]
     prepare += ["--teacher_epochs", 1, "--judge_epochs", 1]
-    train = [
-        TRAINING / "train_rra.py",
-        "--train_data_dir",
-        shapes / "images",
-        "--output_dir",
-        args.output_dir / "flow",
-    ]
-    train += ["--alignment", "none", "--resolution", 64, "--patch_size", 4, "--num_blocks", 4, "--num_layers", 4]
-    train += ["--num_attention_heads", 4, "--max_train_steps", args.max_train_steps, "--learning_rate", 1e-3]
-    train += [
-        "--mixed_precision",
-        "bf16",
-        "--train_batch_size",
-        args.train_batch_size,
-        "--lr_warmup_steps",
-        50,
-        "--ema_decay",
-        0.99,
-    ]
+    train = [TRAINING / "train_rra.py", "--train_data_dir", shapes / "images"]
+    train += ["--output_dir", args.output_dir / "flow", "--alignment", "none", "--resolution", 64, "--patch_size", 4]
+    train += ["--num_blocks", 4, "--num_layers", 4, "--num_attention_heads", 4, "--mixed_precision", "bf16"]
+    train += ["--max_train_steps", args.max_train_steps, "--train_batch_size", args.train_batch_size]
+    train += ["--learning_rate", 1e-3, "--lr_warmup_steps", 50, "--ema_decay", 0.99]
     train += ["--validation_steps", 300, "--checkpointing_steps", 100, "--checkpoints_total_limit", 1]
     train += ["--resume_from_checkpoint", "latest"]
     prepared, trained = shapes / "demo.json", args.output_dir / "flow" / "model_index.json"

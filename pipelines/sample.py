@@ -28,7 +28,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackPipeline
-from flowback_hf.models.transformer_tarflow import GUIDANCE_RULES, GUIDANCE_SCHEDULES
+from flowback_hf.models.transformer_tarflow import GUIDANCE_RULES, GUIDANCE_SCHEDULES, SOLVERS
 from flowback_hf.utils import write_atomically
 
 
@@ -42,6 +42,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance_rule", choices=GUIDANCE_RULES, help="Default: the pipeline's.")
     parser.add_argument("--guidance_schedule", choices=GUIDANCE_SCHEDULES, default="constant")
     parser.add_argument("--guidance_temperature", type=float, default=1.0, help="What guides an unconditional flow.")
+    parser.add_argument("--solver", choices=SOLVERS, default="auto", help="How the flow is inverted.")
     parser.add_argument("--no_denoise", action="store_true", help="Leave the noise of training in the images.")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -220,6 +221,7 @@ def main(args: argparse.Namespace):
         "guidance_rule": pipeline.config.guidance_rule if args.guidance_rule is None else args.guidance_rule,
         "guidance_schedule": args.guidance_schedule,
         "guidance_temperature": args.guidance_temperature,
+        "solver": args.solver,
         "denoise": not args.no_denoise,
     }
     pipeline.check_inputs(class_labels, arguments["guidance_scale"])

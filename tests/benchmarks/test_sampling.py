@@ -7,25 +7,51 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowback_hf import FlowBackPipeline
+
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-TINY_OPTIONS = (
-    "--sample_size 8 --patch_size 4 --num_blocks 2 --num_layers 1 --num_attention_heads 2 --attention_head_dim 8"
-    " --repeats 2 --threads 1"
-).split()
+SAMPLERS = ["published loop", "GS-Jacobi", "SeJD", "sequential", "auto"]
+
+
+@pytest.fixture
+def saved_flow(randomised_model, tmp_path):
+    # Smaller output weights than a trained flow's, so that rounding in float32 is not amplified.
+    model = randomised_model(sample_size=8, num_blocks=2).float()
+    FlowBackPipeline(model).save_pretrained(tmp_path / "flow")
+    return tmp_path / "flow"
+
+
+@pytest.fixture
+def tiny_options(saved_flow, tmp_path):
+    output = tmp_path / "new_folder" / "sampling.json"
+    return ["--model", str(saved_flow), "--repeats", "2", "--threads", "1", "--output", str(output)], output
+
+
+def noise(model, batch_size=3):
+    size = model.config.sample_size
+    return torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 @pytest.mark.parametrize("num_layers", [1, [2, 1, 1, 2]], ids=["even", "deep-shallow"])
-def test_baseline_gives_what_the_solver_gives(benchmark_script, randomised_model, num_layers, guidance_scale):
+def test_baselines_give_what_the_solver_gives(benchmark_script, randomised_model, num_layers, guidance_scale):
+    baselines = benchmark_script("baselines")
     model = randomised_model(sample_size=6, num_blocks=4, num_layers=num_layers)
-    latents = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    class_labels = torch.tensor([2, -1, 4])
-    baseline = benchmark_script("baselines").published_token_loop(model, latents, class_labels, guidance_scale)
-    solved = model(latents, class_labels, inverse=True, guidance_scale=guidance_scale).sample
+    latents, class_labels = noise(model), torch.tensor([2, -1, 4])
+    arguments = (model, latents, class_labels, guidance_scale)
+    solved = model(latents, class_labels, inverse=True, solver="sequential", guidance_scale=guidance_scale).sample
     assert (solved - latents).abs().max() > 0.1
-    torch.testing.assert_close(baseline, solved, rtol=0, atol=1e-10)
-    assert not baseline.requires_grad
+
+    recipes = [baselines.calibrate_gs_jacobi(*arguments, tolerance=1e-13, num_modules=3)]
+    recipes += [baselines.GSJacobiRecipe([1, 3, 8, 2], [True, False, True, False])]
+    results = [baselines.published_token_loop(*arguments)]
+    results += [baselines.selective_jacobi_decoding(*arguments, tolerance=1e-13)]
+    results += [baselines.gs_jacobi(*arguments, tolerance=1e-13, recipe=recipe) for recipe in recipes]
+    for result in results:
+        torch.testing.assert_close(result, solved, rtol=0, atol=1e-10)
+        assert not result.requires_grad
+    assert sorted(recipes[0].num_modules) == [1, 1, 1, 3]
 
 
 @pytest.mark.parametrize("guidance_scale, calls_per_token", [(1.0, 1), (2.5, 2)])
@@ -38,87 +64,128 @@ def test_baseline_calls_the_two_branches_apart(benchmark_script, randomised_mode
     assert batch_sizes == [2] * (3 * 8 * calls_per_token)
 
 
-def test_benchmark_writes_its_times_and_the_machine(tmp_path):
-    output = tmp_path / "new_folder" / "sampling.json"
-    options = [*TINY_OPTIONS, "--batch_sizes", "1", "3", "--output", str(output)]
+def test_jacobi_baselines_stop_at_their_tolerance(benchmark_script, randomised_model):
+    baselines = benchmark_script("baselines")
+    model = randomised_model(sample_size=8)
+    arguments, evaluations = (model, noise(model), torch.tensor([2, -1, 4]), 1.0), []
+    for block in model.blocks:
+        block.proj_in.register_forward_hook(lambda module, args, output: evaluations.append(output.shape[1]))
+    counts = {}
+    for tolerance in (1e-1, 1e-12):
+        recipe = baselines.GSJacobiRecipe([1, 1, 3], [False] * 3)
+        baselines.gs_jacobi(*arguments, tolerance=tolerance, recipe=recipe)
+        counts["GS-Jacobi", tolerance] = len(evaluations)
+        evaluations.clear()
+        baselines.selective_jacobi_decoding(*arguments, tolerance=tolerance)
+        assert evaluations[:15] == [1] * 15  # the block next to the noise, token by token
+        counts["SeJD", tolerance] = len(evaluations)
+        evaluations.clear()
+    for name in ("GS-Jacobi", "SeJD"):
+        assert counts[name, 1e-1] < counts[name, 1e-12]
+
+
+def test_benchmark_writes_its_times_and_the_machine(tiny_options):
+    options, output = tiny_options
+    script = [sys.executable, str(BENCHMARKS / "sampling.py")]
     run = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "sampling.py"), *options], check=True, capture_output=True, text=True
+        [*script, *options, "--batch_sizes", "1", "3"], check=True, capture_output=True, text=True, timeout=300
     )
     report = json.loads(output.read_text())
-    assert [result["batch_size"] for result in report["results"]] == [1, 3]
-    for result in report["results"]:
-        assert result.keys() == {"batch_size", "max_difference", "baseline", "sequential"}
-        assert 0 <= result["max_difference"] <= 1e-4
-        for name in ("baseline", "sequential"):
-            timing = result[name]
+    settings = [(result["guidance_scale"], result["batch_size"]) for result in report["results"]["sampling"]]
+    assert settings == [(1.0, 1), (1.0, 3), (2.0, 1), (2.0, 3)]
+    for result in report["results"]["sampling"]:
+        assert list(result["samplers"]) == SAMPLERS
+        baseline = result["samplers"]["published loop"]["median_seconds"]
+        for timing in result["samplers"].values():
+            assert 0 <= timing["difference_from_published_loop"] <= 1e-3
             assert 0 < timing["min_seconds"] <= timing["median_seconds"] <= timing["max_seconds"]
-        ratio = result["baseline"]["median_seconds"] / result["sequential"]["median_seconds"]
-        assert result["sequential"]["times_faster_than_baseline"] == pytest.approx(ratio)
+            assert timing["times_faster_than_published_loop"] == pytest.approx(baseline / timing["median_seconds"])
+    # The floor: operations grow with the rows, bytes do not.
+    (one, three, one_guided, three_guided) = [result["floor"] for result in report["results"]["sampling"]]
+    assert three["operations"] == pytest.approx(3 * one["operations"])
+    assert three_guided["operations"] == pytest.approx(6 * one["operations"])
+    assert three_guided["bandwidth"] == one["bandwidth"] > 0
+    memory = report["results"]["memory"]
+    # Rows, keys and values, tokens, width, layers, bytes.
+    assert memory["cache_bytes"] == 6 * 2 * 16 * 8 * 1 * 4
+    assert all(peak > memory["cache_bytes"] for peak in memory["peak_bytes"].values())
     assert report["machine"].keys() == {"cpu", "cores", "threads", "torch", "python"}
-    assert report["machine"]["threads"] == 1
-    assert report["machine"]["torch"] == torch.__version__
-    assert report["command"].startswith("python benchmarks/sampling.py --sample_size 8 ")
+    assert report["machine"]["threads"] == 1 and report["machine"]["torch"] == torch.__version__
+    assert report["command"].startswith("python benchmarks/sampling.py --model ")
 
     table = [line for line in run.stdout.splitlines() if line.startswith("|")]
-    assert table[0] == "| batch size | baseline, s | sequential, s | ratio | max. difference |"
-    assert [re.match(r"\| (\d+) \|", line).group(1) for line in table[2:]] == ["1", "3"]
+    assert table[0] == f"| batch | guidance | {' | '.join(SAMPLERS)} | floor | max. difference |"
+    assert [re.match(r"\| (\d+) \| (\d)", line).groups() for line in table[2:6]] == [
+        ("1", "1"), ("3", "1"), ("1", "2"), ("3", "2"),
+    ]  # fmt: skip
     written = output.with_suffix(".md").read_text()
-    assert "\n".join(table) in written
-    assert report["command"] in written
+    assert "\n".join(table[:6]) in written and report["command"] in written
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_benchmarked_flow_moves_its_noise_and_its_classes_apart(benchmark_script):
+def test_compiled_rows_are_of_a_compiled_copy(benchmark_script, monkeypatch, tiny_options):
     sampling = benchmark_script("sampling")
-    args = sampling.parse_args(TINY_OPTIONS)
-    latents, class_labels = sampling.draw_noise_and_labels(args, batch_size=2)
-    sampled = sampling.build_samplers(args)["sequential"](latents, class_labels)
-    unguided = sampling.build_samplers(sampling.parse_args([*TINY_OPTIONS, "--guidance_scale", "1"]))["sequential"]
-    assert sampled.isfinite().all()
-    assert (sampled - latents).abs().max() > 0.1
-    # A difference that the refused one could not hide.
-    assert (sampled - unguided(latents, class_labels)).abs().max() > 100 * sampling.LARGEST_DIFFERENCE
-
-
-def test_compiled_row_is_of_a_compiled_copy(benchmark_script, monkeypatch, tmp_path):
-    sampling = benchmark_script("sampling")
-    torch.compiler.reset()
-    compile_layers = sampling.TarFlowTransformer2DModel.compile_repeated_blocks
+    options, output = tiny_options
     compiled = []
 
-    def compile_without_code_generation(model):
-        compiled.append(model)
-        compile_layers(model, backend="aot_eager", fullgraph=True)
+    def compile_without_code_generation(model, device):
+        torch.compiler.reset()
+        compiled.append(sampling.copy.deepcopy(model))
+        compiled[-1].compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        return compiled[-1]
 
-    monkeypatch.setattr(sampling.TarFlowTransformer2DModel, "compile_repeated_blocks", compile_without_code_generation)
-    output = tmp_path / "sampling.json"
-    sampling.main([*TINY_OPTIONS, "--batch_sizes", "2", "--compile", "--output", str(output)])
+    monkeypatch.setattr(sampling, "compile_steps", compile_without_code_generation)
+    sampling.main([*options, "--batch_sizes", "2", "--guidance_scales", "2", "--compile"])
     torch.compiler.reset()
-    (result,) = json.loads(output.read_text())["results"]
-    assert result.keys() == {"batch_size", "max_difference", "baseline", "sequential", "compiled"}
-    assert len(compiled) == 1
-    header = "| batch size | baseline, s | sequential, s | ratio | compiled, s | ratio | max. difference |"
-    assert header in output.with_suffix(".md").read_text()
+    (result,) = json.loads(output.read_text())["results"]["sampling"]
+    assert list(result["samplers"]) == [*SAMPLERS, "sequential, compiled", "auto, compiled"]
+    assert len(compiled) == 1 and all(block.steps_are_compiled for block in compiled[0].blocks)
+    assert compiled[0].config.inverse_profile["guidance_scale"] == 2.0
 
 
-@pytest.mark.parametrize("wrong", ["baseline", "sequential"])
-@pytest.mark.parametrize("error", [1e-3, float("nan")])
-def test_benchmark_refuses_to_time_different_results(benchmark_script, monkeypatch, tmp_path, wrong, error):
+@pytest.mark.parametrize("wrong", ["GS-Jacobi", "auto"])
+@pytest.mark.parametrize("error", [2e-3, float("nan")])
+def test_benchmark_refuses_to_time_different_results(benchmark_script, monkeypatch, tiny_options, wrong, error):
     sampling = benchmark_script("sampling")
-    samplers = sampling.build_samplers(sampling.parse_args(TINY_OPTIONS))
-    right = samplers[wrong]
-    samplers[wrong] = lambda *inputs: right(*inputs) + error
-    monkeypatch.setattr(sampling, "build_samplers", lambda args: samplers)
-    output = tmp_path / "sampling.json"
+    options, output = tiny_options
+    build_samplers = sampling.build_samplers
+
+    def build_one_wrong(*args):
+        samplers = build_samplers(*args)
+        right = samplers[wrong]
+        return samplers | {wrong: lambda *inputs: right(*inputs) + error}
+
+    monkeypatch.setattr(sampling, "build_samplers", build_one_wrong)
     with pytest.raises(
-        SystemExit, match=r"differ by up to (1\.00e-03|nan) at batch size 1, more than 1e-04"
+        SystemExit, match=rf"{wrong} differ .* by (2\.0\de-03|nan) at batch size 1, more than 1e-03"
     ) as refusal:
-        sampling.main([*TINY_OPTIONS, "--batch_sizes", "1", "--output", str(output)])
+        sampling.main([*options, "--batch_sizes", "1"])
     assert isinstance(refusal.value.code, str)  # which makes the exit status 1
-    assert list(tmp_path.iterdir()) == []
+    assert not output.parent.exists()
 
 
 @pytest.mark.parametrize("options", [["--repeats", "0"], ["--batch_sizes", "1", "0"]])
-def test_benchmark_refuses_counts_below_one(benchmark_script, capsys, options):
+def test_benchmark_refuses_counts_below_one(benchmark_script, saved_flow, capsys, options):
     with pytest.raises(SystemExit):
-        benchmark_script("sampling").parse_args(options)
+        benchmark_script("sampling").parse_args(["--model", str(saved_flow), *options])
     assert "--repeats and --batch_sizes must be at least 1" in capsys.readouterr().err
+
+
+def test_benchmark_says_how_to_make_its_flow(benchmark_script, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_script("sampling").parse_args(["--model", str(tmp_path)])
+    assert "run benchmarks/prepare_flow.py" in capsys.readouterr().err
+
+
+def test_flow_is_made_once_and_kept(benchmark_script, tmp_path):
+    prepare_flow = benchmark_script("prepare_flow")
+    args = prepare_flow.parse_args(["--output_dir", str(tmp_path), "--max_train_steps", "300"])
+    prepare, train = prepare_flow.commands(args)
+    assert prepare[1].endswith("prepare_demo.py") and train[1].endswith("train_rra.py")
+    assert train[train.index("--max_train_steps") + 1] == "300"
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "shapes" / "demo.json").touch()
+    assert prepare_flow.commands(args) == [train]
+    (tmp_path / "flow").mkdir()
+    (tmp_path / "flow" / "model_index.json").touch()
+    assert prepare_flow.commands(args) == []

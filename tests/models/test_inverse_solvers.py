@@ -406,6 +406,29 @@ def test_steps_compile_whole_and_not_anew_for_each_token(randomised_model, fresh
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (3 if solver == "sequential" else 6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graph_replays_the_token_step(randomised_model):
+    block = randomised_model(sample_size=8).blocks[0].cuda()
+    latents, class_labels = torch.randn(2, 16, 12, dtype=torch.float64).cuda(), torch.tensor([2, 4]).cuda()
+    options = InverseOptions(guidance_scale=2.0)
+    expected = block(latents, class_labels, inverse=True, options=options)[0]
+    with torch.no_grad():
+        state = block._allocate_state(latents, class_labels, options)
+        position = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warms up
+            transformer_tarflow.take_token(block, state, position, 16)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            transformer_tarflow.take_token(block, state, position, 16)
+        position.zero_()
+        for _ in range(15):
+            graph.replay()
+    assert_close(state.tokens, expected, atol=1e-10)
+
+
 def test_copies_of_a_compiled_model_compute_with_their_own_weights(randomised_model, fresh_compiler):
     model = randomised_model()
     latents = noise(model)

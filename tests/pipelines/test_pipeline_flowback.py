@@ -245,6 +245,29 @@ def test_overflow_is_reported_and_not_replaced(pipe, caplog):
     assert torch.isfinite(images[0]).all() and not torch.isfinite(images[1]).all()
 
 
+def test_overflow_raises_where_it_is_asked_to(pipe):
+    latents = torch.zeros(2, 3, 4, 4)
+    latents[1] = torch.inf
+    with pytest.raises(OverflowError, match=r"Images \[1\] of this call overflowed .* Try another seed"):
+        pipe(latents=latents, class_labels=[0, 1], on_overflow="raise")
+    pipe(latents=torch.zeros(2, 3, 4, 4), class_labels=[0, 1], on_overflow="raise")
+    with pytest.raises(ValueError, match=r"`on_overflow` must be one of \('warn', 'raise'\), but is 'ignore'"):
+        pipe(class_labels=[0], on_overflow="ignore")
+
+
+@pytest.mark.parametrize("solver", ["auto", "jacobi"])
+def test_solvers_give_the_same_images(pipe, solver):
+    arguments = {"class_labels": [1, 2], "guidance_scale": 2.0, "output_type": "latent", "denoise": False}
+    expected = pipe(**arguments, solver="sequential", generator=seeded()).images
+    images = pipe(**arguments, solver=solver, tolerance=0, generator=seeded()).images
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    if solver == "jacobi":
+        rough = pipe(**arguments, solver=solver, tolerance=1e3, generator=seeded()).images
+        assert (rough - expected).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="`solver` must be one of"):
+        pipe(**arguments, solver="newton")
+
+
 def test_model_cpu_offload(pipe):
     expected = pipe(class_labels=[1], generator=seeded(), output_type="latent").images
     pipe.enable_model_cpu_offload(device="cpu")
