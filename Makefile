@@ -26,7 +26,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/prepare_flow.py
+	$(BIN)/python benchmarks/sampling.py --compile
 
 clean:
 	rm -rf $(VENV) outputs build dist src/*.egg-info
