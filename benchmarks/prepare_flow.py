@@ -1,7 +1,7 @@
 """
 Makes the trained flow whose sampling the benchmarks time: 256 tokens, width 256, 4 blocks of 4 layers, on shapes at
-64x64 pixels. Kept: a second call does nothing, and one that was interrupted goes on where it was. The second command is
-for a GPU and makes one of the paper's size.
+64x64 pixels. Kept: a second call does nothing, and one that was interrupted goes on where it was. The second command
+is for a GPU and makes one of the paper's size.
 
     python benchmarks/prepare_flow.py
     python benchmarks/prepare_flow.py --num_blocks 8 --num_layers 8 --num_attention_heads 16 --learning_rate 1e-4 \\
