@@ -263,8 +263,8 @@ def predict_module(
     block: TarFlowBlock,
     tokens: torch.Tensor,
     conditioning: torch.Tensor,
-    caches: list[tuple[torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    caches: list[ModuleCache],
+) -> tuple[torch.Tensor, torch.Tensor, list[ModuleCache]]:
     """Log-scale and shift of the token after each of `tokens`, and the keys and values of every layer with theirs."""
     hidden_states = block.proj_in(tokens) + conditioning
     extended = []

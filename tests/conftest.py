@@ -89,6 +89,14 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def stand_in():
     with StandInHub() as server:

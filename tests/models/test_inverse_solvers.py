@@ -383,14 +383,6 @@ def test_two_threads_may_sweep_with_one_model(randomised_model):
             assert torch.equal(parallel[0], serial[0]) and torch.equal(parallel[1], serial[1])
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch.compiler.reset()
-
-
 @each_architecture
 @pytest.mark.parametrize("solver", ["sequential", "jacobi"])
 def test_steps_compile_whole_and_not_anew_for_each_token(randomised_model, fresh_compiler, architecture, solver):

@@ -806,14 +806,6 @@ def test_gradient_checkpointing_runs_the_layers_again_and_changes_no_gradient(ra
         assert_close(parameter.grad, expected[name], atol=1e-12)
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch.compiler.reset()
-
-
 def test_compiled_layers_give_the_same_outputs(randomised_model, fresh_compiler):
     model = randomised_model()
     sample, class_labels = random_sample(model), torch.tensor([2, -1])

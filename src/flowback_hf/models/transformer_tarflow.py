@@ -1017,7 +1017,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         tokens: torch.Tensor,
         latents: torch.Tensor,
         class_labels: torch.Tensor | None,
-        numbers: list[int],
+        numbers: Iterable[int],
         options: InverseOptions,
     ) -> torch.Tensor:
         """The largest `|f(x) - z|` of each sample, `f` guided."""
@@ -1146,8 +1146,9 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         """
         Compile what runs again and again: the layers, and the steps of the inverse's solvers, each of them whole.
 
-        Takes the arguments of `torch.compile`. On a CPU `options={"freezing": True, "max_autotune": True}` is fastest;
-        every flow block then has graphs of its own, for which `torch._dynamo.config.recompile_limit` has to make room.
+        Takes the arguments of `torch.compile`. On a CPU sampling is fastest with `freezing` and `max_autotune` set in
+        `torch._inductor.config` (as `options` of a call they come too late for `freezing`); every flow block then has
+        graphs of its own, for which `torch._dynamo.config.recompile_limit` has to make room.
         """
         super().compile_repeated_blocks(*args, **kwargs)
         for block in self.blocks:
