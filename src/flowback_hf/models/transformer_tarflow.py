@@ -31,12 +31,27 @@ DEFAULT_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 # amplify what is left of its error. Rounding alone changes it by a few units of its last place.
 SETTLED_SHARE = 0.01
 SETTLED_UNITS = 8
-# What a token's step and a window's sweep cost whatever they evaluate (reading weights, launching kernels), in units
-# of one more row: a token of one branch of one sample. By device; then if they are compiled. Of the CPU they are
-# measured, of CUDA estimated from how many operations it does in the time that a byte takes.
-STEP_OVERHEADS = {
-    "cpu": {False: (14.0, 28.0), True: (5.0, 8.0)},
-    "cuda": {False: (2048.0, 3072.0), True: (512.0, 768.0)},
+
+
+class StepCosts(NamedTuple):
+    """
+    What a solver's steps take, in units of one more row of a sweep: a token of one branch of one sample.
+
+    Args:
+        token, sweep (`float`): A token's step and a window's sweep, whatever they evaluate: reading weights, kernels.
+        token_row (`float`): One more row of a token's step. It reads a cache that a sweep reads for a window of rows.
+    """
+
+    token: float
+    token_row: float
+    sweep: float
+
+
+# By device; then if they are compiled. The CPU's are measured, CUDA's estimated from how many operations it does while
+# it reads a byte.
+STEP_COSTS = {
+    "cpu": {False: StepCosts(20, 2, 37), True: StepCosts(4, 2, 20)},
+    "cuda": {False: StepCosts(2048, 10, 3072), True: StepCosts(512, 10, 768)},
 }
 # "auto" sweeps only where that promises to save a fifth: the promise is an estimate.
 JACOBI_MUST_SAVE = 0.2
@@ -182,6 +197,19 @@ def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     return rotated.flatten(-2).to(states.dtype)
 
 
+def attend_from_one_token(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """
+    What `F.scaled_dot_product_attention` returns for a single query, written out for a compiler, which makes of it two
+    passes over the cache: a kernel for many queries takes longer to call than one query takes to answer.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    logits = (query.to(dtype) * keys.to(dtype)).sum(dim=-1) / math.sqrt(query.shape[-1])
+    weights = torch.where(attention_mask.squeeze(2), logits, -math.inf).softmax(dim=-1)
+    return (weights.unsqueeze(-1) * values.to(dtype)).sum(dim=2, keepdim=True).to(query.dtype)
+
+
 class TarFlowAttnProcessor:
     """Causal self-attention, over a whole sequence or of a window of its tokens to those in a key/value cache."""
 
@@ -232,8 +260,9 @@ class TarFlowAttnProcessor:
         # A causal kernel would line the window up with the start of the cache. Backends made for long sequences have
         # nothing to gain here, and choosing one takes as long as a small product.
         keys, values = cached[:, :, :, : attention_mask.shape[-1]].unbind(dim=1)
-        attended = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=attention_mask)
-        attended = attended.transpose(1, 2)
+        is_compiled_step = torch.compiler.is_compiling() and not in_window
+        attend = attend_from_one_token if is_compiled_step else F.scaled_dot_product_attention
+        attended = attend(query.transpose(1, 2), keys, values, attention_mask).transpose(1, 2)
         return torch.where(is_finite, attended, math.nan) if in_window else attended
 
 
@@ -307,19 +336,21 @@ class InverseState(NamedTuple):
     """
     What the solvers of one block's inverse read and write, in the block's own token order. Local to a call.
 
-    Rows are what the network evaluates: sample by sample, and under guidance the conditional branch of each before its
-    weak one.
+    Under guidance a sample has two branches, the conditional one before its weak one; else one. The network evaluates
+    rows: the branches of the first sample, then those of the next.
 
     Args:
         latents, tokens, log_scale, shift (`torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`):
-            `z`, and `u`, `a` and `m` as far as they are known.
-        class_embedding (`torch.Tensor` of shape `(num_rows, 1, width)`)
+            `z`, and `u`, `a` and `m` as far as they are known. Contiguous: of tokens that do not lie in memory one
+            after another, Inductor (torch 2.13) made wrong values.
+        class_embedding (`torch.Tensor` of shape `(batch_size, branches, 1, width)`)
         position_embedding (`torch.Tensor` of shape `(num_tokens, width)`, *optional*)
         rotary (`torch.Tensor` of shape `(2, num_tokens, head_dim / 2)`, *optional*)
-        temperature (`torch.Tensor` of shape `(num_rows, 1, 1, 1)`, *optional*)
+        temperature (`torch.Tensor` of shape `(batch_size, branches, 1, 1, 1)`, *optional*)
         guidance_weight (`torch.Tensor` of shape `(num_tokens, 1)`, *optional*): `w` of each token; `None` is off.
         guidance_rule (`str`)
-        key_value_caches (`tuple` of `torch.Tensor` of shape `(num_rows, 2, heads, num_tokens, head_dim)`): By layer.
+        key_value_caches (`tuple` of `torch.Tensor` of shape
+            `(batch_size, branches, 2, heads, num_tokens, head_dim)`): By layer.
     """
 
     latents: torch.Tensor
@@ -340,26 +371,34 @@ class InverseState(NamedTuple):
 
     def first(self, num_samples: int) -> "InverseState":
         """A view of the first samples."""
-        num_rows = num_samples * self.branches
         return self._replace(
             latents=self.latents[:num_samples],
             tokens=self.tokens[:num_samples],
             log_scale=self.log_scale[:num_samples],
             shift=self.shift[:num_samples],
-            class_embedding=self.class_embedding[:num_rows],
-            temperature=None if self.temperature is None else self.temperature[:num_rows],
-            key_value_caches=tuple(cache[:num_rows] for cache in self.key_value_caches),
+            class_embedding=self.class_embedding[:num_samples],
+            temperature=None if self.temperature is None else self.temperature[:num_samples],
+            key_value_caches=tuple(cache[:num_samples] for cache in self.key_value_caches),
         )
 
+    def mark_batch_dynamic(self, *others: torch.Tensor):
+        """
+        Lets one graph of a compiled step serve all batch sizes but 1. On a CPU that also makes its products oneDNN's:
+        a size that is fixed gets MKL's, which take twice as long on CPUs of another maker.
+        """
+        batched = (self.latents, self.tokens, self.log_scale, self.shift, self.class_embedding, self.temperature)
+        for values in (*batched, *self.key_value_caches, *others):
+            if values is not None and len(values) > 1:
+                torch._dynamo.maybe_mark_dynamic(values, 0)
+
     def retire(self, sample: int, last: int):
-        """A sample that is done changes places with the last one at work, and leaves its rows to it."""
+        """A sample that is done changes places with the last one at work, and leaves what only work needs to it."""
         if sample == last:
             return
         for values in (self.latents, self.tokens, self.log_scale, self.shift):
             values[[sample, last]] = values[[last, sample]]
-        for rows in (self.class_embedding, *self.key_value_caches):
-            rows = rows.unflatten(0, (-1, self.branches))
-            rows[sample] = rows[last]
+        for values in (self.class_embedding, *self.key_value_caches):
+            values[sample] = values[last]
 
 
 def evaluate_window(
@@ -375,14 +414,15 @@ def evaluate_window(
     if state.branches == 2:
         tokens = tokens.repeat_interleave(2, dim=0)
         row_positions = positions if len(positions) == 1 else positions.repeat_interleave(2, dim=0)
-    hidden_states = block.proj_in(tokens) + state.class_embedding
+    temperature = None if state.temperature is None else state.temperature.flatten(0, 1)
+    hidden_states = block.proj_in(tokens) + state.class_embedding.flatten(0, 1)
     if state.position_embedding is not None:
         hidden_states = hidden_states + state.position_embedding[row_positions]
     rotary = None if state.rotary is None else state.rotary[:, row_positions]
     attention_mask = torch.arange(length, device=positions.device) <= row_positions[:, None, :, None]
     for layer, cache in zip(block.layers, state.key_value_caches):
-        key_value_cache = KeyValueCache(cache, row_positions, attention_mask)
-        hidden_states = layer(hidden_states, rotary, state.temperature, key_value_cache)
+        key_value_cache = KeyValueCache(cache.flatten(0, 1), row_positions, attention_mask)
+        hidden_states = layer(hidden_states, rotary, temperature, key_value_cache)
     log_scale, shift = block.proj_out(hidden_states).to(state.tokens.dtype).chunk(2, dim=-1)
     if state.branches == 2:
         weight = state.guidance_weight[positions + 1]
@@ -629,26 +669,26 @@ class TarFlowBlock(nn.Module):
         self, latents: torch.Tensor, class_labels: torch.Tensor | None, options: InverseOptions
     ) -> InverseState:
         batch_size, num_tokens, _ = latents.shape
-        class_embedding = self._class_embedding(class_labels).expand(batch_size, -1, -1)
+        class_embedding = self._class_embedding(class_labels).expand(batch_size, -1, -1).unsqueeze(1)
         temperature = guidance_weight = None
         if options.guidance_scale != 1.0:
             guidance_weight = self._guidance_weight(latents, options)
-            weak_embedding = self._class_embedding(None).expand(batch_size, -1, -1)
-            class_embedding = torch.stack([class_embedding, weak_embedding], dim=1).flatten(0, 1)
+            weak_embedding = self._class_embedding(None).expand(batch_size, -1, -1).unsqueeze(1)
+            class_embedding = torch.cat([class_embedding, weak_embedding], dim=1)
             if options.guidance_temperature != 1.0:
                 temperature = class_embedding.new_ones(batch_size, 2, 1, 1, 1)
                 temperature[:, 1] = options.guidance_temperature
-                temperature = temperature.flatten(0, 1)
+        latents = latents.clone(memory_format=torch.contiguous_format)
         tokens = torch.zeros_like(latents)
         if options.window_size > 0 and options.initial_guess == "latents":
             tokens = latents.clone()
         tokens[:, 0] = latents[:, 0]
         return InverseState(
-            latents=latents.clone(),
+            latents=latents,
             tokens=tokens,
             log_scale=torch.zeros_like(latents),
             shift=torch.zeros_like(latents),
-            class_embedding=class_embedding.clone(),
+            class_embedding=class_embedding.clone(memory_format=torch.contiguous_format),
             # Never a parameter, which would be a type of its own to a compiled step.
             position_embedding=None if self.pos_embed is None else self._position_embedding().detach(),
             rotary=self._rotary(),
@@ -663,12 +703,15 @@ class TarFlowBlock(nn.Module):
         device_type, dtype = class_embedding.device.type, class_embedding.dtype
         if torch.is_autocast_enabled(device_type) and dtype == torch.float32:  # autocast leaves float64 alone
             dtype = torch.get_autocast_dtype(device_type)
-        shapes = [(len(class_embedding), 2, each.attn.heads, num_tokens, each.attn.head_dim) for each in self.layers]
+        branches = class_embedding.shape[:2]
+        shapes = [(*branches, 2, each.attn.heads, num_tokens, each.attn.head_dim) for each in self.layers]
         return tuple(class_embedding.new_zeros(shape, dtype=dtype) for shape in shapes)
 
     def _take_tokens(self, state: InverseState, last: int):
         """The tokens after number `last`, one after another, each exactly."""
         num_tokens = state.tokens.shape[1]
+        if self.steps_are_compiled:
+            state.mark_batch_dynamic()
         position = torch.full((1, 1), last, device=state.tokens.device)
         for length in range(last + 1, num_tokens):
             self.take_token(self, state, position, round_up_length(length, num_tokens))
@@ -694,7 +737,10 @@ class TarFlowBlock(nn.Module):
         while num_active > 0:
             last = torch.tensor(settled[:num_active], device=device)
             length = round_up_length(max(settled[:num_active]) + window_size, num_tokens)
-            last = self.sweep_window(self, state.first(num_active), last, window_size, length, options.tolerance)
+            active = state.first(num_active)
+            if self.steps_are_compiled:
+                active.mark_batch_dynamic(last)
+            last = self.sweep_window(self, active, last, window_size, length, options.tolerance)
             settled[:num_active] = last.tolist()
             num_sweeps += 1
             for place in reversed(range(num_active)):
@@ -1033,30 +1079,29 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         if solver == "sequential" or num_steps < 2:
             return options
         rows = len(tokens) * (1 if options.guidance_scale == 1.0 else 2)
-        overheads = STEP_OVERHEADS.get(tokens.device.type, STEP_OVERHEADS["cpu"])
-        token_overhead, sweep_overhead = overheads[self.blocks[number - 1].steps_are_compiled]
-        token_cost = token_overhead + rows
+        costs = STEP_COSTS.get(tokens.device.type, STEP_COSTS["cpu"])[self.blocks[number - 1].steps_are_compiled]
+        token_cost = costs.token + rows * costs.token_row
 
         profile = self.config.inverse_profile
         if profile is not None:
             options = replace(options, initial_guess=profile["initial_guesses"][number - 1])
         if profile is not None and window_size is None:
-            costs = {
-                size: sweeps * (sweep_overhead + size * rows)
+            block_costs = {
+                size: sweeps * (costs.sweep + size * rows)
                 for size, sweeps in zip(profile["window_sizes"], profile["sweeps"][number - 1])
             }
-            best = min(costs, key=costs.get)
-            pays = costs[best] <= (1 - JACOBI_MUST_SAVE) * num_steps * token_cost
+            best = min(block_costs, key=block_costs.get)
+            pays = block_costs[best] <= (1 - JACOBI_MUST_SAVE) * num_steps * token_cost
             return replace(options, window_size=best) if pays or solver == "jacobi" else options
 
         if window_size is None:
-            window_size = max(4, 2 ** round(math.log2(max(sweep_overhead / rows, 1))))
+            window_size = max(4, 2 ** round(math.log2(max(costs.sweep / rows, 1))))
         options = replace(options, window_size=min(window_size, num_steps))
         if solver == "jacobi":
             return options
         # As many tokens have to be settled in a sweep as can be taken one by one in its time. A sweep settles half of
         # its window at best: where that is too few, there is nothing to try.
-        least_pace = (sweep_overhead + options.window_size * rows) / token_cost / (1 - JACOBI_MUST_SAVE)
+        least_pace = (costs.sweep + options.window_size * rows) / token_cost / (1 - JACOBI_MUST_SAVE)
         tries = least_pace <= options.window_size / 2
         return replace(options, least_pace=least_pace) if tries else replace(options, window_size=0)
 
