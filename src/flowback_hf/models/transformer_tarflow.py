@@ -56,6 +56,8 @@ STEP_COSTS = {
 # "auto" sweeps only where that promises to save a fifth: the promise is an estimate.
 JACOBI_MUST_SAVE = 0.2
 PROBE_SWEEPS = 6
+# A sweep of no more rows than this takes too little memory to be divided.
+UNDIVIDED_ROWS = 512
 PROFILE_WINDOW_SIZES = (4, 16, 64, 256)
 
 
@@ -369,16 +371,16 @@ class InverseState(NamedTuple):
     def branches(self) -> int:
         return 1 if self.guidance_weight is None else 2
 
-    def first(self, num_samples: int) -> "InverseState":
-        """A view of the first samples."""
+    def view(self, samples: slice) -> "InverseState":
+        """Some of the samples, in the same memory."""
         return self._replace(
-            latents=self.latents[:num_samples],
-            tokens=self.tokens[:num_samples],
-            log_scale=self.log_scale[:num_samples],
-            shift=self.shift[:num_samples],
-            class_embedding=self.class_embedding[:num_samples],
-            temperature=None if self.temperature is None else self.temperature[:num_samples],
-            key_value_caches=tuple(cache[:num_samples] for cache in self.key_value_caches),
+            latents=self.latents[samples],
+            tokens=self.tokens[samples],
+            log_scale=self.log_scale[samples],
+            shift=self.shift[samples],
+            class_embedding=self.class_embedding[samples],
+            temperature=None if self.temperature is None else self.temperature[samples],
+            key_value_caches=tuple(cache[samples] for cache in self.key_value_caches),
         )
 
     def mark_batch_dynamic(self, *others: torch.Tensor):
@@ -472,10 +474,12 @@ def sweep_window(
     state.log_scale[samples, following] = torch.where(is_new, log_scale, state.log_scale[samples, following])
     state.shift[samples, following] = torch.where(is_new, shift, state.shift[samples, following])
 
+    # Up to the first token that has changed: it saw only such as have not, so that it is settled, too. Those after it
+    # saw what it was before.
     change = ((tokens - old_tokens).abs() / tokens.abs().clamp(min=1)).amax(dim=2)
     largest_change = tolerance and max(SETTLED_SHARE * tolerance, SETTLED_UNITS * torch.finfo(tokens.dtype).eps)
-    is_unsettled = is_open & ~is_first & ~(change <= largest_change)  # NaN is not settled
-    return torch.where(is_unsettled, following, num_tokens).amin(dim=1).sub(1).minimum(following[:, -1])
+    has_changed = is_open & ~(change <= largest_change)  # NaN has
+    return torch.where(has_changed, following, num_tokens).amin(dim=1).minimum(following[:, -1])
 
 
 class TarFlowBlock(nn.Module):
@@ -729,19 +733,25 @@ class TarFlowBlock(nn.Module):
         batch_size, num_tokens, _ = state.tokens.shape
         device = state.tokens.device
         window_size = min(options.window_size, num_tokens - 1)
+        # Large windows take a part of the batch at a time, so that what a sweep computes on its way, some 14 widths a
+        # row, stays below a fifth of the cache, 2 widths a token and layer.
+        least_part = UNDIVIDED_ROWS // (window_size * state.branches)
+        part_size = max(1, least_part, batch_size * num_tokens * len(self.layers) // (35 * window_size))
         # Samples change places, so that those at work are always the first: a view of them costs nothing.
         order = list(range(batch_size))
         settled = [0] * batch_size
         sweeps = [0] * batch_size
         num_active, num_sweeps = batch_size, 0
         while num_active > 0:
-            last = torch.tensor(settled[:num_active], device=device)
             length = round_up_length(max(settled[:num_active]) + window_size, num_tokens)
-            active = state.first(num_active)
-            if self.steps_are_compiled:
-                active.mark_batch_dynamic(last)
-            last = self.sweep_window(self, active, last, window_size, length, options.tolerance)
-            settled[:num_active] = last.tolist()
+            for begin in range(0, num_active, part_size):
+                part = slice(begin, min(begin + part_size, num_active))
+                last = torch.tensor(settled[part], device=device)
+                part_state = state.view(part)
+                if self.steps_are_compiled:
+                    part_state.mark_batch_dynamic(last)
+                last = self.sweep_window(self, part_state, last, window_size, length, options.tolerance)
+                settled[part] = last.tolist()
             num_sweeps += 1
             for place in reversed(range(num_active)):
                 if settled[place] == num_tokens - 1:
@@ -753,7 +763,7 @@ class TarFlowBlock(nn.Module):
             pace = sum(settled) / (num_sweeps * batch_size)
             if num_sweeps == PROBE_SWEEPS and num_active > 0 and pace < options.least_pace:
                 slowest = min(settled[:num_active])
-                self._take_tokens(state.first(num_active), slowest)
+                self._take_tokens(state.view(slice(num_active)), slowest)
                 for sample in order[:num_active]:
                     sweeps[sample] = num_sweeps + num_tokens - 1 - slowest
                 break
