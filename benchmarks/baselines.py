@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -133,14 +134,8 @@ def selective_jacobi_decoding(
     def invert(number, block, latents, conditionings, weight):
         if number == len(model.blocks):
             return invert_block(block, latents, conditionings, weight)
-        tokens = torch.zeros_like(latents)
-        for _ in range(latents.shape[1]):
-            swept = sweep_module(block, tokens, latents, conditionings, weight, [[] for _ in conditionings], start=0)
-            change = (swept - tokens).abs().max()
-            tokens = swept
-            if change < tolerance:
-                break
-        return tokens
+        sweep = partial(sweep_module, block, latents, conditionings, weight, [[] for _ in conditionings], 0)
+        return sweep_until(largest, tolerance, sweep, torch.zeros_like(latents))[0]
 
     return invert_blocks(model, latents, class_labels, guidance_scale, invert)
 
@@ -178,16 +173,12 @@ def gs_jacobi(
         # Token 0 is known: modules are of those that follow it.
         for positions in torch.arange(1, num_tokens).chunk(recipe.num_modules[number - 1]):
             start, stop = positions[0].item() - 1, positions[-1].item() + 1
-            module = (latents[:, start:stop], [each[:, start:stop] for each in conditionings], weight)
-            for _ in positions:
-                swept = sweep_module(block, tokens[:, start:stop], *module, caches, start)
-                change = (swept - tokens[:, start:stop]).square().mean().sqrt()
-                tokens[:, start:stop] = swept
-                if change < tolerance:
-                    break
+            module_conditionings = [each[:, start:stop] for each in conditionings]
+            sweep = partial(sweep_module, block, latents[:, start:stop], module_conditionings, weight, caches, start)
+            tokens[:, start:stop], _ = sweep_until(root_mean_square, tolerance, sweep, tokens[:, start:stop])
             caches = [
                 predict_module(block, tokens[:, start : stop - 1], conditioning[:, : stop - 1 - start], cache)[2]
-                for conditioning, cache in zip(module[1], caches)
+                for conditioning, cache in zip(module_conditionings, caches)
             ]
         return tokens
 
@@ -212,20 +203,11 @@ def calibrate_gs_jacobi(
 
     def invert(number, block, latents, conditionings, weight):
         solution = invert_block(block, latents, conditionings, weight)
-        caches = [[] for _ in conditionings]
+        sweep = partial(sweep_module, block, latents, conditionings, weight, [[] for _ in conditionings], 0)
         guesses = {False: latents, True: torch.zeros_like(latents)}
-        errors = {}
-        for is_zeros, guess in guesses.items():
-            swept = sweep_module(block, guess, latents, conditionings, weight, caches, start=0)
-            errors[is_zeros] = (swept - solution).abs().max().item()
-        from_zeros[number] = errors[True] < errors[False]
-        tokens = guesses[from_zeros[number]]
-        for sweeps[number] in range(1, latents.shape[1]):
-            swept = sweep_module(block, tokens, latents, conditionings, weight, caches, start=0)
-            change = (swept - tokens).square().mean().sqrt()
-            tokens = swept
-            if change < tolerance:
-                break
+        errors = {is_zeros: largest(sweep(guess) - solution) for is_zeros, guess in guesses.items()}
+        from_zeros[number] = bool(errors[True] < errors[False])
+        _, sweeps[number] = sweep_until(root_mean_square, tolerance, sweep, guesses[from_zeros[number]])
         return solution
 
     invert_blocks(model, latents, class_labels, guidance_scale, invert)
@@ -237,14 +219,38 @@ def calibrate_gs_jacobi(
     )
 
 
+def largest(values: torch.Tensor) -> torch.Tensor:
+    return values.abs().max()
+
+
+def root_mean_square(values: torch.Tensor) -> torch.Tensor:
+    return values.square().mean().sqrt()
+
+
+def sweep_until(
+    measure: Callable[[torch.Tensor], torch.Tensor],
+    tolerance: float,
+    sweep: Callable[[torch.Tensor], torch.Tensor],
+    tokens: torch.Tensor,
+) -> tuple[torch.Tensor, int]:
+    """Sweeps until what `measure` says of a change is below `tolerance`, or as often as there are tokens.
+    Returns the tokens, and the number of sweeps."""
+    for number in range(1, tokens.shape[1] + 1):
+        swept = sweep(tokens)
+        change, tokens = swept - tokens, swept
+        if measure(change) < tolerance:
+            break
+    return tokens, number
+
+
 def sweep_module(
     block: TarFlowBlock,
-    tokens: torch.Tensor,
     latents: torch.Tensor,
     conditionings: list[torch.Tensor],
     weight: float,
     caches: list[list[ModuleCache]],
     start: int,
+    tokens: torch.Tensor,
 ) -> torch.Tensor:
     """`u <- m(u) + exp(a(u)) z` for all but the first of `tokens`, number `start` of the sequence, which is known."""
     predictions = [

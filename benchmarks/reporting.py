@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
 def current_commit() -> str | None:
+    """Of the code that runs, asked before the first report is written: results are files of the repository, too."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     git = subprocess.run(command, capture_output=True, text=True)
     return git.stdout.strip() if git.returncode == 0 else None
