@@ -12,14 +12,13 @@ import copy
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from baselines import calibrate_gs_jacobi, gs_jacobi, published_token_loop, selective_jacobi_decoding
-from reporting import markdown_table, peak_memory_of, seconds_of, synchronise, write_report
+from reporting import markdown_table, peak_memory_of, seconds_of, write_report
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
@@ -132,10 +131,8 @@ def measure(
     samples, seconds, residuals = {}, {}, {}
     torch.compiler.reset()  # what is compiled is tuned for the batch size that it meets first
     for name, sampler in samplers.items():
-        start = time.perf_counter()
-        samples[name] = sampler(*inputs)  # warms up, and compiles
-        synchronise(args.device)
-        first_seconds = time.perf_counter() - start
+        # Warms up, and compiles.
+        first_seconds = seconds_of(lambda: samples.update({name: sampler(*inputs)}), args.device)
         residuals[name] = residual(model, samples[name], *inputs, guidance_scale)
         if not residuals[name] <= args.largest_residual:  # NaN is refused too
             sys.exit(

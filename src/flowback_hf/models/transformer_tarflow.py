@@ -27,8 +27,8 @@ ROTARY_BASE = 10_000.0
 SOLVERS = ("auto", "sequential", "jacobi")
 INITIAL_GUESSES = ("latents", "zeros")
 DEFAULT_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
-# A value that a sweep changes by less than this share of the tolerance is settled: later tokens and flow blocks
-# amplify what is left of its error. Rounding alone changes it by a few units of its last place.
+# A value that a sweep changes by no more than this share of the tolerance counts as unchanged: later tokens and flow
+# blocks amplify what is left of its error. Rounding alone changes it by a few units of its last place.
 SETTLED_SHARE = 0.01
 SETTLED_UNITS = 8
 
@@ -673,12 +673,12 @@ class TarFlowBlock(nn.Module):
         self, latents: torch.Tensor, class_labels: torch.Tensor | None, options: InverseOptions
     ) -> InverseState:
         batch_size, num_tokens, _ = latents.shape
-        class_embedding = self._class_embedding(class_labels).expand(batch_size, -1, -1).unsqueeze(1)
+        is_guided = options.guidance_scale != 1.0
+        branches = [class_labels, None] if is_guided else [class_labels]
+        class_embedding = torch.stack([self._class_embedding(each).expand(batch_size, -1, -1) for each in branches], 1)
         temperature = guidance_weight = None
-        if options.guidance_scale != 1.0:
+        if is_guided:
             guidance_weight = self._guidance_weight(latents, options)
-            weak_embedding = self._class_embedding(None).expand(batch_size, -1, -1).unsqueeze(1)
-            class_embedding = torch.cat([class_embedding, weak_embedding], dim=1)
             if options.guidance_temperature != 1.0:
                 temperature = class_embedding.new_ones(batch_size, 2, 1, 1, 1)
                 temperature[:, 1] = options.guidance_temperature
@@ -692,7 +692,7 @@ class TarFlowBlock(nn.Module):
             tokens=tokens,
             log_scale=torch.zeros_like(latents),
             shift=torch.zeros_like(latents),
-            class_embedding=class_embedding.clone(memory_format=torch.contiguous_format),
+            class_embedding=class_embedding,
             # Never a parameter, which would be a type of its own to a compiled step.
             position_embedding=None if self.pos_embed is None else self._position_embedding().detach(),
             rotary=self._rotary(),
