@@ -1,0 +1,123 @@
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+"""What stands beside a measured number: a Markdown table, a figure, the machine and the commit."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowback_hf.files import write_whole
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """
+    A Markdown table.
+
+    Example:
+        ```py
+        >>> from flowback_hf.reporting import markdown_table
+
+        >>> print(markdown_table(["solver", "seconds"], [["sequential", 0.25]]))
+        | solver | seconds |
+        | --- | --- |
+        | sequential | 0.25 |
+        ```
+    """
+    header = list(header)
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def import_pyplot() -> Any:
+    """
+    Import matplotlib's `pyplot`, which then draws to files only.
+
+    Raises:
+        ImportError: if matplotlib is missing; says what to install.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib: pip install "flowback_hf[train]".') from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    return plt
+
+
+def save_figure(figure: Any, path: Path, **options: Any):
+    """Write a matplotlib figure, whole or not at all, and close it. `options` are those of `figure.savefig`."""
+    import matplotlib.pyplot as plt
+
+    with write_whole(path) as partial:
+        figure.savefig(partial, **({"dpi": 150, "bbox_inches": "tight"} | options))
+    plt.close(figure)
+
+
+def shade_blocks(axis: Any, blocks: list[int], positions: list[float]):
+    """
+    Mark the flow blocks on an axis of places: every second one shaded, their numbers above.
+
+    Args:
+        axis (`matplotlib.axes.Axes`): Its x axis holds the places.
+        blocks (`list[int]`): The flow block of each place.
+        positions (`list[float]`): Where each place stands, one unit apart.
+    """
+    spans = {}
+    for block, position in zip(blocks, positions):
+        first, _ = spans.get(block, (position, position))
+        spans[block] = first, position
+    for block, (first, last) in spans.items():
+        if block % 2 == 0:
+            axis.axvspan(first - 0.5, last + 0.5, color="0.95", zorder=0)
+    numbers = axis.secondary_xaxis("top")
+    centers = [(first + last) / 2 for first, last in spans.values()]
+    numbers.set_xticks(centers, [f"block {block}" for block in spans], fontsize=9)
+    numbers.tick_params(length=0)
+    numbers.spines["top"].set_visible(False)
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """The processor, threads, versions and, of a CUDA device, the card."""
+    machine = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if torch.device(device).type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
+
+
+def cpu_name() -> str:
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        for line in cpu_info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@cache
+def current_commit() -> str | None:
+    """
+    The commit of the code that runs, `-dirty` if files differ from it; `None` outside a clone of this repository.
+
+    It is asked once: reports are files of the repository, too, and would make it dirty.
+    """
+    folder = str(Path(__file__).parent)
+    # An installed package may lie in a folder of somebody else's repository.
+    tracked = ["git", "-C", folder, "ls-files", "--error-unmatch", Path(__file__).name]
+    describe = ["git", "-C", folder, "describe", "--always", "--dirty"]
+    try:
+        subprocess.run(tracked, capture_output=True, check=True)
+        return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
