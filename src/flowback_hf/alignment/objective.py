@@ -11,11 +11,10 @@ from diffusers.utils import BaseOutput
 from torch.autograd.function import once_differentiable
 
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
+from flowback_hf.places import Place, check_places, place_name
 
 
 STRATEGIES = ("none", "forward", "detach", "reverse")
-
-Place = tuple[int, int]
 
 
 @dataclass
@@ -198,7 +197,7 @@ class AlignedFlowObjective(nn.Module):
         if strategy == "none":
             return
 
-        self.places = check_places(flow, places)
+        self.places = check_places(places, [len(block.layers) for block in flow.blocks])
         aligned_blocks = sorted({block for block, _ in self.places})
         if strategy == "detach":
             self.parting_blocks = aligned_blocks
@@ -210,7 +209,7 @@ class AlignedFlowObjective(nn.Module):
         self.teacher_dim = teacher_dim
         width = flow.config.num_attention_heads * flow.config.attention_head_dim
         for place in self.places:
-            self.projectors[projector_name(place)] = nn.Sequential(
+            self.projectors[place_name(place)] = nn.Sequential(
                 nn.Linear(width, projector_dim),
                 nn.SiLU(),
                 nn.Linear(projector_dim, projector_dim),
@@ -282,7 +281,7 @@ class AlignedFlowObjective(nn.Module):
 
     def _cosine(self, place: Place, hidden_states: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
         """Cosine similarity of every patch, `(batch_size, num_tokens)`."""
-        projector = self.projectors[projector_name(place)]
+        projector = self.projectors[place_name(place)]
         projected = projector(hidden_states.to(projector[0].weight.dtype))
         dtype = torch.promote_types(projected.dtype, torch.float32)
         return F.cosine_similarity(projected.to(dtype), teacher_features.to(dtype), dim=-1)
@@ -342,31 +341,6 @@ class AlignedFlowObjective(nn.Module):
                 f"`teacher_features` must have shape {expected}, (batch_size, num_tokens, teacher_dim), but are"
                 f" {given}. RepresentationTeacher makes them, with `grid_size=sample_size // patch_size`."
             )
-
-
-def projector_name(place: Place) -> str:
-    block, layer = place
-    return f"block{block}_layer{layer}"
-
-
-def check_places(flow: TarFlowTransformer2DModel, places: Iterable[Place] | None) -> list[Place]:
-    """The places as a list. Raises ValueError if there are none, if one is named twice or lies outside the flow."""
-    places = [tuple(place) for place in places or []]
-    layers_per_block = [len(block.layers) for block in flow.blocks]
-    if not places or len(set(places)) != len(places):
-        raise ValueError(f"`places` must hold at least one (block, layer), each of them once, but are {places}.")
-    for block, layer in places:
-        if not 1 <= block <= len(layers_per_block):
-            raise ValueError(
-                f"`places` names flow block {block}, but this flow's blocks are 1 (image) to {len(layers_per_block)}"
-                " (noise)."
-            )
-        if not 1 <= layer <= layers_per_block[block - 1]:
-            raise ValueError(
-                f"`places` names layer {layer} of flow block {block}, but its layers are 1 to"
-                f" {layers_per_block[block - 1]}."
-            )
-    return places
 
 
 def check_order(flow: TarFlowTransformer2DModel, order: int | str | None) -> int:
