@@ -66,8 +66,8 @@ class ImageDataset(torch.utils.data.Dataset):
     readable one, and its name is reported with the item, so that a bad file never ends a run.
 
     An item holds `images` `(channels, sample_size, sample_size)`, `class_labels`, an `int` (-1 for no class), and
-    `skipped`, the names of unreadable files. With `teacher_features` it also holds those of the image and of its mirror
-    image, `(2, num_tokens, feature_dim)`.
+    `skipped`, the names of unreadable files. With `teacher_features` it also holds those of the image and of its
+    mirror image, `(2, num_tokens, feature_dim)`.
 
     Args:
         rows (`datasets.Dataset`): Rows with an image column.
