@@ -313,7 +313,7 @@ def write_truncated(path):
     "write, match",
     [
         (write_malicious, "was not loaded: it is damaged, or holds objects that may run code when they are read"),
-        (write_truncated, "was not loaded: it is truncated or no file of PyTorch"),
+        (write_truncated, "was not loaded: it is truncated, or not a PyTorch file"),
         (lambda path: path.write_bytes(b""), "was not loaded: it is truncated"),
         (lambda path: path.write_text("not a checkpoint"), "was not loaded"),
         (lambda path: torch.save({"model": {"a": torch.ones(1)}}, path), r"but holds other things under \['model'\]"),
