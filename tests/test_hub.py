@@ -166,7 +166,7 @@ def test_a_card_edited_in_the_runs_folder_goes_up_and_is_kept(the_hub, run_dir, 
     assert "The card of tester/flow was edited by hand on the Hub and is kept" in caplog.text
 
 
-def test_a_card_that_nobody_edited_is_written_anew(the_hub, run_dir):
+def test_a_card_that_nobody_edited_is_written_again(the_hub, run_dir):
     pipeline = FlowBackPipeline.from_pretrained(run_dir)
     pipeline.push_to_hub("flow")
     with (run_dir / "metrics.jsonl").open("a") as file:

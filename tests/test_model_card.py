@@ -84,7 +84,7 @@ def test_a_cards_hash_tells_whether_it_was_edited(run_dir):
 
 @pytest.mark.parametrize("name", PUBLISHED_RUNS)
 def test_the_cards_in_this_repository_are_what_is_written_today(name, tmp_path):
-    """To the letter: whoever changes the template or a sentence writes these cards again."""
+    """To the letter: after a change to the template or a sentence, write these cards again."""
     pipeline, run_dir = write_published_run(name, tmp_path)
     committed = (REPOSITORY / "model_cards" / name / "README.md").read_text(encoding="utf-8")
     assert is_as_written(committed)

@@ -234,7 +234,7 @@ def test_ascent_is_the_loop_of_its_docstring(pipe):
     torch.testing.assert_close(actual, logits.detach().softmax(dim=1), rtol=0, atol=1e-10)
 
 
-def test_ascent_undoes_the_last_step_alone(pipe):
+def test_ascent_undoes_only_the_last_step(pipe):
     """An image that rises first and falls then keeps what it had risen to."""
     images = random_images(16)
     arguments = {"learning_rate": 0.6, "tolerance": 0.0, "num_noise_draws": 0}
