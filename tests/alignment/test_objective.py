@@ -69,14 +69,14 @@ def block_inputs(flow, batch):
     """x^0 .. x^N as tokens."""
     states = [flow.patchify(batch["noisy_sample"])]
     for block in flow.blocks:
-        states.append(block(states[-1], batch["class_labels"])[0])
+        states.append(block(states[-1], batch["class_labels"]).tokens)
     return states
 
 
 def hidden_states_at(objective, number, tokens, batch):
     layers = [layer for block, layer in objective.places if block == number]
-    *_, hidden_states = objective.flow.blocks[number - 1](tokens, batch["class_labels"], layers)
-    return {(number, layer): states for layer, states in hidden_states.items()}
+    output = objective.flow.blocks[number - 1](tokens, batch["class_labels"], layers)
+    return {(number, layer): states for layer, states in output.hidden_states.items()}
 
 
 def reached_by_the_generative_pass(objective):
@@ -109,8 +109,8 @@ def detach_alignment(objective, batch):
     x = states[-1]
     for number in reached_by_the_generative_pass(objective):
         conditioning = states[number - 1]
-        _, log_scale, shift, _ = flow.blocks[number - 1](conditioning, batch["class_labels"])
-        x = shift + torch.exp(log_scale) * x
+        output = flow.blocks[number - 1](conditioning, batch["class_labels"])
+        x = output.shift + torch.exp(output.log_scale) * x
         hidden_states |= hidden_states_at(objective, number, conditioning, batch)
     return alignment_of(objective, hidden_states, batch["teacher_features"])
 
@@ -121,8 +121,8 @@ def sequential_inverse(block, latents, class_labels):
     order = list(reversed(order)) if block.reverse_order else list(order)
     tokens = [torch.zeros_like(latents[:, 0])] * len(order)
     for index in order:
-        _, log_scale, shift, _ = block(torch.stack(tokens, dim=1), class_labels)
-        tokens[index] = shift[:, index] + torch.exp(log_scale[:, index]) * latents[:, index]
+        output = block(torch.stack(tokens, dim=1), class_labels)
+        tokens[index] = output.shift[:, index] + torch.exp(output.log_scale[:, index]) * latents[:, index]
     return torch.stack(tokens, dim=1)
 
 
@@ -146,8 +146,8 @@ def unrolled_reverse_alignment(objective, batch, order):
     for number in reached_by_the_generative_pass(objective):
         block, latents, u = flow.blocks[number - 1], x, states[number - 1]
         for _ in range(order + 1):
-            _, log_scale, shift, _ = block(u, batch["class_labels"])
-            u = shift + torch.exp(log_scale) * latents
+            output = block(u, batch["class_labels"])
+            u = output.shift + torch.exp(output.log_scale) * latents
         x = u
         hidden_states |= hidden_states_at(objective, number, x, batch)
     return alignment_of(objective, hidden_states, batch["teacher_features"])
@@ -329,7 +329,9 @@ def test_nll_is_log_prob_per_dimension(flow, batch):
 def test_max_log_scale_and_growth_are_reported(flow, batch):
     output = make_objective(flow, "reverse", 1)(**batch)
     states = block_inputs(flow, batch)
-    expected = max(block(state, batch["class_labels"])[1].abs().max() for block, state in zip(flow.blocks, states))
+    expected = max(
+        block(state, batch["class_labels"]).log_scale.abs().max() for block, state in zip(flow.blocks, states)
+    )
     torch.testing.assert_close(output.max_log_scale, expected, rtol=0, atol=1e-14)
     assert sorted(output.neumann_growth) == [2, 3, 4]
     assert all(growth != 1 for growth in output.neumann_growth.values())
@@ -500,7 +502,7 @@ def test_the_objective_leaves_no_gradient_behind_before_backward(flow, batch):
     "arguments, message",
     [
         ({"strategy": "backward"}, "`strategy` must be one of .* but is 'backward'"),
-        ({"strategy": "detach", "order": 1}, "`order` belongs to the strategy 'reverse' alone"),
+        ({"strategy": "detach", "order": 1}, "`order` is for the strategy 'reverse' only"),
         ({"order": -1}, "`order` must be 0, 1, 2, ... or 'exact', but is -1"),
         ({"order": "all"}, "`order` must be .* but is 'all'"),
         ({"places": []}, "`places` must hold at least one"),
@@ -508,7 +510,7 @@ def test_the_objective_leaves_no_gradient_behind_before_backward(flow, batch):
         ({"places": [(5, 1)]}, r"`places` names flow block 5, but this flow's blocks are 1 \(image\) to 4 \(noise\)"),
         ({"places": [(0, 1)]}, "`places` names flow block 0"),
         ({"places": [(2, 3)]}, "`places` names layer 3 of flow block 2, but its layers are 1 to 2"),
-        ({"teacher_dim": None}, "`teacher_dim` must be given"),
+        ({"teacher_dim": None}, "`teacher_dim`, the dimension of the teacher's features, must be given for 'reverse'"),
     ],
 )
 def test_bad_arguments_raise(flow, arguments, message):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flowback_hf import TarFlowTransformer2DModel
 from flowback_hf.models import transformer_tarflow
-from flowback_hf.models.transformer_tarflow import PROBE_SWEEPS, STEP_COSTS, InverseOptions, StepCosts
+from flowback_hf.models.transformer_tarflow import STEP_COSTS, TRIAL_SWEEPS, Guidance, SolverSettings, StepCosts
 
 
 ARCHITECTURES = {
@@ -108,10 +108,10 @@ def test_after_k_sweeps_the_first_k_tokens_are_exact(
             model(latents, class_labels, solver="jacobi", tolerance=0, window_size=window_size, **options)
         for number, (state, last, settled) in enumerate(records, start=1):
             assert (settled >= last + 1).all() and (settled >= min(number, 15)).all()
-            if len(state.tokens) < len(exact):  # samples have changed places
+            if len(state.tokens) < len(exact):  # samples have been swapped
                 break
-            for sample, place in enumerate(settled.tolist()):
-                assert_close(state.tokens[sample, : place + 1], exact[sample, : place + 1], atol=1e-10)
+            for sample, position in enumerate(settled.tolist()):
+                assert_close(state.tokens[sample, : position + 1], exact[sample, : position + 1], atol=1e-10)
 
 
 @each_guidance
@@ -133,7 +133,7 @@ def test_cached_keys_and_values_are_those_of_the_converged_tokens(randomised_mod
 def plain_jacobi(block, latents, class_labels, num_sweeps):
     tokens = latents
     for _ in range(num_sweeps):
-        log_scale, shift, _ = block._predict(tokens, class_labels, ())
+        log_scale, shift, _ = block.predict(tokens, class_labels, ())
         tokens = shift + torch.exp(log_scale) * latents
     return tokens
 
@@ -147,13 +147,14 @@ def test_intermediate_overflow_is_contained(randomised_model, guidance, initial_
     (block,) = model.blocks
     block.proj_out.bias.data[: block.proj_out.out_features // 2] -= 400.0
     class_labels = torch.tensor([2, -1, 4, 0])
-    latents = block(model.patchify(noise(model, 4)), class_labels)[0]
+    latents = block(model.patchify(noise(model, 4)), class_labels).tokens
     latents[:, 0] = 0.1  # the first token is the same on both sides
     assert latents.abs().max() > 1e160
     assert not plain_jacobi(block, latents, class_labels, 3).isfinite().all()
-    expected = block(latents, class_labels, inverse=True, options=InverseOptions(**guidance))[0]
-    options = InverseOptions(**guidance, window_size=window_size, initial_guess=initial_guess, tolerance=0.0)
-    actual = block(latents, class_labels, inverse=True, options=options)[0]
+    guidance = Guidance(**{name.removeprefix("guidance_"): value for name, value in guidance.items()})
+    expected = block(latents, class_labels, inverse=True, guidance=guidance).tokens
+    settings = SolverSettings(window_size, initial_guess, tolerance=0.0)
+    actual = block(latents, class_labels, inverse=True, guidance=guidance, settings=settings).tokens
     assert expected.isfinite().all()
     assert_close(actual, expected, atol=1e-9 * expected.abs().max().item())
 
@@ -343,7 +344,7 @@ def test_auto_without_a_profile_gives_up_on_sweeps_that_settle_too_little(random
     assert_close(output.sample, expected, atol=1e-9)
     assert output.report.solvers == {1: "jacobi", 2: "jacobi"}
     for evaluations in output.report.network_evaluations.values():
-        assert PROBE_SWEEPS < evaluations <= 35
+        assert TRIAL_SWEEPS < evaluations <= 35
     swept = model(latents, class_labels, solver="jacobi", window_size=16, **options).report
     assert output.report.network_evaluations != swept.network_evaluations
     assert model.config.inverse_profile is None
@@ -369,14 +370,17 @@ def test_profile_of_another_architecture_is_refused(randomised_model):
     "call, match",
     [
         ({"solver": "newton"}, r"`solver` must be one of \('auto', 'sequential', 'jacobi'\), but is 'newton'"),
-        ({"tolerance": -1e-3}, "`tolerance` must be a number from 0.* but is -0.001"),
-        ({"tolerance": float("nan")}, "`tolerance` must be a number from 0.* but is nan"),
+        ({"tolerance": -1e-3}, "`tolerance` must be None or a finite number of at least 0.* but is -0.001"),
+        ({"tolerance": float("nan")}, "`tolerance` must be None or a finite number of at least 0.* but is nan"),
         ({"window_size": 0}, "`window_size` must be from 1 to this model's 4 tokens, but is 0"),
         ({"window_size": 5}, "`window_size` must be from 1 to this model's 4 tokens, but is 5"),
-        ({"window_size": 2, "solver": "sequential"}, "`window_size` is of `solver='jacobi'` and `'auto'`"),
-        ({"tolerance": "1e-4"}, "`tolerance` must be a number from 0.* but is '1e-4'"),
-        ({"output_report": True, "inverse": False}, "`output_report` are of an inverse, but `inverse` is False"),
-        ({"solver": "jacobi", "inverse": False}, "`solver`, .* are of an inverse, but `inverse` is False"),
+        (
+            {"window_size": 2, "solver": "sequential"},
+            "`window_size` needs `solver='jacobi'` or `'auto'`, but `solver` is 'sequential' and `window_size` is 2",
+        ),
+        ({"tolerance": "1e-4"}, "`tolerance` must be None or a finite number of at least 0.* but is '1e-4'"),
+        ({"output_report": True, "inverse": False}, "`output_report` need `inverse=True`, but `inverse` is False"),
+        ({"solver": "jacobi", "inverse": False}, "`solver`, .* need `inverse=True`, but `inverse` is False"),
     ],
 )
 def test_bad_call_is_refused(randomised_model, call, match):
@@ -436,19 +440,19 @@ def test_inductor_inverts_batches_of_any_size(randomised_model, fresh_compiler, 
 def test_cuda_graph_replays_the_token_step(randomised_model):
     block = randomised_model(sample_size=8).blocks[0].cuda()
     latents, class_labels = torch.randn(2, 16, 12, dtype=torch.float64).cuda(), torch.tensor([2, 4]).cuda()
-    options = InverseOptions(guidance_scale=2.0)
-    expected = block(latents, class_labels, inverse=True, options=options)[0]
+    guidance = Guidance(scale=2.0)
+    expected = block(latents, class_labels, inverse=True, guidance=guidance).tokens
     with torch.no_grad():
-        state = block._allocate_state(latents, class_labels, options)
+        state = transformer_tarflow.allocate_state(block, latents, class_labels, guidance, SolverSettings())
         position = torch.zeros(1, 1, dtype=torch.long, device="cuda")
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # warms up
-            transformer_tarflow.take_token(block, state, position, 16)
+            transformer_tarflow.decode_token(block, state, position, 16)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            transformer_tarflow.take_token(block, state, position, 16)
+            transformer_tarflow.decode_token(block, state, position, 16)
         position.zero_()
         for _ in range(15):
             graph.replay()
@@ -470,8 +474,8 @@ def test_copies_of_a_compiled_model_compute_with_their_own_weights(randomised_mo
 def test_block_inverts_by_itself(randomised_model):
     model = randomised_model(sample_size=8)
     block, tokens = model.blocks[1], model.patchify(noise(model))
-    options = InverseOptions(window_size=4, tolerance=0.0, initial_guess="zeros")
-    data, log_scale, shift, sweeps = block(tokens, inverse=True, options=options)
-    assert_close(data, shift + log_scale.exp() * tokens, atol=1e-12)
-    assert_close(block(data)[0], tokens, atol=1e-10)
-    assert sweeps.shape == (3,)
+    settings = SolverSettings(window_size=4, tolerance=0.0, initial_guess="zeros")
+    output = block(tokens, inverse=True, settings=settings)
+    assert_close(output.tokens, output.shift + output.log_scale.exp() * tokens, atol=1e-12)
+    assert_close(block(output.tokens).tokens, tokens, atol=1e-10)
+    assert output.sweeps.shape == (3,) and output.hidden_states == {}

@@ -312,17 +312,18 @@ def test_blocks_one_at_a_time_equal_the_whole_to_the_bit(randomised_model, num_c
 def test_block_returns_its_log_scale_and_shift_in_raster_order(randomised_model, number):
     model = randomised_model()
     block, tokens, class_labels = model.blocks[number - 1], model.patchify(random_sample(model)), torch.tensor([2, -1])
-    latents, log_scale, shift, hidden_states = block(tokens, class_labels)
-    assert hidden_states == {}
+    latents, log_scale, shift, hidden_states, sweeps = block(tokens, class_labels)
+    assert hidden_states == {} and sweeps is None
     assert log_scale.abs().max() > 1e-2 and shift.abs().max() > 1e-2
     assert_close(latents, (tokens - shift) / log_scale.exp(), atol=1e-12)
     first = 0 if number == 1 else -1
     assert not log_scale[:, first].any() and not shift[:, first].any()
 
-    data, inverse_log_scale, inverse_shift, _ = block(latents, class_labels, inverse=True)
-    assert_close(data, tokens, atol=1e-10)
-    assert_close(inverse_log_scale, log_scale, atol=1e-10)
-    assert_close(inverse_shift, shift, atol=1e-10)
+    inverse = block(latents, class_labels, inverse=True)
+    assert_close(inverse.tokens, tokens, atol=1e-10)
+    assert_close(inverse.log_scale, log_scale, atol=1e-10)
+    assert_close(inverse.shift, shift, atol=1e-10)
+    assert inverse.hidden_states == {} and inverse.sweeps.tolist() == [3, 3]
 
 
 def test_blocks_run_in_their_own_order_whatever_order_they_are_given_in(randomised_model):
@@ -924,8 +925,8 @@ def test_bfloat16_weights_compute_the_flow_in_float32(randomised_model, architec
     reference = randomised_model(**architecture).float()(sample, class_labels)
     assert_close(encoded.sample, reference.sample, atol=0.1)
     for inverse in (False, True):
-        tokens, log_scale, shift, _ = model.blocks[0](model.patchify(sample), class_labels, inverse=inverse)
-        for value in (tokens, log_scale, shift):
+        output = model.blocks[0](model.patchify(sample), class_labels, inverse=inverse)
+        for value in (output.tokens, output.log_scale, output.shift):
             assert value.dtype == torch.float32
             assert not is_rounded_to_bfloat16(value)
 
@@ -952,8 +953,8 @@ def test_autocast_computes_the_flow_in_float32(randomised_model):
     assert_close(encoded.sample, exact.sample, atol=0.1)
     assert_not_close(encoded.sample, sample, by=1.0)
     assert_close(decoded.sample, sample, atol=0.06)
-    for tokens, log_scale, shift, _ in blocks:
-        for value in (tokens, log_scale, shift):
+    for output in blocks:
+        for value in (output.tokens, output.log_scale, output.shift):
             assert value.dtype == torch.float32
             assert not is_rounded_to_bfloat16(value)
 
