@@ -50,13 +50,13 @@ def batch():
 
 
 def gradients(loss, module):
-    """By parameter name; None where no graph leads there."""
+    """Return gradients by parameter name; None for parameters outside of the graph."""
     names, parameters = zip(*module.named_parameters())
     return dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True)))
 
 
 def alignment_of(objective, hidden_states, teacher_features):
-    """-mean cos, written out: every place counts alike."""
+    """Return the negative mean cosine, written out: all places have the same weight."""
     cosines = []
     for (block, layer), states in hidden_states.items():
         projected = objective.projectors[f"block{block}_layer{layer}"](states)
@@ -66,7 +66,7 @@ def alignment_of(objective, hidden_states, teacher_features):
 
 
 def block_inputs(flow, batch):
-    """x^0 .. x^N as tokens."""
+    """Return x^0 .. x^N as tokens."""
     states = [flow.patchify(batch["noisy_sample"])]
     for block in flow.blocks:
         states.append(block(states[-1], batch["class_labels"]).tokens)
@@ -80,7 +80,7 @@ def hidden_states_at(objective, number, tokens, batch):
 
 
 def reached_by_the_generative_pass(objective):
-    """Block numbers from the noise to the lowest aligned one."""
+    """Return block numbers from the noise to the lowest aligned block."""
     return range(len(objective.flow.blocks), min(block for block, _ in objective.places) - 1, -1)
 
 
@@ -92,7 +92,7 @@ def plain_nll(objective, batch):
 
 
 def forward_alignment(objective, batch):
-    """The likelihood pass as one graph."""
+    """Compute the alignment in the likelihood pass, as one graph."""
     flow = objective.flow
     states = block_inputs(flow, batch)
     hidden_states = {}
@@ -102,7 +102,7 @@ def forward_alignment(objective, batch):
 
 
 def detach_alignment(objective, batch):
-    """Algorithm 2 of the paper, literally: inverse blocks conditioned on cached, detached inputs."""
+    """Follow the paper's Algorithm 2 literally: inverse blocks are conditioned on cached, detached inputs."""
     flow = objective.flow
     states = [state.detach() for state in block_inputs(flow, batch)]
     hidden_states = {}
@@ -116,7 +116,7 @@ def detach_alignment(objective, batch):
 
 
 def sequential_inverse(block, latents, class_labels):
-    """Token by token in the block's own order, one differentiable graph: no cache, no shortcut."""
+    """Invert token by token in the block's own order, as one differentiable graph without a cache."""
     order = range(latents.shape[1])
     order = list(reversed(order)) if block.reverse_order else list(order)
     tokens = [torch.zeros_like(latents[:, 0])] * len(order)
@@ -127,7 +127,7 @@ def sequential_inverse(block, latents, class_labels):
 
 
 def reverse_alignment(objective, batch):
-    """The generative pass from the detached latents, as the paper defines it."""
+    """Compute the alignment in the generative pass from the detached latents, as the paper defines it."""
     flow = objective.flow
     x = block_inputs(flow, batch)[-1].detach()
     hidden_states = {}
@@ -138,7 +138,7 @@ def reverse_alignment(objective, batch):
 
 
 def unrolled_reverse_alignment(objective, batch, order):
-    """`order + 1` fixed-point steps from the cached, detached input: a graph whose gradient is the series so far."""
+    """Take `order + 1` fixed-point steps from the detached input. The graph's gradient is the truncated series."""
     flow = objective.flow
     states = [state.detach() for state in block_inputs(flow, batch)]
     x = states[-1]
@@ -164,7 +164,7 @@ NAIVE = {
 
 
 def assert_gradients_equal(actual, expected, relative_tolerance):
-    """Parameter by parameter, relative to its largest entry; what is zero in one is exactly zero in the other."""
+    """Compare each parameter relative to its largest entry. Zeros must be exactly zero in both."""
     compared = 0
     for name, gradient in expected.items():
         if gradient is None or (gradient == 0).all():
@@ -173,7 +173,7 @@ def assert_gradients_equal(actual, expected, relative_tolerance):
         tolerance = relative_tolerance * gradient.abs().max().item()
         torch.testing.assert_close(actual[name].double(), gradient, rtol=0, atol=tolerance, msg=name)
         compared += 1
-    assert compared > 10  # agreement in zeros alone would prove nothing
+    assert compared > 10  # otherwise only zeros would have been compared
 
 
 @pytest.mark.parametrize("name", NAIVE)
@@ -234,7 +234,7 @@ REACHED = [
 
 
 @pytest.mark.parametrize("strategy, order, reached", REACHED)
-def test_the_alignment_of_block_2_reaches_just_its_blocks(flow, batch, strategy, order, reached):
+def test_the_alignment_of_block_2_reaches_only_its_blocks(flow, batch, strategy, order, reached):
     objective = make_objective(flow, strategy, order, places=[(2, 1)])
     actual = gradients(objective(**batch).alignment, flow)
     for number in range(1, 5):
@@ -245,7 +245,7 @@ def test_the_alignment_of_block_2_reaches_just_its_blocks(flow, batch, strategy,
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 @pytest.mark.parametrize("strategy, order, reached", REACHED)
-def test_other_blocks_get_the_gradient_of_the_likelihood_alone_to_the_bit(
+def test_other_blocks_get_only_the_gradient_of_the_likelihood_to_the_bit(
     flow, batch, strategy, order, reached, mixed_precision
 ):
     flow.float()
@@ -262,7 +262,7 @@ def test_other_blocks_get_the_gradient_of_the_likelihood_alone_to_the_bit(
         number = int(name.split(".")[1]) + 1
         if number not in reached:
             assert torch.equal(actual[name], gradient), name
-        # The class table is reached from every place that the block's tokens are.
+        # The class table influences every token of the block, so the alignment must reach it.
         elif name.endswith("class_embed"):
             assert not torch.equal(actual[name], gradient), name
 
@@ -357,7 +357,7 @@ def test_no_grad_gives_the_same_values(flow, batch, strategy):
     torch.testing.assert_close(actual.loss, expected.loss.detach(), rtol=0, atol=1e-13)
 
 
-# Ways to train: each gives the plain float64 gradient to the precision at hand
+# Ways to train: each must give the plain float64 gradient, up to its precision
 
 TRAINED = ["forward", "detach", "reverse-0", "reverse-2"]
 trained = pytest.mark.parametrize("name", TRAINED)
@@ -369,7 +369,7 @@ def make_trained(flow, name):
 
 
 def plain_gradients(objective, batch, name):
-    """Of the loss, by the naive graphs."""
+    """Return the gradients of the loss by the naive graphs."""
     _, naive_alignment = NAIVE[name]
     return gradients(plain_nll(objective, batch) + 0.3 * naive_alignment(objective, batch), objective)
 
@@ -431,7 +431,7 @@ def test_compiled_layers(flow, batch, name, backend):
     assert_gradients_equal(stored_gradients(objective), expected, 1e-10)
 
 
-# What rounding alone makes of these gradients: 2^-8 a value in bfloat16 and 2^-11 in float16, over a few products.
+# Relative errors from rounding: 2^-8 per value in bfloat16 and 2^-11 in float16, over a few products.
 AUTOCAST = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 

@@ -60,7 +60,7 @@ class TarFlowOutputProjection(nn.Linear):
 
 def rotary_embedding(grid_size: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     r"""
-    Computes the cosines and sines of the angles by which each token rotates the pairs of values in a head.
+    Compute the cosines and sines of the angles by which each token rotates the pairs of values in a head.
 
     The first half of a head is rotated by the token's row, the second half by its column, both counted from 0. Each
     half has `head_dim / 4` pairs. Pair `k` is rotated by `position * theta^(-4 k / head_dim)` radians, theta = 10^4.
@@ -83,7 +83,7 @@ def rotary_embedding(grid_size: int, head_dim: int, device: torch.device, dtype:
 
 
 def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Rotates neighbouring pairs of values of queries and keys, `(batch_size, num_tokens, 2, heads, head_dim)`."""
+    """Rotate neighbouring pairs of values of queries and keys, `(batch_size, num_tokens, 2, heads, head_dim)`."""
     cosine, sine = rotary[..., None, None, :]
     first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
@@ -113,7 +113,7 @@ def attend_from_one_token(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
     """
-    Computes `F.scaled_dot_product_attention` for a single query, in operations that a compiler can fuse.
+    Compute `F.scaled_dot_product_attention` for a single query, in operations that a compiler can fuse.
 
     The fused code reads the cache twice. That takes less time than calling a kernel made for many queries.
     """
@@ -237,7 +237,7 @@ class TarFlowLayer(nn.Module):
         key_value_cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """
-        Computes the layer's hidden states.
+        Compute the layer's hidden states.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, width)`):
