@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from baselines import calibrate_gs_jacobi, gs_jacobi, published_token_loop, selective_jacobi_decoding
-from reporting import markdown_table, peak_memory_of, seconds_of, write_report
+from reporting import peak_memory_of, seconds_of, write_report
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
 from flowback_hf.models.transformer_tarflow import Guidance, measure_residual
+from flowback_hf.reporting import markdown_table
 
 
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -44,8 +44,8 @@ def compile_layers(accelerator: Accelerator, objective: AlignedFlowObjective, ba
         for layer in leaf_layers:
             layer.compile()
     logger.info(
-        f"A step takes {every_layer:.3f} s with every layer compiled and {but_leaf_blocks:.3f} s without those of the flow"
-        f" blocks {objective.leaf_blocks}: compiled {'every layer' if compile_all else 'the others'}."
+        f"A step takes {every_layer:.3f} s with every layer compiled and {but_leaf_blocks:.3f} s without those of the"
+        f" flow blocks {objective.leaf_blocks}: compiled {'every layer' if compile_all else 'the others'}."
     )
 
 
