@@ -471,3 +471,14 @@ def limits(pipeline: "pipeline_flowback.FlowBackPipeline") -> str:
 
 def markdown_table(rows: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def load_pipeline(pipeline_class, model: str):
+    """Load a saved or pushed pipeline. Raises ValueError if there is none."""
+    try:
+        return pipeline_class.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(
+            f"`--model` must be a folder that holds a saved pipeline, or its id on the Hub, but {str(model)!r} is no"
+            " such folder and could not be loaded from the Hub."
+        ) from error
