@@ -47,7 +47,8 @@ def name_of_file(file: dict[str, Any] | None, otherwise: str) -> str:
 
 
 def image_to_tensor(image: PIL.Image.Image | np.ndarray) -> torch.Tensor:
-    """An 8-bit image, or its array `(height, width[, channels])`, as float32 `(channels, height, width)` in [-1, 1]."""
+    """Turn an 8-bit image, or its array `(height, width[, channels])`, into float32 `(channels, height, width)` in
+    [-1, 1]."""
     pixels = torch.from_numpy(np.array(image))
     return pixels.view(*pixels.shape[:2], -1).permute(2, 0, 1) / 127.5 - 1
 
@@ -64,9 +65,9 @@ class ImageDataset(torch.utils.data.Dataset):
     Grey, CMYK, palette and transparent images are converted. An image that cannot be decoded is replaced by the next
     readable one, and its name is reported with the item, so that a bad file never ends a run.
 
-    An item holds `images` `(channels, sample_size, sample_size)`, `class_labels`, an `int` (-1 for no class), `skipped`,
-    the names of unreadable files, and, with `teacher_features`, those of the image and of its mirror image,
-    `(2, num_tokens, feature_dim)`.
+    An item holds `images` `(channels, sample_size, sample_size)`, `class_labels`, an `int` (-1 for no class), and
+    `skipped`, the names of unreadable files. With `teacher_features` it also holds those of the image and of its
+    mirror image, `(2, num_tokens, feature_dim)`.
 
     Args:
         rows (`datasets.Dataset`): Rows with an image column.

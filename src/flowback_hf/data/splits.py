@@ -148,9 +148,9 @@ class HoldOut:
         known = self.num_images is not None
         if known and (self.num_images, self.checksum) != (len(rows), checksum_of_files(held_out, image_column)):
             raise ValueError(
-                "The images that training held out cannot be told from the others: this data set is not the one that the"
-                f" flow was trained on, which had {self.num_images} images, or it has changed since. It has {len(rows)}."
-                " Evaluate on all of them with --split all."
+                "The images that training held out cannot be told from the others: this data set is not the one that"
+                f" the flow was trained on, which had {self.num_images} images, or it has changed since. It has"
+                f" {len(rows)} images. Evaluate on all of them with --split all."
             )
 
 

@@ -57,7 +57,8 @@ def write_shard(path: Path, features: np.ndarray, checksums: list[int]):
 
     Args:
         path (`pathlib.Path`): As [`shard_path`] gives it.
-        features (`np.ndarray` of shape `(num_images, 2, num_tokens, feature_dim)`): Of each image and its mirror image.
+        features (`np.ndarray` of shape `(num_images, 2, num_tokens, feature_dim)`):
+            The features of each image and of its mirror image.
         checksums (`list[int]`): [`checksum`] of each image.
     """
     columns = datasets.Features(
