@@ -10,13 +10,15 @@ from flowback_hf_cli.evaluation import parse_args
 
 def main(args: argparse.Namespace, command: list[str]):
     from flowback_hf import FlowBackPipeline
-    from flowback_hf.evaluation import EvaluationOptions, check_extras, evaluate, join_processes
+    from flowback_hf.evaluation import EvaluationArguments, check_extras, evaluate, join_processes, markdown
     from flowback_hf.hub import load_pipeline
 
     check_extras(args.features is not None, args.linear_probe)
     state = join_processes()
     pipeline = load_pipeline(FlowBackPipeline, args.model)
-    evaluate(pipeline, EvaluationOptions(**vars(args)), command)
+    results = evaluate(pipeline, EvaluationArguments(**vars(args)), command)
+    if results is not None:
+        print(markdown(results))
     state.destroy_process_group()
 
 

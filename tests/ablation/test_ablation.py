@@ -304,14 +304,17 @@ def test_a_dry_run_prints_cells_and_hours_and_leaves_nothing(ablate, in_process,
 
 def test_checkpoints_are_evaluated_where_the_run_held_images_out(ablate, in_process, line, images, tmp_path):
     """A data set without a validation split: the pipeline of a checkpoint has to know what was held out."""
-    run(ablate, line({"alignment": ["none"], "seeds": [1, 2]}, data_dir=images / "train"))
+    settings = SETTINGS | {"train": SETTINGS["train"] | {"train_val_split": 0.2}}
+    settings["evaluate"] = SETTINGS["evaluate"] | {"linear_probe": False}
+    run(ablate, line({"alignment": ["none"], "seeds": [1, 2]}, settings, data_dir=images / "train"))
     rows = read_results(tmp_path / "out")["cells"]
     assert [row["status"] for row in rows] == ["done", "done"], rows
     assert all(len(row["distance_curve"]["step"]) == 2 for row in rows)
     cell = tmp_path / "out" / "cells" / "none" / "seed-1"
     source = DataSource("--data_dir", str(images / "train"), True)
     held_out = HoldOut.read(cell / "flow", source)
-    assert held_out.seed == 1 and held_out == HoldOut.read(cell / "checkpoints" / "checkpoint-2" / "flow", source)
+    assert rows[0]["evaluation"]["num_images"] == 4 and held_out.seed == 1
+    assert held_out == HoldOut.read(cell / "checkpoints" / "checkpoint-2" / "flow", source)
 
 
 def test_the_error_of_a_script_is_found_in_the_log(tmp_path):

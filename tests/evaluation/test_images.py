@@ -9,7 +9,7 @@ import pytest
 
 from flowback_hf import FlowBackPipeline
 from flowback_hf.data import DataSource, HoldOut, load_split, load_splits
-from flowback_hf.evaluation import EvaluationOptions, evaluate, join_processes, match_labels
+from flowback_hf.evaluation import EvaluationArguments, evaluate, join_processes, match_labels
 from flowback_hf.evaluation.run import Evaluation
 
 from .conftest import CLASS_NAMES, random_image
@@ -113,7 +113,7 @@ def test_a_flow_is_evaluated_on_what_its_training_held_out(unsplit, record, pipe
     else:  # all that a run of version 0.1.0 left
         arguments = {**train_source, "train_val_split": 0.2, "seed": 3}
         (model_folder / record).write_text(json.dumps(arguments))
-    options = EvaluationOptions(
+    options = EvaluationArguments(
         str(model_folder),
         tmp_path / "evaluation",
         **source,
@@ -144,9 +144,9 @@ def test_without_a_record_nothing_is_held_out(unsplit, pipeline, model_folder, t
     options = {"cache_dir": str(tmp_path / "cache"), "methods": ["gradient"]}
     for model in (str(model_folder), "someone/flow"):
         with pytest.raises(ValueError, match="no record of images that its training held out .* --split all"):
-            evaluate(pipeline, EvaluationOptions(model, tmp_path / "evaluation", **source, **options))
+            evaluate(pipeline, EvaluationArguments(model, tmp_path / "evaluation", **source, **options))
     assert not (tmp_path / "evaluation").exists()
-    whole = EvaluationOptions(str(model_folder), tmp_path / "all", **source, **options, split="all")
+    whole = EvaluationArguments(str(model_folder), tmp_path / "all", **source, **options, split="all")
     assert evaluate(pipeline, whole)["num_images"] == 42
 
 
@@ -154,7 +154,7 @@ def test_another_data_set_than_the_trained_one_is_refused(unsplit, pipeline, mod
     train_source, source = unsplit
     splits = train_splits(train_source, tmp_path / "cache")
     HoldOut(0.2, 3, splits.hold_out.num_images, splits.hold_out.checksum + 1).write(model_folder)
-    options = EvaluationOptions(str(model_folder), tmp_path / "out", **source, cache_dir=str(tmp_path / "cache"))
+    options = EvaluationArguments(str(model_folder), tmp_path / "out", **source, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="held out cannot be told from the others"):
         evaluate(pipeline, options)
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
-from flowback_hf.evaluation import EvaluationOptions, evaluate
+from flowback_hf.evaluation import EvaluationArguments, evaluate
 from flowback_hf.hub import load_pipeline
 from flowback_hf.metrics import FrechetDistance, ImageFeatureExtractor, ReferenceFeatures
 from flowback_hf_cli.evaluation import parse_args
@@ -37,7 +37,7 @@ def options(model_folder, image_folder, judge, tmp_path):
 def run(**options):
     line = command_line(**options)
     args = parse_args(line)
-    evaluate(load_pipeline(FlowBackPipeline, args.model), EvaluationOptions(**vars(args)), line)
+    evaluate(load_pipeline(FlowBackPipeline, args.model), EvaluationArguments(**vars(args)), line)
 
 
 def read_results(folder):
@@ -63,9 +63,10 @@ def load_labelled(image_folder):
 # Whole evaluations
 
 
-def test_everything_is_measured_and_reported(options, tmp_path, load_labelled, judge, model_folder, capsys):
+def test_everything_is_measured_and_reported(script, options, tmp_path, load_labelled, judge, model_folder, capsys):
     output_dir = tmp_path / "evaluation"
-    run(output_dir=output_dir, linear_probe=True, **options)
+    line = command_line(output_dir=output_dir, linear_probe=True, **options)
+    script("evaluate_flow").main(parse_args(line), line)
     results = read_results(output_dir)
     assert all(isinstance(value, int | float | str) for value in results.values())  # flat
     assert {

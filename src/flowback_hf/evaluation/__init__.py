@@ -13,7 +13,7 @@ from flowback_hf.evaluation.report import (
     draw_linear_probes,
     markdown,
 )
-from flowback_hf.evaluation.run import EvaluationOptions, check_extras, evaluate
+from flowback_hf.evaluation.run import check_extras, evaluate
 from flowback_hf.evaluation.samples import evaluate_samples, save_reference
 from flowback_hf.evaluation.sampling import (
     choose_class_labels,
@@ -24,10 +24,11 @@ from flowback_hf.evaluation.sampling import (
     sample_into_folder,
     write_npz,
 )
+from flowback_hf_cli.evaluation import EvaluationArguments
 
 
 __all__ = [
-    "EvaluationOptions",
+    "EvaluationArguments",
     "LabelledImages",
     "Level",
     "Parts",

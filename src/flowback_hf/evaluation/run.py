@@ -4,7 +4,6 @@
 import importlib
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,68 +21,12 @@ from flowback_hf.evaluation.sampling import choose_class_labels, draw_first_imag
 from flowback_hf.files import read_json, write_json, write_text
 from flowback_hf.metrics import ReferenceFeatures
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
-from flowback_hf.pipelines.pipeline_flowback_classification import METHODS, FlowBackClassificationPipeline
-
-
-@dataclass
-class EvaluationOptions:
-    """
-    What is evaluated, and how: the flags of `pipelines/evaluate_flow.py`.
-
-    Args:
-        model (`str`): Folder or Hub id that the pipeline was loaded from.
-        output_dir (`pathlib.Path`): Where the results are written.
-        data_dir, dataset_name, dataset_config_name, cache_dir (`str`, *optional*): The data set: one of the first two.
-        image_column, label_column (`str`, default to `"image"` and `"label"`): Its columns.
-        split, reference_split (`str`, default to `"validation"` and `"train"`):
-            What the flow is evaluated on, and the real images for the samples and the linear probe. See
-            [`~flowback_hf.data.load_split`].
-        max_images, max_reference_images, max_probe_images (`int`, *optional*): How many images are used at most.
-        strict (`bool`, defaults to `False`): Refuse images of another size instead of resizing them.
-        methods, num_noise_draws, shortlist_size: See [`evaluate_likelihood`].
-        features (`str`, *optional*): The encoder whose features compare samples with real images. `None` makes none.
-        num_samples (`int`, defaults to 2000): Samples at each guidance scale.
-        guidance_scales (`Sequence[float]`, defaults to 1.0, 1.5, 2.0 and 3.0): 1.0 is off.
-        guidance_rule (`str`, *optional*): Default: the pipeline's.
-        guidance_temperature (`float`, defaults to 1.0): What guides an unconditional flow.
-        reference (`pathlib.Path`, *optional*): The `reference.npz` of an earlier evaluation.
-        write_best_guidance (`bool`, defaults to `False`): Write the best guidance scale into the folder `model`.
-        linear_probe (`bool`, defaults to `False`): Fit linear probes to the hidden states.
-        batch_size (`int`, defaults to 32): Images per process and pass.
-        seed (`int`, defaults to 0): Decides all noise.
-    """
-
-    model: str
-    output_dir: Path
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    data_dir: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
-    split: str = "validation"
-    reference_split: str = "train"
-    cache_dir: str | None = None
-    max_images: int | None = None
-    max_reference_images: int | None = 50_000
-    strict: bool = False
-    methods: Sequence[str] = METHODS
-    num_noise_draws: int = 1
-    shortlist_size: int = 5
-    features: str | None = None
-    num_samples: int = 2000
-    guidance_scales: Sequence[float] = (1.0, 1.5, 2.0, 3.0)
-    guidance_rule: str | None = None
-    guidance_temperature: float = 1.0
-    reference: Path | None = None
-    write_best_guidance: bool = False
-    linear_probe: bool = False
-    max_probe_images: int | None = 10_000
-    batch_size: int = 32
-    seed: int = 0
+from flowback_hf.pipelines.pipeline_flowback_classification import FlowBackClassificationPipeline
+from flowback_hf_cli.evaluation import EvaluationArguments
 
 
 def evaluate(
-    pipeline: FlowBackPipeline, options: EvaluationOptions, command: Sequence[str] | None = None
+    pipeline: FlowBackPipeline, options: EvaluationArguments, command: Sequence[str] | None = None
 ) -> Results | None:
     """
     Evaluate a flow on a data set, and write a report.
@@ -93,7 +36,7 @@ def evaluate(
 
     Args:
         pipeline ([`FlowBackPipeline`]): The flow. It is moved to the device of this process.
-        options ([`EvaluationOptions`]): What is evaluated, and how.
+        options ([`EvaluationArguments`]): What is evaluated, and how.
         command (`Sequence[str]`, *optional*): The command line that the report says it came from.
     Returns:
         `dict`: the content of `evaluation.json`, on the main process; `None` on the others.
@@ -107,7 +50,7 @@ def evaluate(
         >>> from pathlib import Path
         >>> import PIL.Image
         >>> from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
-        >>> from flowback_hf.evaluation import EvaluationOptions, evaluate
+        >>> from flowback_hf.evaluation import EvaluationArguments, evaluate
 
         >>> folder = Path(tempfile.mkdtemp())
         >>> for name in ("cat", "dog"):
@@ -115,7 +58,7 @@ def evaluate(
         ...     PIL.Image.new("RGB", (8, 8)).save(folder / "validation" / name / "0.png")
         >>> flow = TarFlowTransformer2DModel(8, 4, 3, num_blocks=2, num_layers=1, num_classes=2)
         >>> pipeline = FlowBackPipeline(flow, id2label={0: "cat", 1: "dog"})
-        >>> options = EvaluationOptions("random", folder / "evaluation", data_dir=str(folder), methods=["bayes"])
+        >>> options = EvaluationArguments("random", folder / "evaluation", data_dir=str(folder), methods=["bayes"])
         >>> evaluate(pipeline, options)["num_images"]
         2
         ```
@@ -161,10 +104,10 @@ class Evaluation:
     Args:
         state ([`~accelerate.PartialState`]): The processes that share the work.
         pipeline ([`FlowBackPipeline`]): The flow.
-        options ([`EvaluationOptions`]): What is evaluated, and how.
+        options ([`EvaluationArguments`]): What is evaluated, and how.
     """
 
-    def __init__(self, state: PartialState, pipeline: FlowBackPipeline, options: EvaluationOptions):
+    def __init__(self, state: PartialState, pipeline: FlowBackPipeline, options: EvaluationArguments):
         self.state = state
         self.options = options
         check_extras(options.features is not None, options.linear_probe)
@@ -339,7 +282,7 @@ class Evaluation:
         return self.options.output_dir / "samples" / f"guidance_{guidance_scale}"
 
     def write_report(self, results: Results):
-        """Write the results, the page and the figures, and print the page."""
+        """Write the results, the page and the figures."""
         options, output_dir = self.options, self.options.output_dir
         write_json(output_dir / "evaluation.json", results)
         if self.extractor is not None:
@@ -358,12 +301,10 @@ class Evaluation:
                 write_json(index_file, read_json(index_file) | best)
         if options.linear_probe:
             draw_linear_probe(results, output_dir / "linear_probe.png")
-        page = markdown(results)
-        write_text(output_dir / "evaluation.md", page)
-        print(page)
+        write_text(output_dir / "evaluation.md", markdown(results))
 
 
-def check_flow(pipeline: FlowBackPipeline, options: EvaluationOptions):
+def check_flow(pipeline: FlowBackPipeline, options: EvaluationArguments):
     """Raise ValueError for options that this flow cannot have."""
     samples = options.features is not None
     if pipeline.transformer.config.num_classes is None:
