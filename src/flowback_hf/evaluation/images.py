@@ -51,7 +51,8 @@ class LabelledImages:
         >>> from flowback_hf.evaluation import LabelledImages
 
         >>> features = datasets.Features({"image": datasets.Image()})
-        >>> rows = datasets.Dataset.from_dict({"image": [PIL.Image.new("L", (9, 8)), None]}, features)
+        >>> files = [PIL.Image.new("L", (9, 8)), {"bytes": b"no image", "path": None}]
+        >>> rows = datasets.Dataset.from_dict({"image": files}, features)
         >>> batch = LabelledImages(rows, "image", [2, 2], num_channels=3, image_size=4).load(range(2))
         >>> batch.images[0].size, batch.class_labels, batch.report["skipped"].tolist()
         ((4, 4), [2], ['row 1'])
