@@ -12,7 +12,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
+from flowback_hf.evaluation import EvaluationArguments, evaluate
+from flowback_hf.hub import load_pipeline
 from flowback_hf.metrics import FrechetDistance, ImageFeatureExtractor, ReferenceFeatures
+from flowback_hf_cli.evaluation import parse_args
 
 from ..conftest import start_two_processes
 from .conftest import CLASS_NAMES, REPOSITORY, command_line, write_images
@@ -31,10 +34,10 @@ def options(model_folder, image_folder, judge, tmp_path):
     }
 
 
-def run(script, **options):
-    evaluate_flow = script("evaluate_flow")
+def run(**options):
     line = command_line(**options)
-    evaluate_flow.main(evaluate_flow.parse_args(line), line)
+    args = parse_args(line)
+    evaluate(load_pipeline(FlowBackPipeline, args.model), EvaluationArguments(**vars(args)), line)
 
 
 def read_results(folder):
@@ -62,7 +65,8 @@ def load_labelled(image_folder):
 
 def test_everything_is_measured_and_reported(script, options, tmp_path, load_labelled, judge, model_folder, capsys):
     output_dir = tmp_path / "evaluation"
-    run(script, output_dir=output_dir, linear_probe=True, **options)
+    line = command_line(output_dir=output_dir, linear_probe=True, **options)
+    script("evaluate_flow").main(parse_args(line), line)
     results = read_results(output_dir)
     assert all(isinstance(value, int | float | str) for value in results.values())  # flat
     assert {
@@ -119,10 +123,10 @@ def test_everything_is_measured_and_reported(script, options, tmp_path, load_lab
     assert not list((output_dir / "parts").rglob("*.npz"))
 
 
-def test_accuracy_is_of_the_labels_by_name(script, options, tmp_path, load_labelled, model_folder):
+def test_accuracy_is_of_the_labels_by_name(options, tmp_path, load_labelled, model_folder):
     """Clean images, so that the figure can be computed again exactly; the label of a folder is its name."""
     options = {**options, "features": None, "num_noise_draws": 0, "methods": ["bayes", "gradient"]}
-    run(script, output_dir=tmp_path / "evaluation", **options)
+    run(output_dir=tmp_path / "evaluation", **options)
     results = read_results(tmp_path / "evaluation")
     images, labels = load_labelled("validation")
     classifier = FlowBackClassificationPipeline.from_pretrained(model_folder)
@@ -133,7 +137,7 @@ def test_accuracy_is_of_the_labels_by_name(script, options, tmp_path, load_label
     assert not (tmp_path / "evaluation" / "guidance_curve.png").exists()
 
 
-def test_two_processes_give_what_one_gives_and_a_run_goes_on(script, options, tmp_path):
+def test_two_processes_give_what_one_gives_and_a_run_goes_on(options, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     line = command_line(output_dir=two, linear_probe=True, **options)
     script_file = REPOSITORY / "pipelines" / "evaluate_flow.py"
@@ -142,10 +146,10 @@ def test_two_processes_give_what_one_gives_and_a_run_goes_on(script, options, tm
     assert process.returncode == 0, output
 
     # one process, in two goes: the second adds a guidance scale and the probe, and redoes nothing
-    run(script, output_dir=one, **{**options, "guidance_scales": [1.0]})
+    run(output_dir=one, **{**options, "guidance_scales": [1.0]})
     made = {path: path.stat().st_mtime_ns for path in (one / "samples" / "guidance_1.0").iterdir()}
     likelihood = (one / "parts" / "likelihood" / "results.json").stat().st_mtime_ns
-    run(script, output_dir=one, linear_probe=True, **options)
+    run(output_dir=one, linear_probe=True, **options)
     assert {path: path.stat().st_mtime_ns for path in (one / "samples" / "guidance_1.0").iterdir()} == made
     assert (one / "parts" / "likelihood" / "results.json").stat().st_mtime_ns == likelihood
 
@@ -157,7 +161,7 @@ def test_two_processes_give_what_one_gives_and_a_run_goes_on(script, options, tm
 
 
 @pytest.mark.parametrize("component, calls", [("class_scores", 1), ("sample", 2), ("features", 7)])
-def test_an_interrupted_evaluation_goes_on_where_it_was(script, options, tmp_path, monkeypatch, component, calls):
+def test_an_interrupted_evaluation_goes_on_where_it_was(options, tmp_path, monkeypatch, component, calls):
     options = {**options, "guidance_scales": [1.0], "methods": ["gradient"], "num_noise_draws": 0}
     owner, name = {
         "class_scores": (FlowBackClassificationPipeline, "class_scores"),
@@ -174,31 +178,31 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(script, options, tmp_pat
 
     monkeypatch.setattr(owner, name, count)
     with pytest.raises(KeyboardInterrupt):
-        run(script, output_dir=tmp_path / "interrupted", **options)
+        run(output_dir=tmp_path / "interrupted", **options)
     assert not (tmp_path / "interrupted" / "evaluation.json").exists()
-    run(script, output_dir=tmp_path / "interrupted", **options)
+    run(output_dir=tmp_path / "interrupted", **options)
     calls_of_two_goes, seen[:], interrupted_at = len(seen), [], None
-    run(script, output_dir=tmp_path / "whole", **options)
+    run(output_dir=tmp_path / "whole", **options)
     assert calls_of_two_goes == len(seen) + 1  # the call that was interrupted
     expected = without_times(read_results(tmp_path / "whole"))
     assert without_times(read_results(tmp_path / "interrupted")) == expected
 
 
-def test_a_density_model_without_classes(script, unconditional_folder, options, tmp_path):
+def test_a_density_model_without_classes(unconditional_folder, options, tmp_path):
     options = {**options, "model": unconditional_folder, "guidance_scales": [1.0]}
-    run(script, output_dir=tmp_path / "evaluation", num_noise_draws=3, **options)
+    run(output_dir=tmp_path / "evaluation", num_noise_draws=3, **options)
     results = read_results(tmp_path / "evaluation")
     assert results["bits_per_dim"] == pytest.approx((results["nll"] + math.log(128)) / math.log(2))
     assert results["bits_per_dim_standard_error"] == pytest.approx(results["nll_standard_error"] / math.log(2))
     assert not any(name.startswith(("accuracy", "classifier_reads_label")) for name in results)
     assert "bits per dimension" in (tmp_path / "evaluation" / "evaluation.md").read_text()
     with pytest.raises(ValueError, match="`--linear_probe` needs classes, but this flow is unconditional"):
-        run(script, output_dir=tmp_path / "probe", linear_probe=True, **options)
+        run(output_dir=tmp_path / "probe", linear_probe=True, **options)
     with pytest.raises(ValueError, match="guides itself: give --guidance_temperature, or --guidance_scales 1.0"):
-        run(script, output_dir=tmp_path / "guided", **{**options, "guidance_scales": [1.0, 2.0]})
+        run(output_dir=tmp_path / "guided", **{**options, "guidance_scales": [1.0, 2.0]})
 
 
-def test_a_latent_flow(script, randomised_model, options, tmp_path):
+def test_a_latent_flow(randomised_model, options, tmp_path):
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(32, 32),
@@ -212,7 +216,7 @@ def test_a_latent_flow(script, randomised_model, options, tmp_path):
     model = tmp_path / "latent"
     FlowBackPipeline(flow, vae=vae, id2label=dict(enumerate(CLASS_NAMES))).save_pretrained(model)
     options = {**options, "model": model, "guidance_scales": [1.0], "methods": ["gradient"]}
-    run(script, output_dir=tmp_path / "evaluation", linear_probe=True, **options)
+    run(output_dir=tmp_path / "evaluation", linear_probe=True, **options)
     results = read_results(tmp_path / "evaluation")
     assert results["num_images_resized"] == 12  # 4x4 to the VAE's 8x8
     assert "bits_per_dim" not in results and math.isfinite(results["nll"])
@@ -221,35 +225,35 @@ def test_a_latent_flow(script, randomised_model, options, tmp_path):
     assert "linear_probe/block3_layer1" in results and "frechet_distance/guidance_1.0" in results
 
 
-def test_the_best_guidance_is_written_where_it_is_asked_for(script, model_folder, options, tmp_path):
+def test_the_best_guidance_is_written_where_it_is_asked_for(model_folder, options, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(model_folder, model)
     options = {**options, "model": model, "guidance_rule": "product", "methods": ["gradient"]}
-    run(script, output_dir=tmp_path / "evaluation", **options)
+    run(output_dir=tmp_path / "evaluation", **options)
     assert FlowBackPipeline.from_pretrained(model).config.guidance_scale == 1.5
-    run(script, output_dir=tmp_path / "evaluation", write_best_guidance=True, **options)
+    run(output_dir=tmp_path / "evaluation", write_best_guidance=True, **options)
     config = FlowBackPipeline.from_pretrained(model).config
     assert config.guidance_scale == read_results(tmp_path / "evaluation")["best_guidance_scale"]
     assert config.guidance_rule == "product"
 
 
-def test_a_saved_reference_is_used_again(script, options, tmp_path):
-    run(script, output_dir=tmp_path / "first", **options)
+def test_a_saved_reference_is_used_again(options, tmp_path):
+    run(output_dir=tmp_path / "first", **options)
     reference = tmp_path / "first" / "reference.npz"
-    run(script, output_dir=tmp_path / "second", reference=reference, **options)
+    run(output_dir=tmp_path / "second", reference=reference, **options)
     first, second = (without_times(read_results(tmp_path / name)) for name in ("first", "second"))
     assert second == first
     assert not (tmp_path / "second" / "reference.npz").exists()
 
 
-def test_an_encoder_has_no_inception_score(script, options, tmp_path):
+def test_an_encoder_has_no_inception_score(options, tmp_path):
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     encoder = tmp_path / "encoder"
     Dinov2Model(Dinov2Config(hidden_size=4, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(encoder)
     BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(encoder)
     options = {**options, "features": encoder, "methods": ["gradient"]}
-    run(script, output_dir=tmp_path / "evaluation", **options)
+    run(output_dir=tmp_path / "evaluation", **options)
     results = read_results(tmp_path / "evaluation")
     assert "recall/guidance_1.0" in results and "inception_score/guidance_1.0" not in results
     assert "Inception" not in (tmp_path / "evaluation" / "evaluation.md").read_text()
@@ -258,7 +262,7 @@ def test_an_encoder_has_no_inception_score(script, options, tmp_path):
 # Data
 
 
-def test_odd_images(script, options, tmp_path, capsys):
+def test_odd_images(options, tmp_path, capsys):
     folder = tmp_path / "odd"
     for name in CLASS_NAMES:
         write_images(folder / "validation" / name, 2, seed=1)
@@ -268,7 +272,7 @@ def test_odd_images(script, options, tmp_path, capsys):
     (folder / "validation" / "ant" / "text.png").write_text("not an image")
     PIL.Image.new("CMYK", (8, 6)).save(folder / "validation" / "bee" / "large.jpg")
     options = {**options, "data_dir": folder, "features": None}
-    run(script, output_dir=tmp_path / "evaluation", **options)
+    run(output_dir=tmp_path / "evaluation", **options)
     results = read_results(tmp_path / "evaluation")
     assert [results[f"num_images{kind}"] for kind in ("", "_skipped", "_resized")] == [7, 2, 1]
     printed = capsys.readouterr().out
@@ -276,7 +280,7 @@ def test_odd_images(script, options, tmp_path, capsys):
     assert "truncated.png" in printed and "text.png" in printed
     assert "1 images were resized and center-cropped to 4x4" in printed
     with pytest.raises(ValueError, match="large.jpg has 8x6 pixels, but the flow's images have 4x4"):
-        run(script, output_dir=tmp_path / "strict", strict=True, **options)
+        run(output_dir=tmp_path / "strict", strict=True, **options)
 
 
 def save_parquet(path, labels, feature):
@@ -284,23 +288,6 @@ def save_parquet(path, labels, feature):
     features = datasets.Features({"image": datasets.Image(), "label": feature})
     path.mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path / "validation.parquet")
-
-
-@pytest.mark.parametrize(
-    "labels, feature, expected",
-    [
-        ([1, 0, 1], datasets.ClassLabel(names=["cat", "ant"]), [0, 2, 0]),
-        (["bee", "cat"], datasets.Value("string"), [1, 2]),
-        ([2, 0, 1], datasets.Value("int64"), [2, 0, 1]),
-    ],
-)
-def test_labels_are_matched_by_name_and_else_by_number(script, model_folder, tmp_path, labels, feature, expected):
-    save_parquet(tmp_path / "rows", labels, feature)
-    evaluate_flow = script("evaluate_flow")
-    line = command_line(model=model_folder, dataset_name=tmp_path / "rows", output_dir="o", cache_dir=tmp_path / "c")
-    rows = evaluate_flow.load_split(evaluate_flow.parse_args(line), "validation")
-    pipeline = FlowBackPipeline.from_pretrained(model_folder)
-    assert evaluate_flow.flow_label_ids(rows, "label", pipeline) == expected
 
 
 # Bad input
@@ -315,11 +302,11 @@ def test_labels_are_matched_by_name_and_else_by_number(script, model_folder, tmp
         ([0.5, 1.0], datasets.Value("float64"), "labels must be numbers from 0 to 2, as the flow's are"),
     ],
 )
-def test_labels_that_do_not_match_the_flows_raise(script, options, tmp_path, labels, feature, message):
+def test_labels_that_do_not_match_the_flows_raise(options, tmp_path, labels, feature, message):
     save_parquet(tmp_path / "rows", labels, feature)
     options = {**options, "data_dir": None, "dataset_name": tmp_path / "rows"}
     with pytest.raises(ValueError, match=message):
-        run(script, output_dir=tmp_path / "evaluation", **options)
+        run(output_dir=tmp_path / "evaluation", **options)
     assert not (tmp_path / "evaluation").exists()
 
 
@@ -328,55 +315,55 @@ def test_labels_that_do_not_match_the_flows_raise(script, options, tmp_path, lab
     [
         ({"data_dir": "nowhere"}, "`--data_dir` must be an existing folder, but is 'nowhere'"),
         ({"split": "test"}, r"no split 'test', but \['train', 'validation'\]"),
-        ({"reference_split": "all"}, r"no split 'all', but \['train', 'validation'\]"),
+        ({"reference_split": "extra"}, r"no split 'extra', but \['train', 'validation'\]"),
         ({"image_column": "photo"}, "`--image_column` must be a column .* but is 'photo'"),
         ({"label_column": "kind"}, "`--label_column` must be a column .* but is 'kind'"),
         ({"features": "./nowhere"}, "`--features` './nowhere' cannot be loaded"),
         ({"reference": "nowhere.npz"}, "'nowhere.npz' is no reference that flowback_hf has saved"),
     ],
 )
-def test_bad_arguments_leave_nothing(script, options, tmp_path, changed, message):
+def test_bad_arguments_leave_nothing(options, tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
-        run(script, output_dir=tmp_path / "evaluation", **{**options, **changed})
+        run(output_dir=tmp_path / "evaluation", **{**options, **changed})
     assert not (tmp_path / "evaluation").exists()
 
 
 @pytest.mark.parametrize("module", ["torchmetrics", "matplotlib", "sklearn"])
-def test_a_missing_extra_is_named_before_any_work(script, options, tmp_path, monkeypatch, module):
+def test_a_missing_extra_is_named_before_any_work(options, tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf'This evaluation needs {module}: pip install "flowback_hf\[eval\]"'):
-        run(script, output_dir=tmp_path / "evaluation", linear_probe=True, **options)
+        run(output_dir=tmp_path / "evaluation", linear_probe=True, **options)
     assert not (tmp_path / "evaluation").exists()
 
 
-def test_a_reference_of_other_features_is_refused(script, options, tmp_path):
+def test_a_reference_of_other_features_is_refused(options, tmp_path):
     features = torch.randn(9, 4)
     ReferenceFeatures.from_batches([features], "insects", "dinov2").save(tmp_path / "reference.npz")
     with pytest.raises(ValueError, match="holds features of 'dinov2', but the samples' are of '.*judge'"):
-        run(script, output_dir=tmp_path / "evaluation", reference=tmp_path / "reference.npz", **options)
+        run(output_dir=tmp_path / "evaluation", reference=tmp_path / "reference.npz", **options)
     assert not (tmp_path / "evaluation").exists()
 
 
-def test_an_empty_folder_and_one_of_broken_images(script, options, tmp_path):
+def test_an_empty_folder_and_one_of_broken_images(options, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="'.*empty' holds no images that can be loaded"):
-        run(script, output_dir=tmp_path / "evaluation", **{**options, "data_dir": tmp_path / "empty"})
+        run(output_dir=tmp_path / "evaluation", **{**options, "data_dir": tmp_path / "empty"})
     for split in ("train", "validation"):
         for name in CLASS_NAMES:
             (tmp_path / "broken" / split / name).mkdir(parents=True)
             (tmp_path / "broken" / split / name / "0.png").write_text("not an image")
     with pytest.raises(ValueError, match="at least two images, but 0 of the 3 of the split 'validation' can be dec"):
-        run(script, output_dir=tmp_path / "evaluation", **{**options, "data_dir": tmp_path / "broken"})
+        run(output_dir=tmp_path / "evaluation", **{**options, "data_dir": tmp_path / "broken"})
 
 
-def test_another_evaluations_folder_is_refused(script, options, tmp_path):
+def test_another_evaluations_folder_is_refused(options, tmp_path):
     options["methods"] = ["gradient"]
-    run(script, output_dir=tmp_path / "evaluation", **options)
+    run(output_dir=tmp_path / "evaluation", **options)
     before = (tmp_path / "evaluation" / "evaluation.json").read_text()
     with pytest.raises(ValueError, match=r"other settings: seed \(0 then, 1 now\)"):
-        run(script, output_dir=tmp_path / "evaluation", seed=1, **options)
+        run(output_dir=tmp_path / "evaluation", seed=1, **options)
     with pytest.raises(ValueError, match=r"samples_guidance_1.0 holds .*: num_samples \(19 then, 21 now\)"):
-        run(script, output_dir=tmp_path / "evaluation", **{**options, "num_samples": 21})
+        run(output_dir=tmp_path / "evaluation", **{**options, "num_samples": 21})
     assert (tmp_path / "evaluation" / "evaluation.json").read_text() == before
 
 
@@ -391,7 +378,7 @@ def test_another_evaluations_folder_is_refused(script, options, tmp_path):
         (["--data_dir", "d", "--methods", "guess"], "invalid choice: 'guess'"),
     ],
 )
-def test_the_parser_refuses(script, capsys, line, message):
+def test_the_parser_refuses(capsys, line, message):
     with pytest.raises(SystemExit):
-        script("evaluate_flow").parse_args(["--model", "m", "--output_dir", "o", *line])
+        parse_args(["--model", "m", "--output_dir", "o", *line])
     assert message in capsys.readouterr().err

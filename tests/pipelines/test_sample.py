@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from flowback_hf import FlowBackPipeline
+from flowback_hf.data import make_generator
+from flowback_hf.evaluation import choose_class_labels
 
 from .conftest import REPOSITORY, command_line
 
 
 def run(script, **options):
-    sample = script("sample")
+    sample = script("sample")  # with its parser: standard library only
     sample.main(sample.parse_args(command_line(**options)))
 
 
@@ -40,8 +42,7 @@ def test_images_labels_grid_and_settings(script, model_folder, tmp_path):
     assert settings["class_labels"] == [2, 0] and settings["guidance_scale"] == 1.5
 
     pipeline = FlowBackPipeline.from_pretrained(model_folder)
-    generators = script("sample").make_generators(0, [3])
-    (expected,) = pipeline(class_labels=[0], generator=generators).images
+    (expected,) = pipeline(class_labels=[0], generator=make_generator(0, 3)).images
     assert np.abs(np.asarray(expected).astype(int) - pixels_of(tmp_path / "out")["000003.png"]).max() <= 1
     # two rows, of three and of two images
     grid = PIL.Image.open(tmp_path / "out" / "grid.png")
@@ -103,9 +104,9 @@ def test_an_unconditional_flow(script, unconditional_folder, tmp_path):
         assert file["arr_1"].tolist() == [-1] * 11
 
 
-def test_names_win_over_numbers_where_classes_are_called_by_digits(script, randomised_model):
+def test_names_win_over_numbers_where_classes_are_called_by_digits(randomised_model):
     pipeline = FlowBackPipeline(randomised_model(), id2label={0: "4", 1: "3", 2: "2", 3: "1", 4: "0"})
-    assert script("sample").choose_class_labels(pipeline, ["0", "3", "-1"]) == [4, 1, -1]
+    assert choose_class_labels(pipeline, ["0", "3", "-1"]) == [4, 1, -1]
 
 
 # Bad input
@@ -147,11 +148,9 @@ def test_the_parser_refuses_counts_below_one(script, capsys, option):
     assert f"--{option} must be at least 1, but is 0" in capsys.readouterr().err
 
 
-def test_noise_is_a_function_of_the_seed_and_the_images_number(script):
-    make_generators = script("sample").make_generators
-    first, second = make_generators(0, [5, 6])
-    draws = [torch.rand(3, generator=generator) for generator in (first, second, *make_generators(1, [6]))]
-    assert torch.equal(draws[0], torch.rand(3, generator=make_generators(0, [5])[0]))
+def test_noise_is_a_function_of_the_seed_and_the_images_number():
+    draws = [torch.rand(3, generator=make_generator(*entropy)) for entropy in ((0, 5), (0, 6), (1, 6))]
+    assert torch.equal(draws[0], torch.rand(3, generator=make_generator(0, 5)))
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
 
 
@@ -173,5 +172,6 @@ def test_a_model_that_is_nowhere_is_said(script, tmp_path, monkeypatch, name, op
         options = {**options, "output_dir": tmp_path / "out"}
     message = "`--model` must be a folder that holds a saved pipeline, or its id on the Hub, but 'nowhere/flow' is no"
     with pytest.raises(ValueError, match=message):
-        module.main(module.parse_args(command_line(model="nowhere/flow", **options)))
+        line = command_line(model="nowhere/flow", **options)
+        module.main(module.parse_args(line), *([line] if name == "evaluate_flow" else []))
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,6 @@
+import argparse
 import fcntl
+import importlib.util
 import json
 import os
 import signal
@@ -6,6 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -14,9 +17,26 @@ from accelerate.state import AcceleratorState
 from transformers import BitImageProcessorPil, Dinov2Model, ResNetConfig, ResNetForImageClassification
 
 from flowback_hf import FlowBackPipeline
+from flowback_hf.ablation import (
+    Cell,
+    Runner,
+    Variant,
+    command_line,
+    make_cells,
+    make_variants,
+    read_grid,
+    read_settings,
+    resolve_blocks,
+    resolve_layer,
+    summarise,
+)
+from flowback_hf.ablation.report import format_figure
+from flowback_hf.ablation.runner import error_message, save_checkpoint_pipeline
+from flowback_hf.data import DataSource, HoldOut
+from flowback_hf.files import read_json_lines
 
-from .conftest import REPOSITORY, import_script
-from .test_train_rra import names, read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 SETTINGS = {
@@ -49,9 +69,21 @@ SETTINGS = {
 FAILING_WEIGHT = 1e39  # overflows float32
 
 
+def load_script(path: Path):
+    """A script as a module: starting a process for each case would take minutes."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def ablate():
-    return import_script("ablate")
+    return load_script(REPOSITORY / "training" / "ablate.py")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture(scope="session")
@@ -92,23 +124,28 @@ def line(images, teacher, judge, tmp_path):
 
 
 @pytest.fixture
-def in_process(ablate, monkeypatch):
+def in_process(monkeypatch):
     """Runs the scripts in this process, which has imported what a new one would import for seconds each time."""
 
     def run(self, command, cell):
-        script = {"train_rra.py": ablate.train_rra, "evaluate_flow.py": ablate.evaluate_flow}[
-            command[1].split("/")[-1]
-        ]
+        script = load_script(Path(command[1]))
         AcceleratorState._reset_state(reset_partial_state=True)
         (cell.folder / "log.txt").touch()
         try:
-            script.main(script.parse_args(command[2:]))
+            args = script.parse_args(command[2:])
+            script.main(args, *([command[2:]] if command[1].endswith("evaluate_flow.py") else []))
         except Exception:
             (cell.folder / "log.txt").write_text(traceback.format_exc())
             return 1
         return 0
 
-    monkeypatch.setattr(ablate.Runner, "run", run)
+    monkeypatch.setattr(Runner, "run", run)
+
+
+def variants_of(args: argparse.Namespace) -> dict[str, Variant]:
+    source = DataSource("--data_dir", str(args.data_dir), True)
+    settings = read_settings(args.settings)
+    return make_variants(read_grid(args.grid), settings, source, args.teacher, args.judge, args.output_dir)
 
 
 def run(ablate, line, *options):
@@ -146,7 +183,7 @@ def test_a_grid_that_is_ended_goes_on_and_a_failing_cell_is_a_row(ablate, line, 
     ablate.main(ablate.parse_args(command))
     printed = capsys.readouterr()
     assert "Resuming from" in (cell / "log.txt").read_text()
-    steps = [record["step"] for record in read_metrics(cell / "flow") if "loss" in record]
+    steps = [record["step"] for record in read_json_lines(cell / "flow" / "metrics.jsonl") if "loss" in record]
     assert steps == list(range(1, 41))
     assert "detach, seed 3, failed. train: FloatingPointError: Step 1: the loss is" in printed.out + printed.err
     results = read_results(tmp_path / "out")
@@ -220,8 +257,8 @@ def test_a_grid_of_teachers_from_end_to_end(ablate, in_process, line, teacher, t
 
     # a checkpoint's pipeline has its averaged weights: the last one's are the run's
     cell = output_dir / "cells" / "none" / "seed-5"
-    variant = ablate.Variant("none", {}, {}, 2.0)
-    ablate.save_checkpoint_pipeline(ablate.Cell(variant, 5, cell), cell / "flow" / "checkpoint-4")
+    variant = Variant("none", {}, {"data_dir": "images"}, 2.0)
+    save_checkpoint_pipeline(Cell(variant, 5, cell), cell / "flow" / "checkpoint-4")
     whole, last, earlier = (
         FlowBackPipeline.from_pretrained(folder).transformer.blocks[0].proj_in.weight
         for folder in (cell / "flow", cell / "checkpoints/checkpoint-4/flow", cell / "checkpoints/checkpoint-2/flow")
@@ -265,6 +302,28 @@ def test_a_dry_run_prints_cells_and_hours_and_leaves_nothing(ablate, in_process,
     assert not (tmp_path / "out").exists()
 
 
+def test_checkpoints_are_evaluated_where_the_run_held_images_out(ablate, in_process, line, images, tmp_path):
+    """A data set without a validation split: the pipeline of a checkpoint has to know what was held out."""
+    settings = SETTINGS | {"train": SETTINGS["train"] | {"train_val_split": 0.2}}
+    settings["evaluate"] = SETTINGS["evaluate"] | {"linear_probe": False}
+    run(ablate, line({"alignment": ["none"], "seeds": [1, 2]}, settings, data_dir=images / "train"))
+    rows = read_results(tmp_path / "out")["cells"]
+    assert [row["status"] for row in rows] == ["done", "done"], rows
+    assert all(len(row["distance_curve"]["step"]) == 2 for row in rows)
+    cell = tmp_path / "out" / "cells" / "none" / "seed-1"
+    source = DataSource("--data_dir", str(images / "train"), True)
+    held_out = HoldOut.read(cell / "flow", source)
+    assert rows[0]["evaluation"]["num_images"] == 4 and held_out.seed == 1
+    assert held_out == HoldOut.read(cell / "checkpoints" / "checkpoint-2" / "flow", source)
+
+
+def test_the_error_of_a_script_is_found_in_the_log(tmp_path):
+    log = tmp_path / "log.txt"
+    for said in ("train_rra.py: error: `--train_data_dir` must be", "torch.OutOfMemoryError: too large"):
+        log.write_text(f"ValueError: of an earlier one\n{sys.executable} train_rra.py\nCells: 0%\r{said}\nCells: 1%\n")
+        assert error_message(log) == said
+
+
 # The grid
 
 
@@ -282,7 +341,7 @@ def test_the_grids_that_ship(ablate, line, grid, expected, settings):
     grid = REPOSITORY / "training" / "ablations" / f"{grid}.json"
     settings = REPOSITORY / "training" / "ablations" / "settings" / f"{settings}.json"
     args = ablate.parse_args(line({}, {}, grid=grid, settings=settings))
-    cells = ablate.make_cells(args, ablate.read_grid(grid))
+    cells = make_cells(variants_of(args), read_grid(grid)["seeds"], args.output_dir)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     variants = {cell.variant.name: cell.variant for cell in cells}
     assert len(cells) == 3 * len(variants)
@@ -306,7 +365,7 @@ def test_names_and_arguments_of_variants(ablate, line):
         "alignment_weight": [0.5],
         "seeds": [0],
     }
-    variants = ablate.make_variants(grid, ablate.parse_args(line(grid)))
+    variants = variants_of(ablate.parse_args(line(grid)))
     assert list(variants) == ["none", "forward-early", "forward-blocks3", "reverse-0-early", "reverse-0-blocks3",
                               "reverse-exact-early", "reverse-exact-blocks3"]  # fmt: skip
     train = variants["reverse-exact-blocks3"].train
@@ -315,15 +374,15 @@ def test_names_and_arguments_of_variants(ablate, line):
     )
     assert "alignment_order" not in variants["forward-early"].train
     assert not {"teacher_model_name_or_path", "alignment_weight"} & variants["none"].train.keys()
-    assert ablate.command_line({"use_ema": False, "random_flip": False, "a": True, "b": [1, "x"], "c": None}) == [
+    assert command_line({"use_ema": False, "random_flip": False, "a": True, "b": [1, "x"], "c": None}) == [
         "--no-use_ema", "--a", "--b", "1", "x"
     ]  # fmt: skip
 
 
-def test_layers_are_the_papers(ablate):
-    assert [ablate.resolve_layer(name, 8) for name in ("shallow", "middle", "deep")] == [2, 4, 6]
-    assert ablate.resolve_blocks("late", 8) == [7, 8] and ablate.resolve_blocks("early", 8) == [1, 2]
-    assert ablate.resolve_blocks("all", 1) == ablate.resolve_blocks("late", 1) == [1]
+def test_layers_are_the_papers():
+    assert [resolve_layer(name, 8) for name in ("shallow", "middle", "deep")] == [2, 4, 6]
+    assert resolve_blocks("late", 8) == [7, 8] and resolve_blocks("early", 8) == [1, 2]
+    assert resolve_blocks("all", 1) == resolve_blocks("late", 1) == [1]
 
 
 # Results
@@ -341,7 +400,7 @@ def make_row(variant, seed, accuracy, distance=()):
     }
 
 
-def test_how_many_times_fewer_steps(ablate):
+def test_how_many_times_fewer_steps():
     rows = [
         make_row("none", 0, [0.1, 0.3, 0.5], [8.0, 4.0, 3.0]),
         make_row("none", 1, [0.1, 0.4, 0.7], [8.0, 4.0, 3.0]),
@@ -349,7 +408,7 @@ def test_how_many_times_fewer_steps(ablate):
         make_row("slow", 0, [0.1, 0.2, 0.3], [8.0, 7.0, 6.0]),
         {"variant": "slow", "seed": 1, "status": "failed"},
     ]
-    summary = ablate.summarise(rows)
+    summary = summarise(rows)
     assert summary["baseline_final"] == {"accuracy": pytest.approx(0.6), "distance": pytest.approx(3.0)}
     # 0.6 lies at 100 * 0.5 / 0.6; the baseline's seeds reach it at the end, if at all, and at 100 + 100 * 0.2 / 0.3
     fast = summary["variants"]["fast"]["metrics"]
@@ -361,27 +420,25 @@ def test_how_many_times_fewer_steps(ablate):
     assert summary["variants"]["none"]["metrics"]["times_fewer_steps_accuracy"]["num_seeds"] == 1
     slow = summary["variants"]["slow"]
     assert slow["metrics"] == {} and (slow["num_cells"], slow["num_done"]) == (2, 1)
-    assert ablate.format_figure({"mean": 0.5, "standard_error": 0.01, "num_seeds": 2}, 100, 1, 3) == (
-        "50.0 ± 1.0 (2 of 3)"
-    )
+    assert format_figure({"mean": 0.5, "standard_error": 0.01, "num_seeds": 2}, 100, 1, 3) == ("50.0 ± 1.0 (2 of 3)")
 
 
-def test_differences_to_the_baseline_are_of_the_same_seeds(ablate):
+def test_differences_to_the_baseline_are_of_the_same_seeds():
     rows = [
         make_row(variant, seed, [0.5]) | {"metrics": {"nll": nll}}
         for variant, nlls in {"none": [1.0, 3.0, 8.0], "detach": [0.5, 2.7, None]}.items()
         for seed, nll in enumerate(nlls)
         if nll is not None
     ]
-    summary = ablate.summarise(rows)
+    summary = summarise(rows)
     # -0.5 and -0.3, whatever the third seed of the baseline is
     figure = summary["variants"]["detach"]["minus_baseline"]["nll"]
     assert figure == {"mean": pytest.approx(-0.4), "standard_error": pytest.approx(0.1), "num_seeds": 2}
     assert summary["variants"]["none"]["minus_baseline"]["nll"]["mean"] == 0
 
 
-def test_no_baseline_is_no_target(ablate):
-    summary = ablate.summarise([make_row("detach", 0, [0.1, 0.2])])
+def test_no_baseline_is_no_target():
+    summary = summarise([make_row("detach", 0, [0.1, 0.2])])
     assert summary["baseline_final"] == {"accuracy": None, "distance": None}
     assert summary["variants"]["detach"]["metrics"] == summary["variants"]["detach"]["minus_baseline"] == {}
 
@@ -396,7 +453,7 @@ GRID = {"alignment": ["none", "reverse"], "seeds": [0]}
     "grid, message",
     [
         (GRID | {"strategy": ["x"]}, r"grid.json has the unknown keys \['strategy'\]; it may have \['alignment', "),
-        ({"alignment": ["none"]}, "grid.json has no 'seeds', of which every cell has one"),
+        ({"alignment": ["none"]}, "grid.json has no 'seeds', but every cell needs one"),
         (GRID | {"alignment_weight": 0.1}, "must have a list of values for 'alignment_weight', but has 0.1"),
         (GRID | {"teacher": ["strict"]}, r"names the teachers \['strict'\], but they are \['given', 'random'\]"),
         ("{", "grid.json is not JSON"),

@@ -1,0 +1,372 @@
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+"""Grids of alignments: their files, the variants that they describe, and the cells that are run."""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowback_hf.alignment.objective import AlignedFlowObjective
+from flowback_hf.data.splits import DataSource
+from flowback_hf.files import read_json
+from flowback_hf.places import Place, choose_places
+from flowback_hf.training.checkpoints import list_checkpoints
+from flowback_hf.training.flow import make_flow
+from flowback_hf_cli.evaluation import parse_args as parse_evaluation
+from flowback_hf_cli.training import parse_args as parse_training
+
+
+AXES = ("alignment", "alignment_order", "alignment_blocks", "alignment_layer", "alignment_weight", "teacher")
+TEACHERS = ("given", "random")
+# What an ablation decides, cell by cell; the settings hold the rest. The grid's weight wins over the settings'.
+OWN_TRAIN_ARGUMENTS = {*AXES, "teacher_model_name_or_path", "teacher_features", "train_data_dir", "dataset_name"}
+OWN_TRAIN_ARGUMENTS |= {"output_dir", "seed", "resume_from_checkpoint"}
+OWN_TRAIN_ARGUMENTS -= {"alignment_weight"}
+OWN_EVALUATE_ARGUMENTS = {"model", "output_dir", "data_dir", "dataset_name", "features", "seed", "write_best_guidance"}
+
+BASELINE = "none"
+RANDOM_TEACHER = "random_teacher"
+
+Grid = dict[str, list]
+
+
+@dataclass
+class Variant:
+    """
+    One combination of a grid's values.
+
+    Args:
+        name (`str`): What folders, tables and figures call it.
+        train (`dict`): Its arguments of `training/train_rra.py`, with those of the settings and without a cell's.
+        evaluate (`dict`): Its arguments of `pipelines/evaluate_flow.py`, likewise.
+        checkpoint_guidance_scale (`float`, *optional*):
+            The scale at which its checkpoints are sampled. `None` samples none.
+        places (`list[Place]`): Where it is aligned; for the baseline, where it would be by default.
+    """
+
+    name: str
+    train: dict[str, Any]
+    evaluate: dict[str, Any]
+    checkpoint_guidance_scale: float | None = None
+    places: list[Place] = field(default_factory=list)
+
+
+@dataclass
+class Cell:
+    """A variant with a seed, in a folder of its own."""
+
+    variant: Variant
+    seed: int
+    folder: Path
+
+    @property
+    def flow_folder(self) -> Path:
+        return self.folder / "flow"
+
+    @property
+    def evaluation_file(self) -> Path:
+        return self.folder / "evaluation" / "evaluation.json"
+
+    @property
+    def log_file(self) -> Path:
+        return self.folder / "log.txt"
+
+    @property
+    def config(self) -> dict[str, dict[str, Any]]:
+        """What its results depend on, beside the seed."""
+        return {"train": self.variant.train, "evaluate": self.variant.evaluate}
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints whose samples are evaluated: all but the last, whose flow the evaluation is of."""
+        if self.variant.checkpoint_guidance_scale is None:
+            return []
+        return list_checkpoints(self.flow_folder)[:-1]
+
+    def checkpoint_folder(self, checkpoint: Path) -> Path:
+        return self.folder / "checkpoints" / checkpoint.name
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """`status` (done, failed, or `None` for neither), the `error` of a failed cell, and `seconds` by stage."""
+        return read_json(self.folder / "state.json") or {"status": None, "seconds": {}}
+
+
+def command_line(options: dict[str, Any]) -> list[str]:
+    """
+    Options as a command line: true ones are flags, false ones and `None` are left out.
+
+    Example:
+        ```py
+        >>> from flowback_hf.ablation import command_line
+
+        >>> command_line({"use_ema": False, "strict": True, "guidance_scales": [1.0, 2.0], "max_images": None})
+        ['--no-use_ema', '--strict', '--guidance_scales', '1.0', '2.0']
+        ```
+    """
+    line = []
+    for name, value in options.items():
+        if value is False and name == "use_ema":  # the one flag that is on by default
+            line.append("--no-use_ema")
+        elif value is not None and value is not False:
+            line.append(f"--{name}")
+            if value is not True:
+                line += [str(part) for part in (value if isinstance(value, list) else [value])]
+    return line
+
+
+def parse_train_options(options: dict[str, Any]) -> argparse.Namespace:
+    """Options of `training/train_rra.py` as its parser sees them. Raises ValueError with its words for wrong ones."""
+    return parse(parse_training, options | {"output_dir": "o"})
+
+
+def parse_evaluate_options(options: dict[str, Any]) -> argparse.Namespace:
+    """Likewise for `pipelines/evaluate_flow.py`."""
+    return parse(parse_evaluation, options | {"output_dir": "o", "model": "m"})
+
+
+def parse(parser: Callable[[list[str]], argparse.Namespace], options: dict[str, Any]) -> argparse.Namespace:
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            return parser(command_line(options))
+        except SystemExit as error:
+            raise ValueError(stderr.getvalue().strip().splitlines()[-1].partition("error: ")[2]) from error
+
+
+# The files
+
+
+def read_object(path: Path, option: str, keys: Iterable[str]) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError if there is none, or if it has other keys."""
+    if not path.is_file():
+        raise ValueError(f"`--{option}` must be an existing JSON file, but is {str(path)!r}.")
+    try:
+        content = read_json(path)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`--{option}` {path} is not JSON: {error}.") from error
+    check_keys(content, f"`--{option}` {path}", keys)
+    return content
+
+
+def check_keys(content: Any, what: str, keys: Iterable[str]):
+    """Raise ValueError unless `content` is an object with these keys, or some of them."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} must hold a JSON object, but holds {content!r}.")
+    unknown = sorted(set(content) - set(keys))
+    if unknown:
+        raise ValueError(f"{what} has the unknown keys {unknown}; it may have {sorted(keys)}.")
+
+
+def read_grid(path: Path) -> Grid:
+    """
+    Read a grid: lists of values for `alignment`, `seeds` and whatever else is varied.
+
+    Raises:
+        ValueError: if the file is not a grid.
+    """
+    grid = read_object(path, "grid", {*AXES, "seeds"})
+    for name in ("alignment", "seeds"):
+        if name not in grid:
+            raise ValueError(f"`--grid` {path} has no {name!r}, but every cell needs one.")
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"`--grid` {path} must have a list of values for {name!r}, but has {values!r}.")
+    unknown = [teacher for teacher in grid.get("teacher", []) if teacher not in TEACHERS]
+    if unknown:
+        raise ValueError(f"`--grid` {path} names the teachers {unknown}, but they are {list(TEACHERS)}.")
+    return grid
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """
+    Read what all cells share: `train`, `evaluate` and `checkpoint_guidance_scale`.
+
+    Raises:
+        ValueError: if there are arguments that the scripts do not know or that an ablation decides itself, or if
+            checkpoints cannot be compared with the final flow.
+    """
+    settings = {"train": {}, "evaluate": {}, "checkpoint_guidance_scale": None}
+    settings |= read_object(path, "settings", settings)
+    known = vars(parse_train_options({"train_data_dir": "d"})).keys() - OWN_TRAIN_ARGUMENTS
+    check_keys(settings["train"], f"'train' of `--settings` {path}", known)
+    known = vars(parse_evaluate_options({"data_dir": "d"})).keys() - OWN_EVALUATE_ARGUMENTS
+    check_keys(settings["evaluate"], f"'evaluate' of `--settings` {path}", known)
+    scale, scales = settings["checkpoint_guidance_scale"], settings["evaluate"].get("guidance_scales", [])
+    if scale is not None and scale not in scales:
+        raise ValueError(
+            f"'checkpoint_guidance_scale' of `--settings` {path} must be one of the evaluation's 'guidance_scales'"
+            f" {scales}, at which the last distance is measured, but is {scale}."
+        )
+    if scale is not None and not settings["train"].get("use_ema", True):
+        raise ValueError(
+            f"'checkpoint_guidance_scale' of `--settings` {path} needs 'use_ema': checkpoints are sampled with their"
+            " averaged weights."
+        )
+    return settings
+
+
+# Variants
+
+
+def resolve_blocks(blocks: str | list[int], num_blocks: int) -> list[int]:
+    """
+    The flow blocks that a word stands for, numbered from 1 at the image; early and late are two each, as in the paper.
+
+    Example:
+        ```py
+        >>> from flowback_hf.ablation import resolve_blocks
+
+        >>> resolve_blocks("late", 8)
+        [7, 8]
+        ```
+    """
+    named = {
+        "early": list(range(1, min(2, num_blocks) + 1)),
+        "late": list(range(max(1, num_blocks - 1), num_blocks + 1)),
+        "all": list(range(1, num_blocks + 1)),
+    }
+    if isinstance(blocks, str):
+        if blocks not in named:
+            raise ValueError(f"`alignment_blocks` must be numbers or one of {list(named)}, but are {blocks!r}.")
+        return named[blocks]
+    return blocks
+
+
+def resolve_layer(layer: str | int, num_layers: int) -> int:
+    """The layer, from 1, that a word stands for: a quarter, half or three quarters up, the paper's 2, 4 and 6 of 8."""
+    quarters = {"shallow": 1, "middle": 2, "deep": 3}
+    if isinstance(layer, str):
+        if layer not in quarters:
+            raise ValueError(f"`alignment_layer` must be a number or one of {list(quarters)}, but is {layer!r}.")
+        return math.ceil(quarters[layer] * num_layers / 4)
+    return layer
+
+
+def name_variant(choice: dict[str, Any], grid: Grid) -> str:
+    """The strategy, and the values of whatever else the grid varies."""
+
+    def text(axis: str, value: Any) -> str:
+        if axis == "alignment_order":
+            return str(value)
+        if isinstance(value, list):
+            return "blocks" + "+".join(str(number) for number in value)
+        prefix = {"alignment_layer": "layer", "alignment_weight": "weight"}.get(axis, "")
+        suffix = "-teacher" if axis == "teacher" else ""
+        return f"{'' if isinstance(value, str) else prefix}{value}{suffix}"
+
+    varied = [text(axis, value) for axis, value in choice.items() if axis != "alignment" and len(grid[axis]) > 1]
+    return "-".join([str(choice["alignment"]), *varied])
+
+
+def list_choices(grid: Grid) -> list[dict[str, Any]]:
+    """Every combination of the grid's values that makes sense; the baseline has no others, an order only reverse."""
+    axes = [axis for axis in AXES if axis in grid]
+    choices = []
+    for values in itertools.product(*(grid[axis] for axis in axes)):
+        choice = dict(zip(axes, values))
+        if choice["alignment"] == BASELINE:
+            choice = {"alignment": BASELINE}
+        elif choice["alignment"] != "reverse":
+            choice.pop("alignment_order", None)
+        choices.append(choice)
+    return choices
+
+
+def make_variants(
+    grid: Grid, settings: dict[str, Any], source: DataSource, teacher: str, judge: str, output_dir: Path
+) -> dict[str, Variant]:
+    """
+    Make every variant of a grid, once.
+
+    Args:
+        grid (`dict`): As [`read_grid`] returns it.
+        settings (`dict`): As [`read_settings`] returns them.
+        source ([`~flowback_hf.data.DataSource`]): The data set.
+        teacher, judge (`str`): The encoders to align with and to compare samples by: Hub ids or folders.
+        output_dir (`pathlib.Path`): Holds the random teacher, if the grid has one.
+    Returns:
+        `dict` of `str` to [`Variant`]: by name.
+    Raises:
+        ValueError: for a variant that cannot be trained, with its name.
+    """
+    name, folder = (None, source.name) if source.is_image_folder else (source.name, None)
+    evaluate = settings["evaluate"] | {"dataset_name": name, "data_dir": folder, "features": judge}
+    shared = settings["train"] | {"dataset_name": name, "train_data_dir": folder}
+    flow = make_shapes(parse_train_options(shared))
+    num_layers = [len(block.layers) for block in flow.blocks]
+    variants, known_arguments = {}, []
+    for choice in list_choices(grid):
+        own = dict(choice)
+        if "alignment_blocks" in own:
+            own["alignment_blocks"] = resolve_blocks(own["alignment_blocks"], len(num_layers))
+        if "alignment_layer" in own:
+            own["alignment_layer"] = resolve_layer(own["alignment_layer"], min(num_layers))
+        if choice["alignment"] != BASELINE:
+            is_random = own.pop("teacher", "given") == "random"
+            own["teacher_model_name_or_path"] = str(output_dir / RANDOM_TEACHER) if is_random else teacher
+        if own in known_arguments:  # in a block of two layers, middle and shallow are the same
+            continue
+        known_arguments.append(own)
+        scale = settings["checkpoint_guidance_scale"]
+        variant = Variant(name_variant(choice, grid), shared | own, evaluate, scale)
+        variant.places = check_variant(variant, flow)
+        variants[variant.name] = variant
+    return variants
+
+
+def make_shapes(train_args: argparse.Namespace) -> torch.nn.Module:
+    """The flow without its weights, which is enough to check places."""
+    with torch.device("cpu" if train_args.pretrained_model_name_or_path else "meta"):
+        return make_flow(train_args, None if train_args.unconditional else ["any"], data_sizes={})[0]
+
+
+def check_variant(variant: Variant, flow: torch.nn.Module) -> list[Place]:
+    """Its places. Raises ValueError, with its name, for what the scripts or the objective would refuse."""
+    try:
+        train_args = parse_train_options(variant.train)
+        parse_evaluate_options(variant.evaluate)
+        num_layers = [len(block.layers) for block in flow.blocks]
+        places = choose_places(num_layers, train_args.alignment_blocks, train_args.alignment_layer)
+        arguments = {"strategy": train_args.alignment, "weight": train_args.alignment_weight}
+        if train_args.alignment != BASELINE:
+            arguments |= {"places": places, "teacher_dim": 1, "projector_dim": 1}
+        with torch.device("meta"):
+            AlignedFlowObjective(flow, order=train_args.alignment_order, **arguments)
+    except ValueError as error:
+        raise ValueError(f"The variant {variant.name!r} cannot be run: {error}") from error
+    return places
+
+
+def make_cells(
+    variants: dict[str, Variant], seeds: Iterable[int], output_dir: Path, names: Sequence[str] | None = None
+) -> list[Cell]:
+    """
+    Make a cell of each variant with each seed.
+
+    They are ordered seed by seed: a run that is not over yet compares all variants.
+
+    Args:
+        variants (`dict` of `str` to [`Variant`]): By name.
+        seeds (iterable of `int`): The seeds.
+        output_dir (`pathlib.Path`): Holds the folder of each cell.
+        names (`Sequence[str]`, *optional*): Which of the variants. Default: all.
+    Raises:
+        ValueError: if a name is not a variant's.
+    """
+    unknown = sorted(set(names or []) - set(variants))
+    if unknown:
+        raise ValueError(f"`--variants` must be of the grid's, {list(variants)}, but {unknown} are not.")
+    chosen = [variant for name, variant in variants.items() if names is None or name in names]
+    return [
+        Cell(variant, seed, output_dir / "cells" / variant.name / f"seed-{seed}")
+        for seed in dict.fromkeys(seeds)
+        for variant in chosen
+    ]

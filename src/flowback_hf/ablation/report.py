@@ -1,0 +1,308 @@
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+"""What an ablation shows: a table in Markdown, its numbers in JSON, and figures."""
+
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowback_hf.ablation.grids import BASELINE, Cell
+from flowback_hf.ablation.statistics import Row, mean_and_error, read_row, summarise
+from flowback_hf.evaluation.report import ProbeCurve, by_prefix, draw_linear_probes
+from flowback_hf.files import write_json, write_text
+from flowback_hf.reporting import current_commit, describe_machine, import_pyplot, markdown_table, save_figure
+
+
+# Column, metric, factor, digits.
+COLUMNS = (
+    ("nll", "nll", 1, 4),
+    ("accuracy, one gradient, %", "accuracy_gradient", 100, 1),
+    ("accuracy, Bayes, %", "accuracy_bayes", 100, 1),
+    ("probe at its places, %", "linear_probe_aligned", 100, 1),
+    ("best probe, %", "linear_probe_best", 100, 1),
+    ("FD unguided", "frechet_distance_unguided", 1, 3),
+    ("FD guided", "frechet_distance_guided", 1, 3),
+    ("at scale", "best_guidance_scale", 1, 1),
+    ("read as its label, %", "judge_reads_label", 100, 1),
+    ("× fewer steps, accuracy", "times_fewer_steps_accuracy", 1, 2),
+    ("× fewer steps, FD", "times_fewer_steps_distance", 1, 2),
+    ("ms a step", "seconds_per_step", 1000, 0),
+)
+
+
+def write_report(
+    cells: Sequence[Cell],
+    settings: dict[str, Any],
+    output_dir: Path,
+    command: Sequence[str] = (),
+    threads: int = 1,
+    jobs: int = 1,
+):
+    """
+    Write `results.json`, `results.md` and figures of all cells, finished or not.
+
+    Args:
+        cells (`Sequence[Cell]`): The cells of this command.
+        settings (`dict`): The content of the settings file.
+        output_dir (`pathlib.Path`): Where the files are written.
+        command (`Sequence[str]`): The command line that the report says it came from.
+        threads, jobs (`int`): Threads of each cell, and cells that run side by side.
+    """
+    rows = [read_row(cell) for cell in cells]
+    summary = summarise(rows)
+    seconds = sum(sum(row["seconds"].values()) for row in rows)
+    machine = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
+    report = {
+        "command": shlex.join(["python", "training/ablate.py", *command]),
+        "commit": current_commit(),
+        "machine": machine | {"threads": threads, "jobs": jobs},
+        "cell_hours": round(seconds / 3600, 3),
+        "settings": settings,
+        **summary,
+        "cells": rows,
+    }
+    write_json(output_dir / "results.json", report)
+    write_text(output_dir / "results.md", markdown(report))
+    done = [row for row in rows if row["status"] == "done"]
+    if done:
+        draw_curves(done, summary, output_dir / "curves.png")
+        draw_distance_against_accuracy(summary, output_dir / "distance_against_accuracy.png")
+        draw_probes(done, output_dir / "linear_probe.png")
+
+
+# The page
+
+
+def format_figure(figure: dict[str, Any] | None, factor: float, digits: int, num_done: int | None) -> str:
+    """
+    A mean with its standard error, and of how many seeds it is, if not of all.
+
+    Example:
+        ```py
+        >>> from flowback_hf.ablation.report import format_figure
+
+        >>> format_figure({"mean": 0.5, "standard_error": 0.01, "num_seeds": 2}, 100, 1, num_done=3)
+        '50.0 ± 1.0 (2 of 3)'
+        ```
+    """
+    if figure is None:
+        return ""
+    text = f"{factor * figure['mean']:.{digits}f}"
+    if figure["standard_error"] is not None:
+        text += f" ± {factor * figure['standard_error']:.{digits}f}"
+    return text if num_done in (None, figure["num_seeds"]) else f"{text} ({figure['num_seeds']} of {num_done})"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """
+    The results of an ablation as a page.
+
+    Args:
+        report (`dict`): The content of `results.json`.
+    Returns:
+        `str`: Markdown that shows the figures beside it.
+    """
+    variants = report["variants"]
+    columns = [column for column in COLUMNS if any(column[1] in variant["metrics"] for variant in variants.values())]
+    table = [
+        [name, variant["num_done"]]
+        + [
+            format_figure(variant["metrics"].get(key), factor, digits, variant["num_done"])
+            for _, key, factor, digits in columns
+        ]
+        for name, variant in variants.items()
+    ]
+    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    lines = [
+        f"`{report['command']}`",
+        "",
+        f"Commit {report['commit']}; {machine}; {report['cell_hours']:.2f} hours, summed over the cells.",
+        "",
+        markdown_table(["variant", "seeds", *(title for title, *_ in columns)], table),
+        "",
+        explain_table(report),
+        *compare_with_baseline(variants, columns),
+        *list_unfinished(report["cells"]),
+    ]
+    figures = {"curves": "Over steps", "distance_against_accuracy": "Distance and accuracy"}
+    if any("linear_probe_best" in variant["metrics"] for variant in variants.values()):
+        figures["linear_probe"] = "Linear probe"
+    lines += [f"\n![{title}]({name}.png)" for name, title in figures.items()]
+    return "\n".join(lines) + "\n"
+
+
+def explain_table(report: dict[str, Any]) -> str:
+    """What the columns mean."""
+    accuracy, distance = (report["baseline_final"][name] for name in ("accuracy", "distance"))
+    text = (
+        "Mean ± standard error over seeds. Do not read anything into differences smaller than their errors. nll: nats"
+        " per dimension. Guided: at the scale with the lowest distance. Probe at its places: a linear classifier on"
+        " the hidden states where the variant is aligned; for the baseline, where it would be by default."
+    )
+    if accuracy is not None:
+        text += (
+            " × fewer steps: the step at which the baseline first reaches its own final accuracy"
+            f" ({100 * accuracy:.1f} %, the mean over seeds), divided by the step at which the variant does. This"
+            " accuracy is that of one gradient with one draw of noise at each validation, on straight lines between"
+            " validations. A seed that never reaches it is left out and counted."
+        )
+    if distance is not None:
+        scale = report["settings"]["checkpoint_guidance_scale"]
+        text += f" The same for its final FD, {distance:.3f} at guidance {scale}, over checkpoints."
+    return text
+
+
+def compare_with_baseline(variants: dict[str, Any], columns: list[tuple[str, str, float, int]]) -> list[str]:
+    """A table of differences from the baseline, seed by seed."""
+    differences = {
+        name: variant["minus_baseline"]
+        for name, variant in variants.items()
+        if name != BASELINE and variant["minus_baseline"] and variant["num_done"] > 1
+    }
+    if not differences:
+        return []
+    compared = [column for column in columns if all(column[1] in figures for figures in differences.values())]
+    table = [
+        [name, *(format_figure(figures[key], factor, digits, None) for _, key, factor, digits in compared)]
+        for name, figures in differences.items()
+    ]
+    intro = "Differences from the baseline with the same seed, which leave out what a seed does to both:"
+    return ["", intro, "", markdown_table(["variant", *(title for title, *_ in compared)], table)]
+
+
+def list_unfinished(rows: list[Row]) -> list[str]:
+    """A table of cells without results."""
+    unfinished = [row for row in rows if row["status"] != "done"]
+    if not unfinished:
+        return []
+    cells = [
+        [row["variant"], row["seed"], row["status"], row.get("error", "").replace("|", "/")] for row in unfinished
+    ]
+    return ["", markdown_table(["cell without result", "seed", "status", "error"], cells)]
+
+
+# Figures
+
+
+def colors_of(names: Iterable[str]) -> dict[str, Any]:
+    """A color for each variant; the baseline is grey."""
+    import matplotlib
+
+    palette = matplotlib.colormaps["tab10" if len(list(names)) <= 11 else "tab20"].colors
+    others = [name for name in names if name != BASELINE]
+    return {BASELINE: "0.35"} | {name: palette[number % len(palette)] for number, name in enumerate(others)}
+
+
+def mean_curves(rows: list[Row], curve: str, name: str) -> dict[str, tuple[list[int], list[float], list[float]]]:
+    """Steps, means and standard errors over seeds, by variant."""
+    curves = {}
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = [row[curve] for row in rows if row["variant"] == variant]
+        own = [points for points in own if points["step"] and None not in points[name]]
+        if own:
+            points = [mean_and_error(list(values)) for values in zip(*(points[name] for points in own))]
+            means, errors = [point["mean"] for point in points], [point["standard_error"] or 0.0 for point in points]
+            curves[variant] = (own[0]["step"], means, errors)
+    return curves
+
+
+def draw_curves(rows: list[Row], summary: dict[str, Any], path: Path):
+    """Draw accuracy, distance and nll of every variant over steps, and what the baseline ends with."""
+    plt = import_pyplot()
+    colors = colors_of(summary["variants"])
+    panels = {
+        "accuracy": ("curve", 100, "accuracy by one gradient, %"),
+        "distance": ("distance_curve", 1, "Fréchet distance"),
+        "nll": ("curve", 1, "validation nll, nats per dimension"),
+    }
+    curves = {name: mean_curves(rows, curve, name) for name, (curve, *_) in panels.items()}
+    panels = {name: panel for name, panel in panels.items() if curves[name]}
+    size = (4.6 * len(panels) + 1.5, 3.8)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, (name, (_, factor, label)) in zip(axes[0], panels.items()):
+        for variant, (steps, means, errors) in curves[name].items():
+            lower = [factor * (mean - error) for mean, error in zip(means, errors)]
+            upper = [factor * (mean + error) for mean, error in zip(means, errors)]
+            values = [factor * mean for mean in means]
+            axis.plot(steps, values, color=colors[variant], marker="o", markersize=3, label=variant)
+            axis.fill_between(steps, lower, upper, color=colors[variant], alpha=0.15, linewidth=0)
+        final = summary["baseline_final"].get(name)
+        if final is not None:
+            axis.axhline(factor * final, color=colors[BASELINE], linestyle="--", linewidth=1)
+        axis.set(xlabel="step", ylabel=label, xlim=(0, None))
+        axis.grid(alpha=0.3)
+    zoom_in(axes[0, -1], curves["nll"])
+    handles, labels = axes[0, -1].get_legend_handles_labels()
+    axes[0, -1].legend(
+        handles,
+        [legend_entry(variant, summary) for variant in labels],
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        title="(× fewer steps to the\nbaseline's final accuracy)",
+    )
+    save_figure(figure, path)
+
+
+def zoom_in(axis: Any, curves: dict[str, tuple[list[int], list[float], list[float]]]):
+    """Show the last two thirds of falling curves: what comes before is far above all that follows."""
+    later = [mean for steps, means, _ in curves.values() for step, mean in zip(steps, means) if 3 * step >= steps[-1]]
+    margin = 0.05 * (max(later) - min(later))
+    if margin:
+        axis.set_ylim(min(later) - margin, max(later) + margin)
+
+
+def legend_entry(variant: str, summary: dict[str, Any]) -> str:
+    times = summary["variants"][variant]["metrics"].get("times_fewer_steps_accuracy")
+    return variant if times is None or variant == BASELINE else f"{variant} ({times['mean']:.1f}×)"
+
+
+def draw_distance_against_accuracy(summary: dict[str, Any], path: Path):
+    """Draw the Fréchet distance over accuracy, the paper's Figure 1d: lower right is better."""
+    plt = import_pyplot()
+    colors = colors_of(summary["variants"])
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axis, guidance in zip(axes, ("unguided", "guided")):
+        for name, variant in summary["variants"].items():
+            accuracy = variant["metrics"].get("accuracy_gradient")
+            distance = variant["metrics"].get(f"frechet_distance_{guidance}")
+            if accuracy is None or distance is None:
+                continue
+            axis.errorbar(
+                100 * accuracy["mean"],
+                distance["mean"],
+                xerr=100 * (accuracy["standard_error"] or 0) or None,
+                yerr=distance["standard_error"],
+                color=colors[name],
+                marker="o",
+                markersize=6,
+                elinewidth=1,
+                linestyle="none",
+                label=name,
+            )
+        axis.set(xlabel="accuracy by one gradient, %", ylabel="Fréchet distance", title=guidance)
+        axis.grid(alpha=0.3)
+    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save_figure(figure, path)
+
+
+def draw_probes(rows: list[Row], path: Path):
+    """Draw the linear probes of every variant that has any; its aligned places have full markers."""
+    probed = [row for row in rows if by_prefix(row["evaluation"], "linear_probe")]
+    names = list(dict.fromkeys(row["variant"] for row in probed))
+    colors = colors_of(names)
+    curves = {}
+    for name in names:
+        own = [row for row in probed if row["variant"] == name]
+        probes = [by_prefix(row["evaluation"], "linear_probe") for row in own]
+        points = {place: mean_and_error([probe[place] for probe in probes]) for place in probes[0]}
+        curves[name] = ProbeCurve(
+            {place: point["mean"] for place, point in points.items()},
+            {place: point["standard_error"] or 0.0 for place, point in points.items()},
+            [] if name == BASELINE else [tuple(place) for place in own[0]["places"]],
+            colors[name],
+        )
+    if curves:
+        draw_linear_probes(curves, path)

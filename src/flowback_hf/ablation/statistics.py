@@ -1,0 +1,210 @@
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+"""What finished cells have measured, and how variants compare over seeds."""
+
+import itertools
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from flowback_hf.ablation.grids import BASELINE, Cell
+from flowback_hf.files import read_json, read_json_lines
+from flowback_hf.places import Place, place_name
+
+
+Row = dict[str, Any]
+
+# Metrics of the table, and of the differences from the baseline.
+METRICS = (
+    "nll",
+    "accuracy_gradient",
+    "accuracy_bayes",
+    "linear_probe_aligned",
+    "linear_probe_best",
+    "frechet_distance_unguided",
+    "frechet_distance_guided",
+    "best_guidance_scale",
+    "judge_reads_label",
+    "times_fewer_steps_accuracy",
+    "times_fewer_steps_distance",
+    "seconds_per_step",
+)
+
+
+# Cells
+
+
+def read_row(cell: Cell) -> Row:
+    """Everything that is known of a cell; of one that is not done, its status and error."""
+    state = cell.state
+    row = {"variant": cell.variant.name, "seed": cell.seed, "status": state["status"] or "not finished"}
+    row |= {"error": state["error"]} if "error" in state else {}
+    row |= {"seconds": state["seconds"], "places": cell.variant.places}
+    if state["status"] != "done":
+        return row
+    records = read_json_lines(cell.flow_folder / "metrics.jsonl")
+    validations = [record for record in records if "validation_nll" in record]
+    row["curve"] = {"step": [record["step"] for record in validations]}
+    row["curve"] |= {
+        name: [record.get(f"validation_{name}") for record in validations] for name in ("nll", "accuracy")
+    }
+    evaluation = read_json(cell.evaluation_file)
+    row["distance_curve"] = read_distance_curve(cell, evaluation, row["curve"]["step"][-1])
+    speed = statistics.median(record["images_per_second"] for record in records if "images_per_second" in record)
+    training_args = read_json(cell.flow_folder / "training_args.json")
+    images_per_step = training_args["train_batch_size"] * training_args["gradient_accumulation_steps"]
+    row["evaluation"] = {name: value for name, value in evaluation.items() if name not in ("model", "command")}
+    row["metrics"] = read_metrics(evaluation, cell.variant.places) | {"seconds_per_step": images_per_step / speed}
+    return row
+
+
+def read_distance(cell: Cell, checkpoint: Path) -> float | None:
+    """The Fréchet distance of a checkpoint's samples at the guidance scale; `None` if it has not been measured."""
+    results = read_json(cell.checkpoint_folder(checkpoint) / "evaluation" / "evaluation.json") or {}
+    return results.get(f"frechet_distance/guidance_{cell.variant.checkpoint_guidance_scale}")
+
+
+def read_distance_curve(cell: Cell, evaluation: dict[str, Any], last_step: int) -> dict[str, list]:
+    """Distances over steps, at one guidance scale; empty unless all were measured."""
+    distances = {
+        int(checkpoint.name.removeprefix("checkpoint-")): read_distance(cell, checkpoint)
+        for checkpoint in cell.checkpoints
+    }
+    if not distances or None in distances.values():
+        return {"step": [], "distance": []}
+    distances[last_step] = evaluation[f"frechet_distance/guidance_{cell.variant.checkpoint_guidance_scale}"]
+    return {"step": list(distances), "distance": list(distances.values())}
+
+
+def read_metrics(evaluation: dict[str, Any], places: list[Place]) -> dict[str, float]:
+    """The metrics of an evaluation; what was not evaluated is missing."""
+    best = evaluation["best_guidance_scale"]
+    metrics = {
+        "nll": evaluation["nll"],
+        "accuracy_gradient": evaluation.get("accuracy/gradient"),
+        "accuracy_bayes": evaluation.get("accuracy/bayes"),
+        "linear_probe_best": evaluation.get("linear_probe_best"),
+        "frechet_distance_unguided": evaluation.get("frechet_distance/guidance_1.0"),
+        "frechet_distance_guided": evaluation["best_frechet_distance"],
+        "best_guidance_scale": best,
+        "judge_reads_label": evaluation.get(f"classifier_reads_label/guidance_{best}"),
+    }
+    probes = [evaluation.get(f"linear_probe/{place_name(place)}") for place in places]
+    if None not in probes:
+        metrics["linear_probe_aligned"] = statistics.fmean(probes)
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+# Variants
+
+
+def mean_and_error(values: list[float]) -> dict[str, float | int | None]:
+    """
+    The mean over seeds and its standard error, which is `None` for one value.
+
+    Example:
+        ```py
+        >>> from flowback_hf.ablation import mean_and_error
+
+        >>> mean_and_error([1.0, 3.0])
+        {'mean': 2.0, 'standard_error': 1.0, 'num_seeds': 2}
+        ```
+    """
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "standard_error": error, "num_seeds": len(values)}
+
+
+def steps_to_reach(steps: list[int], values: list[float], target: float) -> float | None:
+    """
+    The step at which a curve first reaches a target from below, on straight lines between its points.
+
+    Returns:
+        `float`: the step; `None` if the curve never reaches the target.
+
+    Example:
+        ```py
+        >>> from flowback_hf.ablation import steps_to_reach
+
+        >>> steps_to_reach([0, 100, 200], [0.1, 0.3, 0.7], target=0.5)
+        150.0
+        ```
+    """
+    if values[0] >= target:
+        return float(steps[0])
+    for (step, low), (next_step, high) in itertools.pairwise(zip(steps, values)):
+        if high >= target:
+            return step + (next_step - step) * (target - low) / (high - low)
+    return None
+
+
+def add_speed_ups(rows: list[Row], curve: str, name: str, sign: int) -> float | None:
+    """
+    Add to the rows' metrics at which step each reaches the baseline's final value, and how many times fewer that is.
+
+    The final value is the mean over the baseline's seeds. The steps are compared with the baseline's own mean step.
+
+    Args:
+        rows (`list[dict]`): Rows of finished cells, as [`read_row`] returns them.
+        curve, name (`str`): Which curve of a row, and which value of it.
+        sign (`int`): 1 if larger is better, -1 if smaller is.
+    Returns:
+        `float`: the final value; `None` without a baseline.
+    """
+    rows = [row for row in rows if row[curve]["step"] and None not in row[curve][name]]
+    baseline = [row for row in rows if row["variant"] == BASELINE]
+    if not baseline:
+        return None
+    target = statistics.fmean(row[curve][name][-1] for row in baseline)
+    reached = [
+        steps_to_reach(row[curve]["step"], [sign * value for value in row[curve][name]], sign * target) for row in rows
+    ]
+    # A seed of the baseline that ends below their mean has taken the whole run, at least.
+    baseline_steps = statistics.fmean(
+        row[curve]["step"][-1] if step is None else step for row, step in zip(rows, reached) if row in baseline
+    )
+    for row, step in zip(rows, reached):
+        if step:
+            row["metrics"][f"steps_to_baseline_{name}"] = step
+            row["metrics"][f"times_fewer_steps_{name}"] = baseline_steps / step
+    return target
+
+
+def summarise(rows: list[Row]) -> dict[str, Any]:
+    """
+    Summarise the cells of each variant.
+
+    Args:
+        rows (`list[dict]`): As [`read_row`] returns them. Speed-ups are added to the metrics of finished ones.
+    Returns:
+        `dict`: `baseline_final`, the baseline's final accuracy and distance, and `variants`: by name the numbers of
+        cells, the mean and standard error of each metric, and those of its difference from the baseline.
+    """
+    done = [row for row in rows if row["status"] == "done"]
+    baseline_final = {
+        "accuracy": add_speed_ups(done, "curve", "accuracy", sign=1),
+        "distance": add_speed_ups(done, "distance_curve", "distance", sign=-1),
+    }
+    variants = {}
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in done if row["variant"] == name]
+        variants[name] = {
+            "num_cells": sum(row["variant"] == name for row in rows),
+            "num_done": len(own),
+            "metrics": {
+                metric: mean_and_error([row["metrics"][metric] for row in own if metric in row["metrics"]])
+                for metric in dict.fromkeys(metric for row in own for metric in row["metrics"])
+            },
+            "minus_baseline": paired_differences(own, [row for row in done if row["variant"] == BASELINE]),
+        }
+    return {"baseline_final": baseline_final, "variants": variants}
+
+
+def paired_differences(rows: list[Row], baseline: list[Row]) -> dict[str, Any]:
+    """
+    Mean and standard error of each metric minus the baseline's of the same seed.
+
+    Pairs leave out what a seed does to both. Metrics that a row lacks are left out.
+    """
+    pairs = [(row["metrics"], other["metrics"]) for row in rows for other in baseline if row["seed"] == other["seed"]]
+    names = [name for name in METRICS if pairs and all(name in metrics for pair in pairs for metrics in pair)]
+    return {name: mean_and_error([own[name] - other[name] for own, other in pairs]) for name in names}

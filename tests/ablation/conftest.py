@@ -1,0 +1,1 @@
+from ..training.conftest import images, teacher  # noqa: F401

@@ -1,0 +1,71 @@
+"""The commands that are thin above the package: they answer at once, and say what is wrong in one line."""
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from flowback_hf.models.transformer_tarflow import GUIDANCE_RULES, GUIDANCE_SCHEDULES, SOLVERS
+from flowback_hf.pipelines.pipeline_flowback_classification import METHODS
+from flowback_hf_cli import evaluation
+
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPTS = {
+    "pipelines/evaluate_flow.py": ["--model", "nowhere/flow", "--output_dir", "o", "--data_dir", "d"],
+    "pipelines/sample.py": ["--model", "nowhere/flow", "--output_dir", "o"],
+    "training/ablate.py": "--grid nowhere.json --settings s --output_dir o --data_dir . --teacher t --judge j".split(),
+}
+
+
+def run_script(script, arguments, folder):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(REPOSITORY / script), *arguments]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_imports_the_standard_library_only(script):
+    program = (
+        "import runpy, sys\n"
+        "try:\n"
+        f"    runpy.run_path({str(REPOSITORY / script)!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    heavy = {'torch', 'numpy', 'diffusers', 'datasets', 'flowback_hf', 'PIL'} & set(sys.modules)\n"
+        "    print('imported:', sorted(heavy))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--output_dir" in done.stdout and done.stdout.rstrip().endswith("imported: []")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_wrong_value_ends_with_one_line(script, tmp_path):
+    done = run_script(script, SCRIPTS[script], tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"{Path(script).name}: error: `--") and "nowhere" in last
+    assert not list(tmp_path.iterdir())
+
+
+def test_defaults_of_the_flags_are_those_of_the_arguments():
+    args = vars(evaluation.parse_args(["--model", "m", "--output_dir", "o", "--data_dir", "d"]))
+    defaults = vars(evaluation.EvaluationArguments("m", Path("o"), data_dir="d"))
+    assert args.keys() == {field.name for field in fields(evaluation.EvaluationArguments)}
+    for name, value in args.items():
+        assert (tuple(value) if isinstance(value, list) else value) == defaults[name], name
+
+
+def test_choices_are_the_librarys():
+    sys.path.insert(0, str(REPOSITORY / "pipelines"))
+    try:
+        import sample
+    finally:
+        sys.path.pop(0)
+    assert evaluation.METHODS == METHODS
+    assert evaluation.GUIDANCE_RULES == sample.GUIDANCE_RULES == GUIDANCE_RULES
+    assert sample.GUIDANCE_SCHEDULES == GUIDANCE_SCHEDULES and sample.SOLVERS == SOLVERS
