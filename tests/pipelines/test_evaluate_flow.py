@@ -18,7 +18,8 @@ from flowback_hf.metrics import FrechetDistance, ImageFeatureExtractor, Referenc
 from flowback_hf_cli.evaluation import parse_args
 
 from ..conftest import start_two_processes
-from .conftest import CLASS_NAMES, REPOSITORY, command_line, write_images
+from ..conftest import REPOSITORY, command_line
+from .conftest import CLASS_NAMES, write_images
 
 
 @pytest.fixture
