@@ -22,8 +22,8 @@ def benchmarks():
     return modules
 
 
-def test_the_readme_holds_the_table_of_sizes(benchmarks):
-    assert benchmarks["model_sizes"].table() in (REPOSITORY / "README.md").read_text()
+def test_the_documentation_holds_the_table_of_sizes(benchmarks):
+    assert benchmarks["model_sizes"].table() in (REPOSITORY / "docs" / "scale.md").read_text()
 
 
 def test_flops_are_those_of_the_products_written_out(benchmarks):
