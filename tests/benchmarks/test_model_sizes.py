@@ -22,10 +22,6 @@ def benchmarks():
     return modules
 
 
-def test_the_documentation_holds_the_table_of_sizes(benchmarks):
-    assert benchmarks["model_sizes"].table() in (REPOSITORY / "docs" / "scale.md").read_text()
-
-
 def test_flops_are_those_of_the_products_written_out(benchmarks):
     config = {
         "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_blocks": 3, "num_layers": [1, 1, 4],
