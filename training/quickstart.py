@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """
-The whole way on a laptop, each stage a process of its own: prepare the handwritten digits with a teacher and a judge,
-train a flow with reverse alignment, reload the saved pipeline, sample from it and let the judge read the samples.
+Go the whole way on a laptop: prepare the handwritten digits with a teacher and a judge, train a flow with reverse
+alignment, reload the saved pipeline, sample from it and let the judge read the samples. Each stage is a process.
 
     python training/quickstart.py --output_dir outputs/quickstart
 
 Leaves `digits/`, `flow/` (the pipeline), `samples.png` and `report.json` in the output folder. `make quickstart` calls
-it. A run that was interrupted is resumed where it was.
+it. A run that was interrupted goes on where it was.
 """
 
 import argparse
@@ -24,10 +24,20 @@ FOLDER = Path(__file__).resolve().parent
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--max_train_steps", type=int, default=1200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--setup_seconds", type=int, default=0, help="What the set-up before this script took.")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("outputs/quickstart"),
+        help="The folder to write everything to. Default: %(default)s.",
+    )
+    parser.add_argument("--max_train_steps", type=int, default=1200, help="Optimizer steps. Default: %(default)s.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the training. Default: %(default)s.")
+    parser.add_argument(
+        "--setup_seconds",
+        type=int,
+        default=0,
+        help="Seconds that the set-up took, for the report. Default: %(default)s.",
+    )
     return parser.parse_args()
 
 

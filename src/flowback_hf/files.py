@@ -37,16 +37,26 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
         ```
     """
     path = Path(path)
-    partial = path.with_name(f".partial-{path.name}")
+    partial = partial_path(path)
     remove(partial)  # left by a process that was killed
     try:
         yield partial
     except BaseException:
         remove(partial)
         raise
-    if path.is_dir():  # a folder is not replaced by a rename
-        shutil.rmtree(path)
-    os.replace(partial, path)
+    replace(partial, path)
+
+
+def partial_path(path: Path) -> Path:
+    """The temporary name of a file or folder that is being written."""
+    return path.with_name(f".partial-{path.name}")
+
+
+def replace(source: Path, target: Path):
+    """Rename a file or folder; what has the new name already is deleted."""
+    if target.is_dir():  # a rename does not replace a folder
+        shutil.rmtree(target)
+    os.replace(source, target)
 
 
 def remove(path: Path):

@@ -54,7 +54,8 @@ def check_places(places: Iterable[Sequence[int]] | None, num_layers: Sequence[in
     for block, layer in places:
         if not 1 <= block <= len(num_layers):
             raise ValueError(
-                f"`places` names flow block {block}, but this flow's blocks are 1 (image) to {len(num_layers)} (noise)."
+                f"`places` names flow block {block}, but this flow's blocks are 1 (image) to {len(num_layers)}"
+                " (noise)."
             )
         if not 1 <= layer <= num_layers[block - 1]:
             raise ValueError(
@@ -63,7 +64,9 @@ def check_places(places: Iterable[Sequence[int]] | None, num_layers: Sequence[in
     return places
 
 
-def choose_places(num_layers: Sequence[int], blocks: Iterable[int] | None = None, layer: int | None = None) -> list[Place]:
+def choose_places(
+    num_layers: Sequence[int], blocks: Iterable[int] | None = None, layer: int | None = None
+) -> list[Place]:
     """
     The places to align, by default those of *Flowing Backwards*: three quarters up the last two flow blocks.
 

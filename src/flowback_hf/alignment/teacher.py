@@ -12,6 +12,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 
+DEFAULT_TEACHER = "facebook/dinov2-base"
+
+
 @dataclass(frozen=True)
 class EncoderKind:
     """

@@ -1,18 +1,17 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """
-What `training/precompute_latents.py` writes and `training/train_rra.py --latents` reads:
+A folder of VAE latents, which `training/precompute_latents.py` writes and `training/train_rra.py --latents` reads:
 
     folder/latents.json             what was encoded, with which VAE and teacher
     folder/<split>/00000-00000.parquet ...
-                                    shards: number of the source's file, number of the shard in it
-    folder/<split>/00000.json ...   how many shards a file of the source makes, once all of it has been read
+                                    shards, named by the number of the source's file and of the shard in it
+    folder/<split>/00000.json ...   how many shards a file of the source makes, written when all of it has been read
 
-A row holds the posterior's moments of an image and of its mirror image, the label, and the image or the teacher's
-features of both.
+A row holds the moments of the posterior for an image and for its mirror image, the label, and either the image or the
+teacher's features of both.
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ import torch
 from diffusers.models import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from flowback_hf.data.images import image_to_tensor
+from flowback_hf.files import read_json
 from flowback_hf.pipelines.pipeline_flowback import scale_latents
 
 
@@ -29,7 +30,7 @@ SETTINGS_FILE = "latents.json"
 
 
 def hash_weights(module: torch.nn.Module) -> str:
-    """By which latents know the VAE that they are of: the SHA-256 of its weights in float32, by name."""
+    """The SHA-256 of a module's weights in float32, by name. Latents recognise their VAE by it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -38,29 +39,27 @@ def hash_weights(module: torch.nn.Module) -> str:
 
 
 def load_vae(name: str, subfolder: str | None, cache_dir: str | None = None) -> AutoencoderKL:
-    """In float32. Raises ValueError if there is none."""
+    """Load a frozen VAE in float32. Raises ValueError if there is none."""
     try:
-        return (
-            AutoencoderKL.from_pretrained(name, subfolder=subfolder, cache_dir=cache_dir).eval().requires_grad_(False)
-        )
+        vae = AutoencoderKL.from_pretrained(name, subfolder=subfolder, cache_dir=cache_dir)
+        return vae.eval().requires_grad_(False)
     except OSError as error:
         raise ValueError(f"`--vae_model_name_or_path` {name!r} cannot be loaded: {error}") from error
 
 
 def read_latents_settings(folder: str | os.PathLike) -> dict[str, Any]:
     """
-    What is in a folder of latents.
+    Read what a folder of latents holds: the values of its `latents.json`.
 
     Raises:
-        ValueError: if it is none, or not complete.
+        ValueError: if the folder holds no latents, or not all of them yet.
     """
-    path = Path(folder) / SETTINGS_FILE
-    if not path.exists():
+    settings = read_json(Path(folder) / SETTINGS_FILE)
+    if settings is None:
         raise ValueError(
             f"`--latents` must be a folder of training/precompute_latents.py, but {str(folder)!r} has no"
             f" {SETTINGS_FILE}."
         )
-    settings = json.loads(path.read_text())
     for split, num_sources in settings["num_sources"].items():
         for source in range(num_sources):
             missing = missing_shards(Path(folder) / split, source)
@@ -77,16 +76,19 @@ def shard_name(source: int, shard: int) -> str:
 
 
 def missing_shards(folder: Path, source: int) -> list[int] | None:
-    """Shards of a file of the source that are not there yet; `None` if their number is not known yet."""
-    path = folder / f"{source:05d}.json"
-    if not path.exists():
+    """The numbers of a source file's shards that are missing; `None` if it is not known how many there will be."""
+    record = read_json(folder / f"{source:05d}.json")
+    if record is None:
         return None
-    num_shards = json.loads(path.read_text())["num_shards"]
-    return [shard for shard in range(num_shards) if not (folder / shard_name(source, shard)).exists()]
+    return [shard for shard in range(record["num_shards"]) if not (folder / shard_name(source, shard)).exists()]
 
 
 def load_latents(folder: str | os.PathLike, cache_dir: str | None = None) -> datasets.DatasetDict:
-    """The rows of a complete folder, memory-mapped; `datasets` makes Arrow files of the shards in its cache first."""
+    """
+    Load the rows of a complete folder, memory-mapped, by split.
+
+    `datasets` first makes Arrow files of the shards in its cache.
+    """
     settings = read_latents_settings(folder)
     files = {split: sorted(map(str, (Path(folder) / split).glob("*.parquet"))) for split in settings["num_sources"]}
     return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir)
@@ -94,11 +96,16 @@ def load_latents(folder: str | os.PathLike, cache_dir: str | None = None) -> dat
 
 class LatentDataset(torch.utils.data.Dataset):
     """
-    Items for training a latent flow, from rows of [`load_latents`].
+    Items to train a latent flow on, from rows of [`load_latents`].
 
     An item holds `moments` `(2, 2 * latent_channels, latent_size, latent_size)` in float16, those of the image and of
-    its mirror image; `class_labels`; and, as far as they are stored, `images` in [-1, 1] and `teacher_features`
-    `(2, num_tokens, feature_dim)`, again of both.
+    its mirror image; `class_labels`, an `int`; `skipped`, which is empty; and, if they are stored, `images` in [-1, 1]
+    or `teacher_features` `(2, num_tokens, feature_dim)`, again of both.
+
+    Args:
+        rows (`datasets.Dataset`): Rows of one split.
+        label_column (`str`, *optional*): The column of class ids. `None` gives every image the label -1.
+        label_ids (`list[int]`): The flow's class id of each class id of the data set.
     """
 
     def __init__(self, rows: datasets.Dataset, label_column: str | None, label_ids: list[int]):
@@ -120,19 +127,18 @@ class LatentDataset(torch.utils.data.Dataset):
         if "teacher_features" in row:
             item["teacher_features"] = torch.from_numpy(row["teacher_features"])
         if "image" in row:
-            pixels = torch.tensor(row["image"])
-            item["images"] = pixels.view(*pixels.shape[:2], -1).permute(2, 0, 1) / 127.5 - 1
+            item["images"] = image_to_tensor(row["image"])
         return item
 
 
 def draw_latents(moments: torch.Tensor, vae_config: Any, generator: torch.Generator | None = None) -> torch.Tensor:
     """
-    The data of a latent flow: a draw from a VAE's posterior, scaled.
+    Draw the data of a latent flow from a VAE's posterior, and scale them.
 
     Args:
         moments (`torch.Tensor` of shape `(batch_size, 2 * latent_channels, height, width)`):
-            Means, then logarithms of variances.
-        vae_config: Of the VAE: its `scaling_factor` and `shift_factor`.
+            Means, then logarithms of the variances.
+        vae_config: The VAE's config, for its `scaling_factor` and `shift_factor`.
         generator (`torch.Generator`, *optional*): Decides the draw.
     Returns:
         `torch.Tensor` of shape `(batch_size, latent_channels, height, width)` in float32.

@@ -1,0 +1,156 @@
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+"""Images of a data set: decoded, fitted to a flow's square and turned into tensors in [-1, 1], in one way for all."""
+
+import zlib
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+
+from flowback_hf.pipelines.pipeline_flowback_classification import fit_image
+
+
+# What PIL raises for files that are not images, truncated, or malformed inside.
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError)
+
+
+def image_mode(num_channels: int) -> str:
+    """PIL's mode of images with 1 or 3 channels. Raises ValueError for other numbers."""
+    modes = {1: "L", 3: "RGB"}
+    if num_channels not in modes:
+        raise ValueError(f"Images must have 1 or 3 channels, but {num_channels} are asked for.")
+    return modes[num_channels]
+
+
+def decode_image(file: dict[str, Any] | None, mode: str) -> PIL.Image.Image:
+    """
+    Decode one image of a data set.
+
+    Grey, CMYK, palette and transparent images are converted to `mode`.
+
+    Args:
+        file (`dict`): What `datasets.Image(decode=False)` gives: `bytes` or a `path`.
+        mode (`str`): `"L"` or `"RGB"`.
+    Returns:
+        `PIL.Image.Image`: at its own size.
+    Raises:
+        One of `UNREADABLE`: if the file is not an image, or is damaged.
+    """
+    return datasets.Image().decode_example(file).convert(mode)
+
+
+def name_of_file(file: dict[str, Any] | None, otherwise: str) -> str:
+    """The path of an image of a data set for a message; `otherwise` if it has none."""
+    return (file or {}).get("path") or otherwise
+
+
+def image_to_tensor(image: PIL.Image.Image | np.ndarray) -> torch.Tensor:
+    """Turn an 8-bit image, or its array `(height, width[, channels])`, into float32 `(channels, height, width)` in
+    [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.view(*pixels.shape[:2], -1).permute(2, 0, 1) / 127.5 - 1
+
+
+def checksum(images: torch.Tensor) -> int:
+    """A checksum of a clean image, by which stored teacher features recognise it."""
+    return zlib.crc32(images.contiguous().numpy())
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """
+    Clean images in [-1, 1] with their class ids, resized and center-cropped to a square.
+
+    Grey, CMYK, palette and transparent images are converted. An image that cannot be decoded is replaced by the next
+    readable one, and its name is reported with the item, so that a bad file never ends a run.
+
+    An item holds `images` `(channels, sample_size, sample_size)`, `class_labels`, an `int` (-1 for no class), and
+    `skipped`, the names of unreadable files. With `teacher_features` it also holds those of the image and of its
+    mirror image, `(2, num_tokens, feature_dim)`.
+
+    Args:
+        rows (`datasets.Dataset`): Rows with an image column.
+        image_column (`str`): Its name.
+        label_column (`str`, *optional*): The column of class ids. `None` gives every image the label -1.
+        label_ids (`list[int]`): The flow's class id of each class id of the data set.
+        sample_size (`int`): Height and width of the images.
+        in_channels (`int`): 1 for grey images, 3 for RGB.
+        teacher_features (`datasets.Dataset`, *optional*):
+            Stored features of the same rows, as [`~flowback_hf.data.load_teacher_features`] returns them.
+    Raises:
+        ValueError: from an item, if no image of the data set can be decoded or stored features are of another image.
+
+    Example:
+        ```py
+        >>> import datasets
+        >>> import PIL.Image
+        >>> from flowback_hf.data import ImageDataset
+
+        >>> features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat"])})
+        >>> rows = datasets.Dataset.from_dict({"image": [PIL.Image.new("RGB", (9, 8))], "label": [0]}, features)
+        >>> item = ImageDataset(rows, "image", "label", [0], sample_size=4, in_channels=3)[0]
+        >>> item["images"].shape, item["class_labels"]
+        (torch.Size([3, 4, 4]), 0)
+        ```
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        image_column: str,
+        label_column: str | None,
+        label_ids: list[int],
+        sample_size: int,
+        in_channels: int,
+        teacher_features: datasets.Dataset | None = None,
+    ):
+        self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        self.image_column = image_column
+        self.label_column = label_column
+        self.label_ids = label_ids
+        self.sample_size = sample_size
+        self.mode = image_mode(in_channels)
+        self.teacher_features = teacher_features
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        skipped = []
+        for offset in range(len(self)):
+            number = (index + offset) % len(self)
+            row = self.rows[number]
+            try:
+                image = decode_image(row[self.image_column], self.mode)
+            except UNREADABLE:
+                skipped.append(name_of_file(row[self.image_column], f"row {number}"))
+                continue
+            images = image_to_tensor(fit_image(image, self.sample_size))
+            item = {"images": images, "class_labels": self._class_label(row), "skipped": skipped}
+            if self.teacher_features is not None:
+                item["teacher_features"] = self._read_teacher_features(index, images)
+            return item
+        raise ValueError(f"None of the {len(self)} images of the data set can be decoded; the first is {skipped[0]}.")
+
+    def _class_label(self, row: dict[str, Any]) -> int:
+        label = -1 if self.label_column is None else row[self.label_column]
+        return -1 if label is None or label < 0 else self.label_ids[label]
+
+    def _read_teacher_features(self, index: int, images: torch.Tensor) -> torch.Tensor:
+        row = self.teacher_features[index]
+        if row["checksum"] != checksum(images):
+            raise ValueError(
+                f"`--teacher_features` must be of this training split, but row {index} is of another image: give"
+                " training/precompute_features.py the data flags, --seed and --resolution of this run."
+            )
+        return torch.from_numpy(row["features"])
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack the tensors of items of [`ImageDataset`] or [`LatentDataset`], and join their labels and skipped files."""
+    names = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
+    batch = {name: torch.stack([item[name] for item in items]) for name in names}
+    batch["class_labels"] = torch.tensor([item["class_labels"] for item in items])
+    batch["skipped"] = [name for item in items for name in item["skipped"]]
+    return batch

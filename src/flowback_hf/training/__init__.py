@@ -1,0 +1,23 @@
+"""Training flows: the [`Trainer`], and what the flags of `training/train_rra.py` build for it."""
+
+from flowback_hf.training.checkpoints import find_checkpoint, list_checkpoints, load_averaged_parameters
+from flowback_hf.training.flow import LabelledFlow, make_flow, make_objective, make_source, make_teacher
+from flowback_hf.training.run_folder import check_run_folder
+from flowback_hf.training.trainer import Trainer, make_accelerator
+from flowback_hf_cli.training import TrainingArguments
+
+
+__all__ = [
+    "LabelledFlow",
+    "Trainer",
+    "TrainingArguments",
+    "check_run_folder",
+    "find_checkpoint",
+    "list_checkpoints",
+    "load_averaged_parameters",
+    "make_accelerator",
+    "make_flow",
+    "make_objective",
+    "make_source",
+    "make_teacher",
+]

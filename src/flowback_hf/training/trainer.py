@@ -1,0 +1,421 @@
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+
+import logging
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from flowback_hf import (
+    AlignedFlowObjective,
+    AlignedFlowOutput,
+    FlowBackClassificationPipeline,
+    FlowBackPipeline,
+    RepresentationTeacher,
+    TarFlowTransformer2DModel,
+)
+from flowback_hf.data import ImageSource, LatentSource, add_noise, collate, make_generator
+from flowback_hf.files import write_json
+from flowback_hf.places import place_name
+from flowback_hf.reporting import import_pyplot
+from flowback_hf.training.checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from flowback_hf.training.compilation import compile_layers
+from flowback_hf.training.run_folder import SETTINGS_FILE, MetricsLog, check_run_folder, save_pipeline
+from flowback_hf.training.validation import draw_samples, validate
+from flowback_hf_cli.training import TrainingArguments
+
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+def make_accelerator(arguments: TrainingArguments) -> Accelerator:
+    """Make the accelerator of a run, set up its logging, and seed the global generators."""
+    folder = Path(arguments.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        mixed_precision=arguments.mixed_precision,
+        log_with=arguments.report_to,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / arguments.logging_dir)),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed),
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    datasets.utils.logging.set_verbosity_error()
+    set_seed(arguments.seed)
+    if arguments.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+class Trainer:
+    """
+    Trains a flow: optimizer steps, averaged weights, validations, checkpoints and a log, resumable at any moment.
+
+    A run's folder holds `training_args.json`, `metrics.jsonl` (losses and speed every few steps, validations),
+    `loss_curve.png`, `samples/`, `checkpoint-*` and, when it is done, the pipeline. On a CPU a resumed run ends with
+    the weights of one that was never interrupted, to the bit: noise depends on the seed, batch and process only.
+
+    Args:
+        objective ([`AlignedFlowObjective`]): The flow and its loss.
+        source ([`ImageSource`] or [`LatentSource`]): Training and validation data, and what a batch is.
+        arguments ([`TrainingArguments`]): How to train, log, validate and save.
+        teacher ([`RepresentationTeacher`], *optional*): Not needed for the strategy `"none"` or with stored features.
+        id2label (`dict[int, str]`, *optional*): The flow's class names, which the pipeline keeps.
+        settings (`dict`, *optional*):
+            What `training_args.json` holds; a resumed run must have the same. Default: `arguments`.
+        accelerator ([`~accelerate.Accelerator`], *optional*): Default: [`make_accelerator`] of `arguments`.
+    Raises:
+        ValueError: before anything is written, if the output folder holds another run, a validation label is unknown,
+            or there are fewer images than a batch takes.
+
+    Example:
+        ```py
+        >>> import datasets
+        >>> import tempfile
+        >>> import PIL.Image
+        >>> from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
+        >>> from flowback_hf.data import ImageSource, Splits
+        >>> from flowback_hf.training import Trainer, TrainingArguments
+
+        >>> features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat"])})
+        >>> images = [PIL.Image.new("L", (8, 8), 9 * shade) for shade in range(4)]
+        >>> rows = datasets.Dataset.from_dict({"image": images, "label": [0] * 4}, features)
+        >>> flow = TarFlowTransformer2DModel(8, 4, 1, num_blocks=2, num_layers=1, num_attention_heads=2,
+        ...     attention_head_dim=8, num_classes=1)
+        >>> source = ImageSource(Splits(rows, rows, ["cat"]), flow.config, label_ids=[0])
+        >>> arguments = TrainingArguments(tempfile.mkdtemp() + "/run", train_batch_size=2, max_train_steps=1)
+        >>> pipeline = Trainer(AlignedFlowObjective(flow, "none"), source, arguments, id2label={0: "cat"}).fit()
+        >>> pipeline(class_labels=["cat"]).images[0].size
+        (8, 8)
+        ```
+
+    References: Zhai et al., Normalizing Flows are Capable Generative Models, https://arxiv.org/abs/2412.06329;
+    Flowing Backwards: Improving Normalizing Flows via Reverse Representation Alignment,
+    https://arxiv.org/abs/2511.22345
+    """
+
+    def __init__(
+        self,
+        objective: AlignedFlowObjective,
+        source: ImageSource | LatentSource,
+        arguments: TrainingArguments,
+        teacher: RepresentationTeacher | None = None,
+        id2label: dict[int, str] | None = None,
+        settings: dict[str, Any] | None = None,
+        accelerator: Accelerator | None = None,
+    ):
+        import_pyplot()  # the loss curve needs it, hours from now
+        self.arguments = arguments
+        self.source = source
+        self.teacher = teacher
+        self.accelerator = make_accelerator(arguments) if accelerator is None else accelerator
+        self.folder = Path(arguments.output_dir)
+        self.settings = asdict(arguments) if settings is None else settings
+        self.holds_run = check_run_folder(self.folder, self.settings, arguments.resume_from_checkpoint)
+        self.flow = objective.flow
+        self.pipeline = FlowBackPipeline(self.flow, source.vae, id2label=id2label)
+        self.validation_class_labels = self._normalize_class_labels()
+        self.images_per_batch = arguments.train_batch_size * self.accelerator.num_processes
+        self._check_batch_size()
+        self.checkpoint = self._find_checkpoint()
+
+        # A copy holds the averaged weights when they are looked at: the trained ones are never touched, and compiled
+        # layers never run token by token.
+        device = self.accelerator.device
+        self.evaluated_flow = TarFlowTransformer2DModel.from_config(self.flow.config).to(device).eval()
+        self.evaluated_flow.requires_grad_(False)
+        self.pipeline.register_modules(transformer=self.evaluated_flow)
+        self.classifier = FlowBackClassificationPipeline(self.evaluated_flow)
+        for pipeline in (self.pipeline, self.classifier):
+            pipeline.set_progress_bar_config(disable=True)
+        self._prepare(objective)
+
+        self.global_step = 0
+        self.num_batches = 0
+        self.num_skipped = 0
+        self.skipped_files: set[str] = set()
+        self._unlogged_scalars: list[torch.Tensor] = []
+        self._timed_images, self._timed_since = 0, time.perf_counter()
+
+    def fit(self) -> FlowBackPipeline:
+        """
+        Train to the last step, from the checkpoint if the run is resumed.
+
+        Returns:
+            [`FlowBackPipeline`]: with the averaged weights, as it was saved in the output folder.
+        Raises:
+            FloatingPointError: if the loss or the gradient is not finite. The last checkpoint is intact.
+        """
+        self._open_folder()
+        progress_bar = tqdm(
+            total=self.max_train_steps,
+            initial=self.global_step,
+            desc="Training",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        if self.global_step == 0:
+            self._evaluate()
+        self._timed_since = time.perf_counter()
+        while self.global_step < self.max_train_steps:
+            self._train_epoch(progress_bar)
+        progress_bar.close()
+        return self._save()
+
+    # Before the first step
+
+    def _normalize_class_labels(self) -> list[int] | None:
+        labels = self.arguments.validation_class_labels
+        if labels is None:
+            return None
+        labels = [int(label) if str(label).isdigit() else label for label in labels]
+        labels = self.pipeline.normalize_class_labels(labels)
+        self.pipeline.check_inputs(labels, self.arguments.validation_guidance_scale)
+        return labels
+
+    def _check_batch_size(self):
+        num_images = len(self.source.train_dataset)
+        if num_images < self.images_per_batch:
+            raise ValueError(
+                f"`--train_batch_size` {self.arguments.train_batch_size} on {self.accelerator.num_processes} processes"
+                f" needs {self.images_per_batch} images, but the training split has {num_images}."
+            )
+
+    def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        resume = self.arguments.resume_from_checkpoint
+        checkpoint = find_checkpoint(self.folder, resume) if resume else None
+        if resume and checkpoint is None:
+            logger.warning(f"There is no checkpoint to resume from in {self.folder}: starting at step 0.")
+        return checkpoint
+
+    def _prepare(self, objective: AlignedFlowObjective):
+        """Build the optimizer, the data loaders, the schedule and the average, and hand them to Accelerate."""
+        arguments, accelerator = self.arguments, self.accelerator
+        if arguments.gradient_checkpointing:
+            self.flow.enable_gradient_checkpointing()
+        if arguments.torch_compile:
+            compile_layers(accelerator, objective.to(accelerator.device), arguments.train_batch_size)
+        learning_rate = arguments.learning_rate
+        if arguments.scale_lr:
+            learning_rate *= self.images_per_batch * arguments.gradient_accumulation_steps
+        optimizer = torch.optim.AdamW(
+            objective.parameters(),
+            lr=learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            weight_decay=arguments.adam_weight_decay,
+            eps=arguments.adam_epsilon,
+        )
+        options = {"num_workers": arguments.dataloader_num_workers, "collate_fn": collate}
+        train_dataloader = torch.utils.data.DataLoader(
+            self.source.train_dataset, arguments.train_batch_size, shuffle=True, drop_last=True, **options
+        )
+        validation_dataloader = torch.utils.data.DataLoader(
+            self.source.validation_dataset, arguments.eval_batch_size, **options
+        )
+        self.objective, self.optimizer, self.train_dataloader, self.validation_dataloader = accelerator.prepare(
+            objective, optimizer, train_dataloader, validation_dataloader
+        )
+        self.max_train_steps = arguments.max_train_steps
+        if self.max_train_steps is None:
+            steps_per_epoch = math.ceil(len(self.train_dataloader) / arguments.gradient_accumulation_steps)
+            self.max_train_steps = arguments.num_train_epochs * steps_per_epoch
+        # Every process steps the schedule.
+        self.lr_scheduler = accelerator.prepare(
+            get_scheduler(
+                arguments.lr_scheduler,
+                self.optimizer,
+                num_warmup_steps=arguments.lr_warmup_steps * accelerator.num_processes,
+                num_training_steps=self.max_train_steps * accelerator.num_processes,
+            )
+        )
+        self.ema = EMAModel(self.flow.parameters(), arguments.ema_decay, foreach=True) if arguments.use_ema else None
+
+    def _open_folder(self):
+        """Write the settings of a new run, or load the checkpoint of one that is resumed, and open the log."""
+        accelerator = self.accelerator
+        accelerator.wait_for_everyone()  # every process has looked at the output folder
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.source.hold_out is not None:
+                self.source.hold_out.write(self.folder)
+            if not self.holds_run:
+                labels = {"validation_class_labels": self.validation_class_labels}
+                write_json(self.folder / SETTINGS_FILE, self.settings | labels)
+        if self.checkpoint is not None:
+            folder, progress = self.checkpoint
+            logger.info(f"Resuming from {folder}.")
+            load_checkpoint(accelerator, folder, self.ema)
+            self.global_step, self.num_batches = progress["global_step"], progress["num_batches"]
+        if accelerator.is_main_process:
+            self.metrics_log = MetricsLog(self.folder, self.global_step)
+            tracked = {name: value for name, value in self.settings.items() if isinstance(value, int | float | str)}
+            accelerator.init_trackers(self.arguments.tracker_project_name, tracked)
+
+    # Steps
+
+    def _train_epoch(self, progress_bar: tqdm):
+        """Train on the batches of an epoch that have not been seen, or up to the last step."""
+        epoch, num_done = divmod(self.num_batches, len(self.train_dataloader))
+        self.train_dataloader.set_epoch(epoch)
+        batches = self.train_dataloader
+        if num_done:
+            batches = self.accelerator.skip_first_batches(batches, num_done)
+        for batch in batches:
+            values = self._train_on(batch)
+            self.num_batches += 1
+            self._timed_images += self.images_per_batch
+            self._report_skipped(batch["skipped"])
+            if values is None:
+                continue
+            self.global_step += 1
+            progress_bar.update()
+            progress_bar.set_postfix(loss=f"{values['loss']:.4f}")
+            self._end_step(values | {"epoch": epoch})
+            if self.global_step == self.max_train_steps:
+                return
+
+    def _train_on(self, batch: dict[str, Any]) -> dict[str, float] | None:
+        """
+        Take one batch's share of an optimizer step.
+
+        Returns:
+            `dict`: the step's mean losses over all processes, its largest log-scale and the norm of its gradient;
+            `None` while gradients are accumulated.
+        """
+        accelerator = self.accelerator
+        generator = make_generator(
+            self.arguments.seed, self.num_batches, accelerator.process_index, device=accelerator.device
+        )
+        batch = self._augment(batch, generator)
+        with accelerator.accumulate(self.objective):
+            teacher_features = batch.get("teacher_features") if self.teacher is None else self.teacher(batch["images"])
+            clean_sample = self.source.clean_sample(batch, generator)
+            output = self.objective(
+                add_noise(clean_sample, self.flow.config, generator),
+                None if self.flow.config.num_classes is None else batch["class_labels"],
+                teacher_features,
+            )
+            accelerator.backward(output.loss)
+            scalars = scalars_of(output)
+            self._unlogged_scalars.append(torch.stack(list(scalars.values())))
+            values = None
+            if accelerator.sync_gradients:
+                # (batches of this step on all processes, values)
+                gathered = accelerator.gather(torch.stack(self._unlogged_scalars))
+                self._unlogged_scalars.clear()
+                values = dict(zip(scalars, gathered.mean(dim=0).tolist()))
+                values["max_log_scale"] = gathered[:, -1].amax().item()
+                gradient_norm = accelerator.clip_grad_norm_(self.objective.parameters(), self.arguments.max_grad_norm)
+                values["gradient_norm"] = gradient_norm.item()
+                self._check_finite(values)
+            self.optimizer.step()
+            self.lr_scheduler.step()
+            self.optimizer.zero_grad()
+            if accelerator.sync_gradients and self.ema is not None:
+                self.ema.step(self.flow.parameters())
+        return values
+
+    def _augment(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Mirror half of the images, if that is asked for, and drop a share of the labels."""
+        class_labels = batch["class_labels"]
+        mirrored, dropped = torch.rand(2, len(class_labels), generator=generator, device=class_labels.device)
+        batch = self.source.mirror(batch, (mirrored < 0.5) & self.arguments.random_flip)
+        return batch | {"class_labels": class_labels.masked_fill(dropped < self.arguments.label_dropout, -1)}
+
+    def _check_finite(self, values: dict[str, float]):
+        # Loss scaling of fp16 meets infinite gradients and skips their steps by itself.
+        is_scaled = self.accelerator.scaler is not None
+        if math.isfinite(values["loss"]) and (math.isfinite(values["gradient_norm"]) or is_scaled):
+            return
+        checkpoints = list_checkpoints(self.folder)
+        good = f"the last checkpoint, {checkpoints[-1]}, is intact" if checkpoints else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"Step {self.global_step + 1}: the loss is {values['loss']} and the gradient's norm"
+            f" {values['gradient_norm']}. Training stopped before this step changed the weights; {good}. Try a lower"
+            " --learning_rate or --max_grad_norm, or more --lr_warmup_steps."
+        )
+
+    def _report_skipped(self, names: list[str]):
+        """Warn once of each file that cannot be decoded."""
+        self.num_skipped += len(names)
+        for name in set(names) - self.skipped_files:
+            logger.warning(f"Skipped {name}: it cannot be decoded.", main_process_only=False)
+        self.skipped_files.update(names)
+
+    # Between steps
+
+    def _end_step(self, values: dict[str, float]):
+        """Log, validate and save, each when it is due."""
+        arguments, step = self.arguments, self.global_step
+        is_last = step == self.max_train_steps
+        if step % arguments.logging_steps == 0 or is_last:
+            elapsed = time.perf_counter() - self._timed_since
+            self._record(
+                values
+                | {
+                    "learning_rate": self.lr_scheduler.get_last_lr()[0],
+                    "images_per_second": self._timed_images / elapsed,
+                    "images_skipped": self.num_skipped,
+                }
+            )
+            self._timed_images, self._timed_since = 0, time.perf_counter()
+        # What was logged before a checkpoint is kept when the run is resumed from it: it comes last.
+        if step % arguments.validation_steps == 0 or is_last:
+            self._evaluate()
+        if step % arguments.checkpointing_steps == 0 or is_last:
+            limit = arguments.checkpoints_total_limit
+            save_checkpoint(self.accelerator, self.folder, step, self.num_batches, limit, self.ema)
+
+    def _record(self, values: dict[str, float]):
+        self.accelerator.log(values, step=self.global_step)
+        if self.accelerator.is_main_process:
+            self.metrics_log.write({"step": self.global_step, **values})
+
+    def _evaluate(self):
+        """Validate the averaged weights, and draw samples and the loss curve."""
+        self._update_evaluated_flow()
+        self._record(validate(self.accelerator, self.classifier, self.validation_dataloader, self.source))
+        if self.accelerator.is_main_process:
+            path = self.folder / "samples" / f"step-{self.global_step:07d}.png"
+            guidance_scale = self.arguments.validation_guidance_scale
+            draw_samples(self.pipeline, self.validation_class_labels, guidance_scale, self.arguments.seed, path)
+            self.metrics_log.draw(self.folder / "loss_curve.png")
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _update_evaluated_flow(self):
+        averaged = self.flow.parameters() if self.ema is None else self.ema.shadow_params
+        for parameter, average in zip(self.evaluated_flow.parameters(), averaged):
+            parameter.copy_(average)
+
+    def _save(self) -> FlowBackPipeline:
+        self._update_evaluated_flow()
+        if self.accelerator.is_main_process:
+            self.pipeline.register_to_config(guidance_scale=self.arguments.validation_guidance_scale)
+            save_pipeline(self.pipeline, self.folder)
+            skipped = f"; skipped {len(self.skipped_files)} files that cannot be decoded" if self.skipped_files else ""
+            logger.info(f"Saved the pipeline in {self.folder}{skipped}.")
+        self.accelerator.wait_for_everyone()
+        return self.pipeline
+
+
+def scalars_of(output: AlignedFlowOutput) -> dict[str, torch.Tensor]:
+    """The output of an objective as one flat table of scalars."""
+    table = {"loss": output.loss, "nll": output.nll}
+    if output.alignment is not None:
+        table["alignment"] = output.alignment
+        for place, cosine in output.cosine_similarity.items():
+            table[f"cosine_similarity/{place_name(place)}"] = cosine
+    for block, growth in (output.neumann_growth or {}).items():
+        table[f"neumann_growth/block{block}"] = growth
+    table["max_log_scale"] = output.max_log_scale
+    return {name: value.detach().float() for name, value in table.items()}

@@ -1,0 +1,386 @@
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+"""The flags of `training/train_rra.py`, and those of them that [`flowback_hf.training.Trainer`] reads."""
+
+import argparse
+from dataclasses import dataclass, fields
+
+from flowback_hf_cli.data import add_data_arguments, check_data_arguments, check_minimum
+
+
+DESCRIPTION = """
+Train a class-conditional normalizing flow with reverse representation alignment.
+
+    accelerate launch training/train_rra.py --train_data_dir path/to/images --output_dir outputs/flow --resolution 64
+
+The output folder then holds the pipeline (`FlowBackPipeline.from_pretrained("outputs/flow")`), `metrics.jsonl`,
+`loss_curve.png`, `samples/` with a grid for each validation, `training_args.json`, and `checkpoint-*` to resume from.
+"""
+
+# Literal, because the modules that define them import torch; a test compares them.
+STRATEGIES = ("none", "forward", "detach", "reverse")
+POSITION_EMBEDDINGS = ("learned", "rope")
+ACTIVATION_FNS = ("gelu", "swiglu")
+NOISE_TYPES = ("gaussian", "uniform")
+LR_SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "piecewise_constant",
+)
+
+
+@dataclass
+class TrainingArguments:
+    """
+    How a run is trained, logged, validated and saved. Names and defaults are those of the flags of
+    `training/train_rra.py`, whose `--help` describes each.
+
+    Example:
+        ```py
+        >>> from flowback_hf.training import TrainingArguments
+
+        >>> arguments = TrainingArguments(output_dir="outputs/flow", max_train_steps=1000)
+        >>> arguments.train_batch_size, arguments.learning_rate
+        (32, 0.0001)
+        ```
+    """
+
+    output_dir: str
+    train_batch_size: int = 32
+    eval_batch_size: int = 32
+    num_train_epochs: int = 100
+    max_train_steps: int | None = None
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    mixed_precision: str | None = None
+    allow_tf32: bool = False
+    torch_compile: bool = False
+    learning_rate: float = 1e-4
+    scale_lr: bool = False
+    lr_scheduler: str = "cosine"
+    lr_warmup_steps: int = 500
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_weight_decay: float = 1e-4
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    label_dropout: float = 0.1
+    random_flip: bool = False
+    dataloader_num_workers: int = 0
+    use_ema: bool = True
+    ema_decay: float = 0.9999
+    logging_dir: str = "logs"
+    seed: int = 0
+    logging_steps: int = 10
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = None
+    resume_from_checkpoint: str | None = None
+    validation_steps: int = 500
+    validation_class_labels: list[int | str] | None = None
+    validation_guidance_scale: float = 1.0
+    report_to: str | None = None
+    tracker_project_name: str = "flowback_hf"
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "TrainingArguments":
+        """Those of the flags that a [`~flowback_hf.training.Trainer`] reads."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """
+    Parse the command line of `training/train_rra.py`.
+
+    Args:
+        arguments (`list[str]`, *optional*): Flags and values. Default: those of this process.
+    Raises:
+        SystemExit: after a message, for a wrong flag or value.
+    """
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser.add_argument_group("data"))
+    add_latents_arguments(parser.add_argument_group("latent flows"))
+    add_loading_arguments(parser.add_argument_group("augmentation and loading"))
+    add_model_arguments(parser.add_argument_group("model"))
+    add_alignment_arguments(parser.add_argument_group("alignment"))
+    add_optimization_arguments(parser.add_argument_group("optimization"))
+    add_run_arguments(parser.add_argument_group("run"))
+    add_hub_arguments(parser.add_argument_group("publishing"))
+    args = parser.parse_args(arguments)
+    check_arguments(parser, args)
+    return args
+
+
+def add_latents_arguments(group: argparse._ArgumentGroup):
+    group.add_argument(
+        "--latents", help="Train on a folder of latents, made by training/precompute_latents.py, instead of images."
+    )
+    group.add_argument(
+        "--vae_model_name_or_path",
+        help="The VAE to save with the pipeline: its id on the Hub or a folder. Default: the one that made the"
+        " latents.",
+    )
+    group.add_argument("--vae_subfolder", help="The subfolder of the VAE, if it is part of a pipeline: vae.")
+
+
+def add_loading_arguments(group: argparse._ArgumentGroup):
+    defaults = TrainingArguments
+    group.add_argument("--random_flip", action="store_true", help="Mirror half of the images at random.")
+    group.add_argument(
+        "--dataloader_num_workers",
+        type=int,
+        default=defaults.dataloader_num_workers,
+        help="Processes that load images, beside each training process. Default: %(default)s, which loads in the"
+        " training process.",
+    )
+
+
+def add_model_arguments(group: argparse._ArgumentGroup):
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        help="A pipeline to fine-tune: its id on the Hub or a folder. Classes that it does not know are added.",
+    )
+    group.add_argument(
+        "--model_config",
+        help="A JSON file with the model's arguments, as in training/configs, instead of the flags below.",
+    )
+    group.add_argument(
+        "--resolution",
+        type=int,
+        help="Resize and center-crop images to this height and width, in pixels. Default: 64.",
+    )
+    group.add_argument(
+        "--in_channels", type=int, choices=[1, 3], help="Channels of the images: 1 for grey, 3 for RGB. Default: 3."
+    )
+    group.add_argument("--patch_size", type=int, help="Height and width of a token, in pixels. Default: 4.")
+    group.add_argument("--num_blocks", type=int, help="Flow blocks. Default: 8.")
+    group.add_argument(
+        "--num_layers",
+        type=int,
+        nargs="+",
+        help="Transformer layers in each flow block: one number for all, or one for each from the image side."
+        " Default: 8.",
+    )
+    group.add_argument("--num_attention_heads", type=int, help="Attention heads. Default: 16.")
+    group.add_argument(
+        "--attention_head_dim",
+        type=int,
+        help="Width of an attention head. The model is heads times this wide. Default: 64.",
+    )
+    group.add_argument(
+        "--position_embedding", choices=POSITION_EMBEDDINGS, help="How tokens know their positions. Default: learned."
+    )
+    group.add_argument(
+        "--activation_fn", choices=ACTIVATION_FNS, help="The activation of the feed-forward layers. Default: gelu."
+    )
+    group.add_argument(
+        "--noise_std",
+        type=float,
+        help="Standard deviation of the Gaussian noise added to the data; images are in [-1, 1]. Default: 0.05.",
+    )
+    group.add_argument(
+        "--noise_type",
+        choices=NOISE_TYPES,
+        help="The noise added to the data: uniform dequantizes 8-bit pixels and trains a density model. Default:"
+        " gaussian.",
+    )
+
+
+def add_alignment_arguments(group: argparse._ArgumentGroup):
+    group.add_argument(
+        "--alignment",
+        choices=STRATEGIES,
+        default="reverse",
+        help="Which pass carries the gradient of the alignment; none trains without a teacher. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--teacher_model_name_or_path",
+        help="The vision encoder to align with, DINOv2, CLIP, SigLIP or ViT-MAE: its id on the Hub or a folder."
+        " Default: facebook/dinov2-base.",
+    )
+    group.add_argument(
+        "--teacher_features",
+        help="Read the teacher's features from a folder, made by training/precompute_features.py, instead of running"
+        " a teacher.",
+    )
+    group.add_argument(
+        "--alignment_blocks",
+        type=int,
+        nargs="+",
+        help="Flow blocks to align, counted from 1 at the image. Default: the last two.",
+    )
+    group.add_argument(
+        "--alignment_layer",
+        type=int,
+        help="Layer to align in each of these blocks, counted from 1. Default: three quarters up the block.",
+    )
+    group.add_argument(
+        "--alignment_weight",
+        type=float,
+        default=0.1,
+        help="Weight of the alignment in the loss. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--alignment_order",
+        type=order_type,
+        help="Neumann terms after the first in the gradient of reverse: 0, 1, 2, ... or exact. Default: 0.",
+    )
+    group.add_argument(
+        "--projector_dim", type=int, default=1024, help="Hidden width of the projectors. Default: %(default)s."
+    )
+
+
+def order_type(text: str) -> int | str:
+    if text != "exact" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be 0, 1, 2, ... or exact, but is {text!r}")
+    return text if text == "exact" else int(text)
+
+
+def add_optimization_arguments(group: argparse._ArgumentGroup):
+    defaults = TrainingArguments
+
+    def add(name: str, help: str, **options):
+        group.add_argument(
+            f"--{name}", default=getattr(defaults, name), help=f"{help} Default: %(default)s.", **options
+        )
+
+    add("train_batch_size", "Images per process and batch.", type=int)
+    add("eval_batch_size", "Validation images per process and batch.", type=int)
+    add("num_train_epochs", "Passes over the training images, if --max_train_steps is not given.", type=int)
+    group.add_argument("--max_train_steps", type=int, help="Optimizer steps. Default: what --num_train_epochs make.")
+    add("gradient_accumulation_steps", "Batches whose gradients are summed up to one optimizer step.", type=int)
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="Keep the inputs of the layers only and compute the rest again: less memory, a third more time.",
+    )
+    group.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="The precision of matrix products. Default: as configured in Accelerate.",
+    )
+    group.add_argument(
+        "--allow_tf32", action="store_true", help="Let NVIDIA GPUs round the factors of float32 products to TF32."
+    )
+    group.add_argument(
+        "--torch_compile",
+        action="store_true",
+        help="Compile the transformer layers. A few steps at the start decide whether all of them are worth it.",
+    )
+    add("learning_rate", "Largest learning rate, reached after the warm-up.", type=float)
+    group.add_argument(
+        "--scale_lr",
+        action="store_true",
+        help="Multiply the learning rate by the images of an optimizer step on all processes.",
+    )
+    add("lr_scheduler", "How the learning rate falls after the warm-up.", choices=LR_SCHEDULERS)
+    add("lr_warmup_steps", "Optimizer steps over which the learning rate grows from 0.", type=int)
+    add("adam_beta1", "AdamW's decay of the gradient's mean.", type=float)
+    add("adam_beta2", "AdamW's decay of the squared gradient's mean.", type=float)
+    add("adam_weight_decay", "AdamW's weight decay.", type=float)
+    add("adam_epsilon", "AdamW's epsilon, added to the denominator.", type=float)
+    add("max_grad_norm", "Clip the norm of all gradients together to this.", type=float)
+    add("label_dropout", "Share of the labels that are replaced by no class, which guidance needs.", type=float)
+    add(
+        "use_ema",
+        "Average the weights exponentially, and validate and save the average.",
+        action=argparse.BooleanOptionalAction,
+    )
+    add("ema_decay", "Largest decay of that average, per optimizer step.", type=float)
+
+
+def add_run_arguments(group: argparse._ArgumentGroup):
+    defaults = TrainingArguments
+    group.add_argument("--output_dir", required=True, help="The folder to write everything to.")
+    group.add_argument(
+        "--logging_dir",
+        default=defaults.logging_dir,
+        help="The folder of the trackers' logs, inside the output folder. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=defaults.seed,
+        help="Seed of the initial weights, the order of the images, the noise and what is held out. Default:"
+        " %(default)s.",
+    )
+    group.add_argument(
+        "--logging_steps",
+        type=int,
+        default=defaults.logging_steps,
+        help="Optimizer steps between two lines in metrics.jsonl. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--checkpointing_steps",
+        type=int,
+        default=defaults.checkpointing_steps,
+        help="Optimizer steps between two checkpoints. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--checkpoints_total_limit",
+        type=int,
+        help="Keep this many checkpoints; older ones are deleted once a new one is safe. Default: keep all.",
+    )
+    group.add_argument(
+        "--resume_from_checkpoint",
+        help="Go on from a checkpoint of the output folder: its name, or latest. Default: start a new run.",
+    )
+    group.add_argument(
+        "--validation_steps",
+        type=int,
+        default=defaults.validation_steps,
+        help="Optimizer steps between two validations. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--validation_class_labels",
+        nargs="+",
+        help="Classes of the sample grids, by number or name. Default: the first ten.",
+    )
+    group.add_argument(
+        "--validation_guidance_scale",
+        type=float,
+        default=defaults.validation_guidance_scale,
+        help="Guidance of the sample grids, which becomes the pipeline's own; 1.0 is off. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--report_to",
+        help="A tracker to log to beside metrics.jsonl: tensorboard, wandb, comet_ml or all. Default: none.",
+    )
+    group.add_argument(
+        "--tracker_project_name",
+        default=defaults.tracker_project_name,
+        help="The project's name in the tracker. Default: %(default)s.",
+    )
+
+
+def add_hub_arguments(group: argparse._ArgumentGroup):
+    group.add_argument(
+        "--push_to_hub", action="store_true", help="Publish the pipeline with a model card when training ends."
+    )
+    group.add_argument("--hub_model_id", help="The repository to publish to. Default: the output folder's name.")
+    group.add_argument(
+        "--hub_token",
+        help="The token to publish with; it is not written anywhere. Default: that of `hf auth login` or HF_TOKEN.",
+    )
+    group.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """End with an error for flags that contradict each other and numbers out of range."""
+    check_data_arguments(parser, args)
+    if args.latents is None and (args.vae_model_name_or_path or args.vae_subfolder):
+        parser.error("--vae_model_name_or_path and --vae_subfolder belong to --latents.")
+    if args.latents is not None and args.teacher_features is not None:
+        parser.error("--latents hold their own features: leave --teacher_features out.")
+    if args.teacher_features is not None and (args.teacher_model_name_or_path or args.alignment == "none"):
+        parser.error("--teacher_features take the place of --teacher_model_name_or_path, and --alignment needs them.")
+    at_least_one = ["train_batch_size", "eval_batch_size", "num_train_epochs", "gradient_accumulation_steps"]
+    at_least_one += ["max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"]
+    at_least_one += ["logging_steps", "projector_dim"]
+    check_minimum(parser, args, 1, *at_least_one)
+    if not 0 <= args.label_dropout <= 1:
+        parser.error(f"--label_dropout must lie in [0, 1], but is {args.label_dropout}.")
+    if args.validation_guidance_scale < 1:
+        parser.error(f"--validation_guidance_scale must be at least 1.0, but is {args.validation_guidance_scale}.")
