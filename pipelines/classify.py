@@ -1,47 +1,75 @@
 #!/usr/bin/env python
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """
-Classify images with a trained flow: a folder in, a table out.
+Classify the images of a folder with a trained flow, and write a table.
 
     python pipelines/classify.py --model outputs/flow --images path/to/folder --output predictions.csv
 
-Folders are searched through. The table has a row for each image: `file`, `label_1`, `score_1`, `label_2`, ... Files
-that are no images are skipped, counted and named.
+Folders are searched recursively. The table has one row an image: `file`, `label_1`, `score_1`, `label_2`, ... Files
+that cannot be read as images are skipped, and named at the end.
 """
+
+from __future__ import annotations
 
 import argparse
 import csv
-import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import PIL.Image
-import torch
-from sample import load_pipeline
-from tqdm.auto import tqdm
 
-from flowback_hf import FlowBackClassificationPipeline
-from flowback_hf.pipelines.pipeline_flowback_classification import METHODS
-from flowback_hf.utils import UNREADABLE
+if TYPE_CHECKING:
+    import PIL.Image
+
+
+METHODS = ("gradient", "ascent", "bayes", "shortlist")  # the package's, which is too slow to import for parsing
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="A saved or pushed pipeline.")
-    parser.add_argument("--images", type=Path, nargs="+", required=True, help="Files and folders.")
-    parser.add_argument("--output", type=Path, default=Path("predictions.csv"))
-    parser.add_argument("--method", choices=METHODS, default="gradient")
-    parser.add_argument("--top_k", type=int, default=5)
-    parser.add_argument("--num_noise_draws", type=int, default=1, help="Of the training noise; 0 adds none.")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0, help="Of the noise.")
-    parser.add_argument("--strict", action="store_true", help="Refuse images of another size or mode.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", required=True, help="Folder of a saved pipeline, or its id on the Hub.")
+    parser.add_argument(
+        "--images", type=Path, nargs="+", required=True, help="Images to classify: files, and folders of them."
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("predictions.csv"),
+        help="CSV file for the predictions. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="gradient",
+        help="How to classify: the gradient in the class logits, several steps of ascent along it, Bayes' rule over"
+        " all classes, or over a shortlist of five that the gradient ranks first. Default: %(default)s.",
+    )
+    parser.add_argument("--top_k", type=int, default=5, help="Classes to write for each image. Default: %(default)s.")
+    parser.add_argument(
+        "--num_noise_draws",
+        type=int,
+        default=1,
+        help="Draws of the training noise to average over for each image; 0 adds no noise. Default: %(default)s.",
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="Images per batch. Default: %(default)s.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the noise. Default: %(default)s.")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="Refuse images of another size or mode than the flow's. Default: crop, resize and convert them.",
+    )
+    parser.add_argument("--device", help="Device to compute on, such as cpu or cuda:1. Default: cuda, or cpu without.")
     return parser.parse_args(arguments)
 
 
 def find_files(paths: list[Path]) -> list[Path]:
-    """All files, folders searched through. Raises ValueError if there are none."""
+    """
+    Find all files in folders and their subfolders, hidden ones excepted.
+
+    Raises:
+        ValueError: if a path does not exist, or there are no files.
+    """
     for path in paths:
         if not path.exists():
             raise ValueError(f"`--images` must be existing files or folders, but {str(path)!r} is neither.")
@@ -57,7 +85,12 @@ def find_files(paths: list[Path]) -> list[Path]:
 
 
 def read_images(files: list[Path], read: list[Path], skipped: list[Path]) -> Iterator[PIL.Image.Image]:
-    """The images, one by one; their files are added to `read`, those of what is no image to `skipped`."""
+    """Yield the images one by one. Their files are added to `read`, and files that are not images to `skipped`."""
+    import PIL.Image
+    from tqdm.auto import tqdm
+
+    from flowback_hf.data.images import UNREADABLE
+
     for file in tqdm(files, desc="Classifying"):
         try:
             with PIL.Image.open(file) as image:
@@ -69,11 +102,31 @@ def read_images(files: list[Path], read: list[Path], skipped: list[Path]) -> Ite
         yield image
 
 
+def write_table(path: Path, files: list[Path], classes: list[list[dict[str, str | float]]]):
+    """Write a CSV file with a row for each image: its file, then the label and the score of each class."""
+    from flowback_hf.files import write_whole
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_whole(path) as partial, partial.open("w", newline="") as table:
+        writer = csv.writer(table)
+        writer.writerow(["file"] + [f"{name}_{rank + 1}" for rank in range(len(classes[0])) for name in classes[0][0]])
+        for file, entries in zip(files, classes):
+            writer.writerow([file] + [value for entry in entries for value in entry.values()])
+
+
 def main(args: argparse.Namespace):
     files = find_files(args.images)
-    pipeline = load_pipeline(FlowBackClassificationPipeline, args.model).to(args.device)
+
+    # Imports that take seconds stand below the checks: `--help` and wrong arguments are answered at once.
+    import torch
+
+    from flowback_hf import FlowBackClassificationPipeline
+    from flowback_hf.hub import load_pipeline
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = load_pipeline(FlowBackClassificationPipeline, args.model).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.transformer.requires_grad_(False)  # a backward to the classes then keeps less
+    pipeline.transformer.requires_grad_(False)  # saves memory in the backward to the classes
     read, skipped = [], []
     images = read_images(files, read, skipped)
     first = next(images, None)
@@ -93,21 +146,17 @@ def main(args: argparse.Namespace):
         batch_size=args.batch_size,
         strict=args.strict,
     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_name(f".partial-{args.output.name}")
-    with partial.open("w", newline="") as table:
-        writer = csv.writer(table)
-        writer.writerow(["file"] + [f"{name}_{rank + 1}" for rank in range(len(classes[0])) for name in classes[0][0]])
-        for file, entries in zip(read, classes):
-            writer.writerow([file] + [value for entry in entries for value in entry.values()])
-    os.replace(partial, args.output)
+    write_table(args.output, read, classes)
     for file, entries in list(zip(read, classes))[:10]:
         print(f"{file}: {entries[0]['label']} ({entries[0]['score']:.3g})")
     print(f"{len(read)} images classified by {args.method!r}: {args.output}")
     if skipped:
         names = ", ".join(str(file) for file in skipped[:10]) + (", ..." if len(skipped) > 10 else "")
-        print(f"{len(skipped)} files are no images and were skipped: {names}")
+        print(f"{len(skipped)} files are not images and were skipped: {names}")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except ValueError as error:
+        sys.exit(f"classify.py: error: {error}")

@@ -1,35 +1,52 @@
 #!/usr/bin/env python
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """
-Publish a trained flow: weights, code, a sample grid and a model card made from the run's own files.
+Publish a trained flow: its weights, code, a sample grid, and a model card made from the run's files.
 
     python pipelines/push_to_hub.py --model outputs/my_flow --hub_model_id my_flow
 
-`--output_dir` writes the repository to a folder instead, to be looked at first. To change the card, edit the
-`README.md` that is left in the run's folder and push again; one that was edited on the Hub is never overwritten.
+To look at the repository first, write it to a folder with `--output_dir`. To change the card, edit the `README.md`
+that publishing leaves in the run's folder, and publish again. A card that was edited on the Hub is never overwritten.
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
-
-from flowback_hf import FlowBackPipeline
-from flowback_hf.hub import find_run, write_repository
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="An output folder of train_rra.py, or a pipeline's.")
-    parser.add_argument("--hub_model_id", help="Of the repository. Default: the folder's name.")
-    parser.add_argument("--hub_token", help="Default: that of `hf auth login` or HF_TOKEN.")
-    parser.add_argument("--hub_private_repo", action="store_true")
-    parser.add_argument("--license", default="apache-2.0", help="Of the weights.")
-    parser.add_argument("--commit_message")
-    parser.add_argument("--create_pr", action="store_true", help="Propose the files instead of committing them.")
-    parser.add_argument("--force", action="store_true", help="Replace a model of another configuration.")
-    parser.add_argument("--output_dir", type=Path, help="Write the repository there, a new folder, and push nothing.")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="Folder of the pipeline, such as an output folder of train_rra.py."
+    )
+    parser.add_argument(
+        "--hub_model_id", help="Name of the repository, with or without its namespace. Default: the folder's name."
+    )
+    parser.add_argument("--hub_token", help="Token with write access. Default: that of `hf auth login` or HF_TOKEN.")
+    parser.add_argument(
+        "--hub_private_repo",
+        action="store_true",
+        help="Create a private repository, and refuse an existing public one. Default: a public repository.",
+    )
+    parser.add_argument(
+        "--license", default="apache-2.0", help="License of the weights, as named on the Hub. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--commit_message", help='Message of the commit. Default: "Upload" and the name of the pipeline\'s class.'
+    )
+    parser.add_argument(
+        "--create_pr", action="store_true", help="Open a pull request. Default: commit the files directly."
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="Replace the repository's model even if its configuration differs. Default: refuse to.",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help="New folder to write the repository to, instead of publishing it. Default: publish.",
+    )
     return parser.parse_args(arguments)
 
 
@@ -40,13 +57,18 @@ def main(args: argparse.Namespace):
         )
     if args.output_dir is not None and args.output_dir.exists():
         raise ValueError(f"`--output_dir` must be a new folder, but {args.output_dir} exists.")
-    pipeline = FlowBackPipeline.from_pretrained(args.model)
+
+    # Imports that take seconds stand below the checks: `--help` and wrong arguments are answered at once.
+    from flowback_hf import FlowBackPipeline
+    from flowback_hf.files import write_whole
+    from flowback_hf.hub import load_pipeline, write_repository
+    from flowback_hf.model_card import find_run
+
+    pipeline = load_pipeline(FlowBackPipeline, args.model)
     repo_id = args.hub_model_id or args.model.resolve().name
     if args.output_dir is not None:
-        partial = args.output_dir.with_name(f".{args.output_dir.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        write_repository(pipeline, partial, repo_id, find_run(pipeline, None), args.license)
-        os.replace(partial, args.output_dir)
+        with write_whole(args.output_dir) as partial:
+            write_repository(pipeline, partial, repo_id, find_run(pipeline), args.license)
         print(args.output_dir)
         return
     url = pipeline.push_to_hub(

@@ -1,73 +1,104 @@
 #!/usr/bin/env python
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """
-Sample from a flow trained on a demo data set and let the data set's independent judge read the samples.
+Sample from a flow that was trained on a demo data set, and let the data set's judge classify the samples.
 
     python pipelines/report_demo.py --model outputs/quickstart/flow --data_dir outputs/quickstart/digits \\
         --output_dir outputs/quickstart
 
-Writes `samples.png`, a guided grid with one row a class, and `report.json`: validation nll (nats per dimension) before
-and after training, and the share of samples that the judge reads as their label.
+The judge is a classifier that was trained on the data set independently of the flow. The script writes `samples.png`,
+a grid with one row a class, and `report.json`: the validation nll in nats per dimension before and after training, and
+the share of samples that the judge recognizes as their class.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import math
-import os
+import sys
 from pathlib import Path
-
-import matplotlib
-import PIL.Image
-import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-from flowback_hf import FlowBackPipeline
+from typing import TYPE_CHECKING
 
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+if TYPE_CHECKING:
+    import PIL.Image
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="The output folder of training/train_rra.py.")
-    parser.add_argument("--data_dir", type=Path, required=True, help="The output folder of training/prepare_demo.py.")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--images_per_class", type=int, default=10)
-    parser.add_argument("--guidance_scale", type=float, help="Default: the pipeline's.")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    parser.add_argument("--model", type=Path, required=True, help="Output folder of training/train_rra.py.")
+    parser.add_argument("--data_dir", type=Path, required=True, help="Output folder of training/prepare_demo.py.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for samples.png and report.json.")
+    parser.add_argument(
+        "--images_per_class", type=int, default=10, help="Images to sample of each class. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--guidance_scale", type=float, help="Guidance scale of the samples; 1.0 is off. Default: the pipeline's."
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the noise that becomes the samples. Default: %(default)s."
+    )
+    return parser.parse_args(arguments)
 
 
-@torch.inference_mode()
-def read_labels(images: list[PIL.Image.Image], judge_dir: Path) -> list[str]:
-    """What the judge takes the images for."""
+def classify_with_judge(images: list[PIL.Image.Image], judge_dir: Path) -> list[str]:
+    """Return the class names that the judge assigns to the images."""
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
     processor = AutoImageProcessor.from_pretrained(judge_dir)
     judge = AutoModelForImageClassification.from_pretrained(judge_dir).eval()
     pixel_values = processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
-    return [judge.config.id2label[label] for label in judge(pixel_values).logits.argmax(dim=-1).tolist()]
+    with torch.inference_mode():
+        label_ids = judge(pixel_values).logits.argmax(dim=-1).tolist()
+    return [judge.config.id2label[label] for label in label_ids]
 
 
-def draw_grid(images: list[PIL.Image.Image], labels: list[str], read: list[str], columns: int, path: Path):
-    """One row a class, misread samples framed in red with what the judge read."""
+def draw_grid(images: list[PIL.Image.Image], labels: list[str], judged: list[str], columns: int, path: Path):
+    """Draw one row of images a class. Images that the judge takes for another class get a red frame and its name."""
+    from flowback_hf.reporting import import_pyplot, save_figure
+
+    plt = import_pyplot()
     rows = math.ceil(len(images) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(0.9 * columns + 0.8, 0.95 * rows), squeeze=False)
-    for axis, image, label, reading in zip(axes.flat, images, labels, read):
+    for axis, image, label, judged_label in zip(axes.flat, images, labels, judged):
         axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
+        axis.spines[:].set_visible(True)
         axis.set(xticks=[], yticks=[])
-        if reading != label:
+        if judged_label != label:
             axis.spines[:].set(color="red", linewidth=3)
-            axis.set_title(f"read as {reading}", color="red", fontsize=7, pad=2)
+            axis.set_title(f"read as {judged_label}", color="red", fontsize=7, pad=2)
     for axis, label in zip(axes[:, 0], labels[::columns]):
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=14)
     figure.tight_layout(pad=0.4)
-    partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial, dpi=120)
-    os.replace(partial, path)
+    save_figure(figure, path, dpi=120, bbox_inches=None)
 
 
 def main(args: argparse.Namespace):
-    pipeline = FlowBackPipeline.from_pretrained(args.model)
+    if args.images_per_class < 1:
+        raise ValueError(f"`--images_per_class` must be at least 1, but is {args.images_per_class}.")
+
+    # Imports that take seconds stand below the checks: `--help` and wrong arguments are answered at once.
+    import torch
+
+    from flowback_hf import FlowBackPipeline
+    from flowback_hf.files import read_json, read_json_lines, write_json
+    from flowback_hf.hub import load_pipeline
+
+    demo = read_json(args.data_dir / "demo.json")
+    if demo is None:
+        raise ValueError(
+            f"`--data_dir` must be an output folder of training/prepare_demo.py, but {args.data_dir} has no demo.json."
+        )
+    records = read_json_lines(args.model / "metrics.jsonl")
+    validation_nll = [record["validation_nll"] for record in records if "validation_nll" in record]
+    if not validation_nll:
+        raise ValueError(
+            f"`--model` must be an output folder of training/train_rra.py, but {args.model} has no metrics.jsonl with"
+            " a validation."
+        )
+    pipeline = load_pipeline(FlowBackPipeline, args.model)
     label_ids = list(range(pipeline.transformer.config.num_classes))
     names = [pipeline.config.id2label[label] for label in label_ids]
     images = pipeline(
@@ -77,25 +108,23 @@ def main(args: argparse.Namespace):
         generator=torch.Generator().manual_seed(args.seed),
     ).images
     labels = [name for name in names for _ in range(args.images_per_class)]
-    read = read_labels(images, args.data_dir / "judge")
+    judged = classify_with_judge(images, args.data_dir / "judge")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    draw_grid(images, labels, read, args.images_per_class, args.output_dir / "samples.png")
-
-    records = [json.loads(line) for line in (args.model / "metrics.jsonl").read_text().splitlines()]
-    validation_nll = [record["validation_nll"] for record in records if "validation_nll" in record]
+    draw_grid(images, labels, judged, args.images_per_class, args.output_dir / "samples.png")
     report = {
         "validation_nll_before": validation_nll[0],
         "validation_nll_after": validation_nll[-1],
         "num_samples": len(images),
         "guidance_scale": pipeline.guidance_scale,
-        "judge_reads_label": sum(reading == label for reading, label in zip(read, labels)) / len(images),
-        "judge_validation_accuracy": json.loads((args.data_dir / "demo.json").read_text())[
-            "judge_validation_accuracy"
-        ],
+        "judge_reads_label": sum(judged_label == label for judged_label, label in zip(judged, labels)) / len(images),
+        "judge_validation_accuracy": demo["judge_validation_accuracy"],
     }
-    (args.output_dir / "report.json").write_text(json.dumps(report, indent=2))
+    write_json(args.output_dir / "report.json", report)
     print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except ValueError as error:
+        sys.exit(f"report_demo.py: error: {error}")

@@ -1,20 +1,48 @@
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import datasets
 import huggingface_hub
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 
 from .stand_in_hub import TOKEN, StandInHub
 
 
+REPOSITORY = Path(__file__).parents[1]
+
 torch.set_num_threads(1)
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script as a module: starting a process for each case would take minutes."""
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def command_line(**options) -> list[str]:
+    """Flags and values; `None` and `False` are left out, `True` is a flag without a value."""
+    line = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        line.append(f"--{name}")
+        if value is not True:
+            line += [str(part) for part in (value if isinstance(value, list) else [value])]
+    return line
 
 
 def start_two_processes(script: Path, arguments: list[str], **options) -> subprocess.Popen:
@@ -116,3 +144,69 @@ def the_hub(stand_in, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return stand_in
+
+
+# Tiny runs of training
+
+
+def write_images(folder: Path, num_images: int, seed: int, size: int = 8):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for number in range(num_images):
+        PIL.Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+
+
+def image_rows(num_images: int, size: int = 8) -> datasets.Dataset:
+    """Rows of plain images of one class."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat"])})
+    pictures = [PIL.Image.new("RGB", (size, size), (9 * number, 0, 0)) for number in range(num_images)]
+    return datasets.Dataset.from_dict({"image": pictures, "label": [0] * num_images}, features)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Two classes of noise, 10 training and 3 validation images each."""
+    root = tmp_path_factory.mktemp("images")
+    for seed, (split, num_images) in enumerate({"train": 10, "validation": 3}.items()):
+        for label, name in enumerate(("cat", "dog")):
+            write_images(root / split / name, num_images, seed=10 * seed + label)
+    return root
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    config = Dinov2Config(image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    Dinov2Model(config).save_pretrained(folder)
+    BitImageProcessorPil().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(images, teacher, tmp_path):
+    """The command line of a tiny run, without --output_dir, as a function of what differs."""
+
+    def build(**options) -> list[str]:
+        tiny = {
+            "train_data_dir": images,
+            "teacher_model_name_or_path": teacher,
+            "cache_dir": tmp_path / "cache",
+            "resolution": 8,
+            "patch_size": 2,
+            "num_blocks": 2,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 4,
+            "projector_dim": 8,
+            "train_batch_size": 4,
+            "max_train_steps": 4,
+            "lr_warmup_steps": 1,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "validation_steps": 4,
+            "checkpointing_steps": 2,
+        }
+        return command_line(**(tiny | options))
+
+    return build

@@ -79,7 +79,7 @@ class Original:
         return self.linear(f"{name}.proj", (logits.softmax(-1) @ value).transpose(1, 2).flatten(2))
 
     def predict(self, i, tokens, class_labels, temperature=1.0):
-        """Log-scales and shifts of all tokens, in the block's order; `tokens` may be the first ones alone."""
+        """Log-scales and shifts of all tokens, in the block's order; `tokens` may be only the first ones."""
         positions = self.checkpoint[f"blocks.{i}.pos_embed"]
         positions = positions.flip(0) if i % 2 == 1 else positions
         hidden = self.linear(f"blocks.{i}.proj_in", tokens) + positions[: tokens.shape[1]]
@@ -158,7 +158,7 @@ def test_latents_and_log_determinants_are_the_originals(num_classes, sample_size
 @torch.no_grad()
 def test_guided_samples_are_the_originals(num_classes, annealed, guidance, attn_temp):
     if num_classes is None and guidance > 0 and attn_temp == 1.0:
-        pytest.skip("an unconditional flow is guided by its temperature alone")
+        pytest.skip("an unconditional flow is guided by its temperature only")
     checkpoint = make_checkpoint(num_classes)
     model = convert_tarflow_checkpoint(checkpoint, 8, NOISE_STD)
     latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -313,7 +313,7 @@ def write_truncated(path):
     "write, match",
     [
         (write_malicious, "was not loaded: it is damaged, or holds objects that may run code when they are read"),
-        (write_truncated, "was not loaded: it is truncated or no file of PyTorch"),
+        (write_truncated, "was not loaded: it is truncated, or not a PyTorch file"),
         (lambda path: path.write_bytes(b""), "was not loaded: it is truncated"),
         (lambda path: path.write_text("not a checkpoint"), "was not loaded"),
         (lambda path: torch.save({"model": {"a": torch.ones(1)}}, path), r"but holds other things under \['model'\]"),

@@ -1,54 +1,30 @@
+import doctest
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
-import PIL.Image
 import pytest
 import torch
 from diffusers.utils import logging
 
-from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline, hub
+from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
+from flowback_hf.hub import load_pipeline
+from flowback_hf.model_card import is_as_written
 
+from .run_folders import write_tiny_run
 from .stand_in_hub import REVOKED_TOKEN, TOKEN
 
 
 REPOSITORY = Path(__file__).parents[1]
-ARGUMENTS = {
-    "train_data_dir": "/home/somebody/data/pets/images", "dataset_name": None, "random_flip": True,
-    "label_dropout": 0.1, "alignment": "reverse", "alignment_order": None, "alignment_weight": 0.1,
-    "teacher_model_name_or_path": "facebook/dinov2-base", "max_train_steps": 20, "train_batch_size": 4,
-    "gradient_accumulation_steps": 2, "adam_beta1": 0.9, "adam_beta2": 0.95, "learning_rate": 1e-3,
-    "lr_scheduler": "cosine", "lr_warmup_steps": 5, "adam_weight_decay": 1e-4, "max_grad_norm": 1.0, "use_ema": True,
-    "ema_decay": 0.99, "mixed_precision": "bf16", "seed": 3, "validation_guidance_scale": 1.5,
-    "max_validation_samples": 1024,
-}  # fmt: skip
-METRICS = [
-    {"step": 0, "validation_nll": 1.25},
-    {"step": 20, "loss": 0.5, "cosine_similarity/block1_layer2": 0.25, "cosine_similarity/block3_layer1": 0.75},
-    {"step": 20, "validation_nll": -0.125},
-]
 
 
 @pytest.fixture
 def run_dir(randomised_model, tmp_path):
-    """What a run of the training script leaves, its checkpoints and logs included."""
-    folder = tmp_path / "run"
-    pipeline = FlowBackPipeline(randomised_model(num_layers=2).float(), id2label={0: "cat, felis", 1: "dog"})
-    pipeline.register_to_config(guidance_scale=1.5)
-    pipeline.save_pretrained(folder)
-    (folder / "training_args.json").write_text(json.dumps(ARGUMENTS))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in METRICS))
-    for name in ("samples/step-0000000.png", "samples/step-0000020.png", "loss_curve.png"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        PIL.Image.new("RGB", (8, 8)).save(folder / name)
-    for name in ("checkpoint-20/optimizer.bin", "logs/events", "teacher/model.safetensors"):
-        (folder / name).parent.mkdir()
-        (folder / name).write_bytes(b"not to be published")
-    return folder
+    return write_tiny_run(tmp_path / "run", randomised_model(num_layers=2).float())
 
 
 def files_of(the_hub, name="tester/flow"):
@@ -114,8 +90,10 @@ if way == "without the package":
         raise AssertionError
 else:
     from flowback_hf import FlowBackClassificationPipeline
+    from flowback_hf.hub import load_pipeline
     for repo_id, pictures in images.items():
-        scores = FlowBackClassificationPipeline.from_pretrained(repo_id).class_scores(pictures, method="bayes")
+        classifier = load_pipeline(FlowBackClassificationPipeline, repo_id)
+        scores = classifier.class_scores(pictures, method="bayes")
         torch.save(scores, output.replace("with the package", repo_id.split("/")[1]))
     assert not any(name.startswith("diffusers_modules") for name in sys.modules)
 """
@@ -171,72 +149,6 @@ def test_a_newer_upload_leaves_no_shards_and_pictures_of_the_older(the_hub, run_
 # Cards
 
 
-def test_the_card_says_what_the_runs_files_say(run_dir):
-    evaluation = {"accuracy": {"gradient": 0.875}, "command": "python evaluate_flow.py --model /home/x/a/b"}
-    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
-    pipeline = FlowBackPipeline.from_pretrained(run_dir)
-    card = hub.render_model_card(pipeline, "somebody/flow", run_dir, license="cc-by-4.0")
-    data = huggingface_hub.ModelCard(card).data
-    assert (
-        data.library_name == "diffusers" and data.license == "cc-by-4.0" and data.base_model == "facebook/dinov2-base"
-    )
-    assert {"normalizing-flow", "tarflow", "r-repa"} <= set(data.tags)
-    for line in (
-        "# flow",
-        'pipe = FlowBackPipeline.from_pretrained("somebody/flow")',
-        'pipe(class_labels=["cat"], ',
-        "`guidance_scale` is 1.5 with the linear rule",
-        "![Samples](samples/step-0000020.png)",
-        "Drawn by the training script at step 20, seed 3, one row a class, `guidance_scale=1.5`",
-        "| transformer layers per block | 2 |",
-        "Classes: cat, felis, dog.",
-        "| data | `pets/images` |",
-        "| alignment | reverse, order 0, weight 0.1 |",
-        "| aligned places | block 1 layer 2, block 3 layer 1 |",
-        "| batch size | 4 per process, 2 accumulated |",
-        "learning rate 0.001, cosine after 5 steps of warm-up",
-        "| validation nll, nats per dimension | -0.1250 (step 20) |",
-        "| the same at step 0 | 1.2500 |",
-        "| cosine similarity, block 3 layer 1 | 0.7500 |",
-        "| accuracy / gradient | 0.875 |",
-        "| command | python evaluate_flow.py --model a/b |",
-        "Gaussian noise (σ = 0.05)",
-        "arXiv preprint arXiv:2511.22345",
-    ):
-        assert line in card, line
-    for placeholder in ("None", "TODO", "More information needed", "{{", "/home/"):
-        assert placeholder not in card
-
-
-def test_the_card_names_where_latents_and_stored_features_came_from(run_dir, tmp_path):
-    (tmp_path / "latents").mkdir()
-    settings = {"data": "imagenet-1k", "vae": "stabilityai/sd-vae-ft-ema", "resolution": 256, "teacher": "a/teacher"}
-    (tmp_path / "latents" / "latents.json").write_text(json.dumps(settings))
-    more = {"train_data_dir": None, "latents": str(tmp_path / "latents"), "teacher_model_name_or_path": None}
-    (run_dir / "training_args.json").write_text(json.dumps({**ARGUMENTS, **more}))
-    card = hub.render_model_card(FlowBackPipeline.from_pretrained(run_dir), "flow", run_dir)
-    assert "| data | `imagenet-1k` at 256×256, as latents of `stabilityai/sd-vae-ft-ema` |" in card
-    assert "| teacher | `a/teacher` |" in card
-    data = huggingface_hub.ModelCard(card).data
-    assert data.datasets == "imagenet-1k" and data.base_model == "a/teacher"
-
-
-def test_a_pipeline_without_a_run_says_less(randomised_model):
-    card = hub.render_model_card(FlowBackPipeline(randomised_model(num_classes=None)), "somebody/flow")
-    assert "An unconditional normalizing flow of 4×4 images" in card
-    assert "pipe(num_images_per_prompt=4, " in card and "Guidance is off" in card
-    for section in ("## Samples", "## Training", "## Measured", "## Evaluation", "Classes:", "2511.22345", "None"):
-        assert section not in card
-
-
-def test_a_cards_hash_tells_whether_it_was_edited(run_dir):
-    card = hub.render_model_card(FlowBackPipeline.from_pretrained(run_dir), "flow", run_dir)
-    assert hub.is_as_written(card) and hub.is_as_written(card + "\n")
-    assert not hub.is_as_written(card.replace("cat", "car"))
-    assert not hub.is_as_written(card + "A sentence.\n")
-    assert not hub.is_as_written("# A card by hand\n")
-
-
 def test_a_card_edited_in_the_runs_folder_goes_up_and_is_kept(the_hub, run_dir, caplog):
     logger = logging.get_logger("flowback_hf.hub")
     logger.addHandler(caplog.handler)
@@ -254,13 +166,13 @@ def test_a_card_edited_in_the_runs_folder_goes_up_and_is_kept(the_hub, run_dir, 
     assert "The card of tester/flow was edited by hand on the Hub and is kept" in caplog.text
 
 
-def test_a_card_that_nobody_edited_is_written_anew(the_hub, run_dir):
+def test_a_card_that_nobody_edited_is_written_again(the_hub, run_dir):
     pipeline = FlowBackPipeline.from_pretrained(run_dir)
     pipeline.push_to_hub("flow")
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 30, "validation_nll": -0.5}) + "\n")
     pipeline.push_to_hub("flow")
-    assert "-0.5000 (step 30)" in card_of(the_hub) and hub.is_as_written(card_of(the_hub))
+    assert "-0.5000 (step 30)" in card_of(the_hub) and is_as_written(card_of(the_hub))
     assert (run_dir / "README.md").read_text() == card_of(the_hub)
 
 
@@ -303,6 +215,28 @@ def test_the_command_writes_a_repository_to_look_at(push_script, the_hub, run_di
     assert type(pipeline.transformer).__module__ == "flowback_hf.models.transformer_tarflow"
 
 
+# Loading
+
+
+@pytest.mark.parametrize("pipeline_class", [FlowBackPipeline, FlowBackClassificationPipeline])
+def test_a_pipeline_is_loaded_from_a_folder(run_dir, pipeline_class):
+    for model in (run_dir, str(run_dir)):
+        pipeline = load_pipeline(pipeline_class, model)
+        assert type(pipeline) is pipeline_class and pipeline.config.guidance_scale == 1.5
+
+
+@pytest.mark.parametrize("model", ["nowhere", "tester/nothing"])
+def test_a_model_that_is_nowhere_is_named(the_hub, model):
+    with pytest.raises(ValueError, match=f"`--model` must be a folder that holds .* but '{model}' is no such folder"):
+        load_pipeline(FlowBackPipeline, model)
+
+
+def test_the_docstring_example_runs():
+    docstring = inspect.getdoc(load_pipeline).replace("```py", "").replace("```", "")
+    example = doctest.DocTestParser().get_doctest(docstring, {}, "load_pipeline", None, None)
+    assert example.examples and doctest.DocTestRunner().run(example).failed == 0
+
+
 # Bad input
 
 
@@ -316,7 +250,7 @@ def test_no_token_is_refused(the_hub, run_dir, monkeypatch):
 def test_a_token_that_the_hub_does_not_take_is_said(the_hub, run_dir):
     pipeline = FlowBackPipeline.from_pretrained(run_dir)
     with pytest.raises(
-        ValueError, match="The Hub does not let `repo_id` 'flow' be written: Invalid user token"
+        ValueError, match="The Hub does not allow writing to `repo_id` 'flow': Invalid user token"
     ) as error:
         pipeline.push_to_hub("flow", token=REVOKED_TOKEN)
     assert REVOKED_TOKEN not in str(error.value) and not the_hub.repositories

@@ -1,5 +1,5 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
-"""Original TARFlow checkpoints (https://github.com/apple/ml-tarflow) to this package's model."""
+"""Converting original TARFlow checkpoints (https://github.com/apple/ml-tarflow) to this package's model."""
 
 import math
 import os
@@ -12,9 +12,9 @@ import torch
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 
 
-HEAD_DIM = 64  # of every original checkpoint
+HEAD_DIM = 64  # in every original checkpoint
 AFHQ_LABELS = ("cat", "dog", "wild")
-# This model's names to the original's, part by part.
+# Parts of this model's parameter names, and the original's names for them.
 ORIGINAL_NAMES = {
     ".layers.": ".attn_blocks.",
     ".norm1.": ".attention.norm.",
@@ -28,14 +28,14 @@ ORIGINAL_NAMES = {
 
 def load_tarflow_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
-    The tensors of an original `.pth` file.
+    Load the tensors of an original `.pth` file.
 
     Args:
-        path (`str`): The file. Nothing in it is run: it is read with `weights_only=True`.
+        path (`str`): The file. It is read with `weights_only=True`, so no code in it is run.
     Returns:
-        `dict` of name to tensor, on the CPU.
+        `dict` of `str` to `torch.Tensor`: the tensors by name, on the CPU.
     Raises:
-        ValueError: if the file is missing, damaged, or holds anything but named tensors.
+        ValueError: if the file is missing or damaged, or holds anything but named tensors.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -44,21 +44,22 @@ def load_tarflow_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"`checkpoint` {str(path)!r} was not loaded: it is damaged, or holds objects that may run code when they"
-            " are read, where a checkpoint needs tensors alone."
+            " are read. A checkpoint may hold tensors only."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(
-            f"`checkpoint` {str(path)!r} was not loaded: it is truncated or no file of PyTorch."
+            f"`checkpoint` {str(path)!r} was not loaded: it is truncated, or not a PyTorch file."
         ) from error
     if not isinstance(checkpoint, dict) or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         raise ValueError(
-            f"`checkpoint` {str(path)!r} must hold a dict of tensors by name, the state of an original TARFlow, but"
-            f" holds {describe(checkpoint)}."
+            f"`checkpoint` {str(path)!r} must hold the state dict of an original TARFlow, tensors by name, but holds"
+            f" {describe(checkpoint)}."
         )
     return checkpoint
 
 
 def describe(checkpoint: object) -> str:
+    """Say what a file holds instead of named tensors."""
     if not isinstance(checkpoint, dict):
         return f"a {type(checkpoint).__name__}"
     others = [name for name, value in checkpoint.items() if not isinstance(value, torch.Tensor)]
@@ -69,21 +70,30 @@ def convert_tarflow_checkpoint(
     checkpoint: dict[str, torch.Tensor], sample_size: int, noise_std: float, in_channels: int = 3
 ) -> TarFlowTransformer2DModel:
     """
-    An original TARFlow as a [`TarFlowTransformer2DModel`] with the same latents, log-determinants and samples.
+    Convert an original TARFlow. The result gives the same latents, log-determinants and samples.
 
-    The architecture is read off the tensors. What they do not tell is asked for: tokens of 12 values are 2x2 pixels of
-    3 channels or single cells of 12, and the noise that a flow was trained with leaves no trace.
+    The architecture is inferred from the tensors' names and shapes. The arguments supply what these leave open. Tokens
+    of 12 values, for example, may be 2x2 pixels with 3 channels or single pixels with 12, and the training noise
+    leaves no trace in a checkpoint.
 
     Args:
         checkpoint (`dict` of `str` to `torch.Tensor`): What [`load_tarflow_checkpoint`] returns.
-        sample_size (`int`): Height and width of the images.
-        noise_std (`float`): sigma of the Gaussian noise of training, for images in [-1, 1].
+        sample_size (`int`): Height and width of the images, in pixels.
+        noise_std (`float`): Standard deviation of the Gaussian training noise, for images in [-1, 1].
         in_channels (`int`, defaults to 3): Channels of the images.
     Returns:
-        [`TarFlowTransformer2DModel`] in float32, in evaluation mode.
+        [`TarFlowTransformer2DModel`]: the flow, in float32 and evaluation mode.
     Raises:
-        ValueError: if tensors are missing, superfluous or of unexpected shapes, all of which are listed; if
-            `sample_size` or `in_channels` contradicts them; or if the flow is volume-preserving.
+        ValueError: if tensors are missing, unexpected or misshapen (the message lists them); if `sample_size` or
+            `in_channels` contradicts them; or if the flow is volume-preserving.
+
+    Example:
+        ```py
+        >>> from flowback_hf.conversion import convert_tarflow_checkpoint, load_tarflow_checkpoint
+
+        >>> checkpoint = load_tarflow_checkpoint("afhq256.pth")  # doctest: +SKIP
+        >>> flow = convert_tarflow_checkpoint(checkpoint, sample_size=256, noise_std=0.07)  # doctest: +SKIP
+        ```
 
     Reference: Zhai et al., Normalizing Flows are Capable Generative Models, 2024, https://arxiv.org/abs/2412.06329
     """
@@ -94,7 +104,7 @@ def convert_tarflow_checkpoint(
     state_dict, misshapen = {}, []
     for name, tensor in expected.items():
         original = checkpoint[original_name(name)]
-        # the table of classes has an axis for the tokens, which broadcasts
+        # The original's class table has another axis, which broadcasts over the tokens.
         shape = (tensor.shape[0], 1, tensor.shape[1]) if name.endswith("class_embed") else tuple(tensor.shape)
         if tuple(original.shape) != shape:
             misshapen.append(f"{original_name(name)} {tuple(original.shape)} for {shape}")
@@ -103,10 +113,10 @@ def convert_tarflow_checkpoint(
     if tuple(checkpoint["var"].shape) != (num_tokens, token_dim):
         misshapen.append(f"var {tuple(checkpoint['var'].shape)} for {(num_tokens, token_dim)}")
     if misshapen:
-        raise ValueError(f"The checkpoint's tensors contradict each other's shapes: {', '.join(misshapen)}.")
+        raise ValueError(f"The shapes of the checkpoint's tensors contradict each other: {', '.join(misshapen)}.")
     if not bool((checkpoint["var"] == 1).all()):
         raise ValueError(
-            "The checkpoint's `var`, the variances of the latents, must be ones, as of every flow with log-scales, but"
+            "The checkpoint's `var`, the variances of the latents, must be ones, as in every flow with log-scales, but"
             f" lies between {checkpoint['var'].min().item():.4g} and {checkpoint['var'].max().item():.4g}."
         )
     model = TarFlowTransformer2DModel(**config, noise_std=noise_std)
@@ -115,7 +125,16 @@ def convert_tarflow_checkpoint(
 
 
 def infer_config(checkpoint: dict[str, torch.Tensor], sample_size: int, in_channels: int) -> dict:
-    """Arguments of [`TarFlowTransformer2DModel`], from the shapes of the first block and the numbers in the names."""
+    """
+    Infer the model's arguments from the shapes in the first block and the numbers in the tensors' names.
+
+    Args:
+        checkpoint, sample_size, in_channels: As in [`convert_tarflow_checkpoint`].
+    Returns:
+        `dict`: arguments of [`TarFlowTransformer2DModel`], without the noise.
+    Raises:
+        ValueError: if the first block's matrices are missing, or `sample_size` or `in_channels` contradicts them.
+    """
     first_block = {
         name: checkpoint.get(f"blocks.0.{name}")
         for name in ("proj_in.weight", "proj_out.weight", "pos_embed", "attn_blocks.0.mlp.main.0.weight")
@@ -127,8 +146,8 @@ def infer_config(checkpoint: dict[str, torch.Tensor], sample_size: int, in_chann
     width, token_dim = proj_in.shape
     if len(proj_out) == token_dim:
         raise ValueError(
-            f"The checkpoint is a volume-preserving flow, whose output has {token_dim} shifts and no log-scales: this"
-            " model has no such kind."
+            f"The checkpoint is a volume-preserving flow, whose output has {token_dim} shifts and no log-scales. This"
+            " model does not support that kind."
         )
     num_tokens = len(pos_embed)
     grid_size = math.isqrt(num_tokens)
@@ -140,7 +159,7 @@ def infer_config(checkpoint: dict[str, torch.Tensor], sample_size: int, in_chann
     patch_size = sample_size // grid_size
     if in_channels * patch_size**2 != token_dim:
         raise ValueError(
-            f"`in_channels` {in_channels} contradicts the checkpoint: at `sample_size` {sample_size} its {num_tokens}"
+            f"`in_channels` {in_channels} contradicts the checkpoint: at `sample_size` {sample_size}, its {num_tokens}"
             f" tokens are {patch_size}x{patch_size}, which makes {in_channels * patch_size**2} values each, but they"
             f" have {token_dim}."
         )
@@ -166,25 +185,42 @@ def infer_config(checkpoint: dict[str, torch.Tensor], sample_size: int, in_chann
 
 
 def original_name(name: str) -> str:
+    """Return the original's name of one of this model's parameters."""
     for part, original in ORIGINAL_NAMES.items():
         name = name.replace(part, original)
     return name
 
 
 def check_names(checkpoint: dict[str, torch.Tensor], expected: set[str]):
-    # a mask is a buffer: causality is no parameter
+    """Raise ValueError if a checkpoint's names are not the expected ones."""
+    # The original saves its causal masks as buffers. This model needs none.
     given = {name for name in checkpoint if not re.fullmatch(r"blocks\.\d+\.attn_mask", name)}
     missing, unexpected = sorted(expected - given), sorted(given - expected)
     if missing or unexpected:
         raise ValueError(
-            f"The checkpoint must hold exactly an original TARFlow's tensors, but {', '.join(missing) or 'none'} are"
-            f" missing and {', '.join(unexpected) or 'none'} are unexpected."
+            f"The checkpoint must hold exactly the tensors of an original TARFlow, but {', '.join(missing) or 'none'}"
+            f" are missing and {', '.join(unexpected) or 'none'} are unexpected."
         )
 
 
 def labels_of_known_data(num_classes: int | None) -> dict[int, str] | None:
-    """The class names of the data sets of published flows, as far as the number of classes tells: AFHQ's three and
-    ImageNet's thousand, the latter with synonyms separated by commas (WordNet's lemmas)."""
+    """
+    Guess the class names of a published flow from its number of classes.
+
+    Args:
+        num_classes (`int`, *optional*): The number of classes; `None` for an unconditional flow.
+    Returns:
+        `dict[int, str]` or `None`: AFHQ's names for 3 classes, ImageNet's for 1000, with commas between synonyms
+        (WordNet's lemmas), and `None` for other numbers.
+
+    Example:
+        ```py
+        >>> from flowback_hf.conversion import labels_of_known_data
+
+        >>> labels_of_known_data(3)
+        {0: 'cat', 1: 'dog', 2: 'wild'}
+        ```
+    """
     if num_classes == len(AFHQ_LABELS):
         return dict(enumerate(AFHQ_LABELS))
     if num_classes == 1000:

@@ -38,7 +38,8 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     partial = partial_path(path)
-    remove(partial)  # left by a process that was killed
+    if partial.is_dir():  # left by a process that was killed; a file is written over
+        remove(partial)
     try:
         yield partial
     except BaseException:

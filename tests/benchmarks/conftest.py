@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 # A tiny run of the training script, for the benchmarks of trained flows.
-from ..training.conftest import arguments, images, teacher, train_rra  # noqa: F401
+from ..training.conftest import train_rra  # noqa: F401
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -270,7 +270,7 @@ def test_a_file_that_is_no_reference_is_refused(tmp_path, kind):
     elif kind == "truncated":
         reference_of(random_features(20)).save(path)
         path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match="reference.npz' is no reference that flowback_hf has saved"):
+    with pytest.raises(ValueError, match="reference.npz' is not a reference saved by flowback_hf"):
         ReferenceFeatures.load(path, "random")
 
 
@@ -376,7 +376,9 @@ def test_bad_input():
     reference = reference_of(random_features(20))
     with pytest.raises(ValueError, match=r"`predictions` must have shape \(num_images, feature_dim\)"):
         FrechetDistance(reference).add_batch(predictions=torch.zeros(6))
-    with pytest.raises(ValueError, match="`predictions` have 5 features, but the reference's, of 'random', are 6"):
+    with pytest.raises(
+        ValueError, match="`predictions` have 5 features an image, but the reference, of 'random', has 6"
+    ):
         FrechetDistance(reference).compute(predictions=torch.zeros(9, 5))
     with pytest.raises(ValueError, match="FrechetDistance needs at least two images, but was given 0"):
         FrechetDistance(reference).compute()

@@ -50,7 +50,7 @@ def test_what_is_no_image_is_skipped_counted_and_named(script, model_folder, tmp
     run(script, model=model_folder, images=tmp_path / "images", output=tmp_path / "table.csv", method="bayes")
     printed = capsys.readouterr().out
     assert "4 images classified by 'bayes'" in printed
-    assert "2 files are no images and were skipped" in printed
+    assert "2 files are not images and were skipped" in printed
     assert "notes.txt" in printed and "truncated.png" in printed and ".hidden" not in printed
     table = read_table(tmp_path / "table.csv")
     assert [row["file"].rsplit("/")[-1] for row in table] == ["0.png", "1.png", "2.png", "palette.png"]

@@ -347,10 +347,12 @@ def test_a_latent_pipeline_is_saved_with_its_vae(latent_pipe, tmp_path):
 
 def test_a_vae_that_does_not_fit_the_flow_is_refused(randomised_model, tiny_vae, latent_pipe, pipe):
     with pytest.raises(
-        ValueError, match=r"`vae` must have as many latent channels .* they are 4 and 3 \(`in_channels`"
+        ValueError, match=r"`vae` must have as many latent channels .* `in_channels`, but they are 4 and 3"
     ):
         FlowBackPipeline(randomised_model(), vae=tiny_vae)
-    with pytest.raises(ValueError, match=r"must be of 8x8 pixels, the flow's 4 times the VAE's factor 2, .* 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"must have 8x8 pixels \(`sample_size` 4 times the VAE's factor 2\), .* 4, 4\)"
+    ):
         latent_pipe.encode(torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match="`encode` needs a pipeline with a `vae`"):
         pipe.encode(torch.zeros(1, 3, 4, 4))

@@ -1,3 +1,5 @@
+import doctest
+import inspect
 import io
 import math
 import warnings
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
+from flowback_hf.pipelines.pipeline_flowback_classification import apply_noise, fit_image
 
 
 METHODS = ("gradient", "ascent", "bayes", "shortlist")
@@ -231,7 +234,7 @@ def test_ascent_is_the_loop_of_its_docstring(pipe):
     torch.testing.assert_close(actual, logits.detach().softmax(dim=1), rtol=0, atol=1e-10)
 
 
-def test_ascent_undoes_the_last_step_alone(pipe):
+def test_ascent_undoes_only_the_last_step(pipe):
     """An image that rises first and falls then keeps what it had risen to."""
     images = random_images(16)
     arguments = {"learning_rate": 0.6, "tolerance": 0.0, "num_noise_draws": 0}
@@ -393,6 +396,39 @@ def test_preprocessing_is_that_of_training(randomised_model, size, channels):
     torch.testing.assert_close(sample[0], expected.double(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(9, 12), (13, 8), (30, 7), (7, 7), (3, 3), (1, 5), (101, 64)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_an_image_is_fitted_as_by_resizing_its_middle_square(size, mode):
+    """Byte for byte, also where the middle square begins between two pixels."""
+    image = pil_images(1, size=size)[0].convert(mode)
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    for target in (4, 7, 64):
+        box = (left, top, left + side, top + side)
+        expected = image.resize((target, target), PIL.Image.Resampling.BICUBIC, box=box)
+        fitted = fit_image(image, target)
+        assert fitted.size == (target, target) and fitted.mode == mode
+        assert fitted.tobytes() == expected.tobytes(), (size, target)
+
+
+def test_noise_is_applied_as_in_training():
+    sample = torch.arange(256) / 255 * 2 - 1  # float32: not all of them are whole pixels again
+    gaussian, uniform = torch.randn(256, generator=seeded()), torch.rand(256, generator=seeded())
+    assert torch.equal(apply_noise(sample, gaussian, "gaussian", 0.3), sample + 0.3 * gaussian)
+    noisy = apply_noise(sample, uniform, "uniform", 0.3)
+    assert torch.equal(noisy, (torch.arange(256) + uniform) / 128 - 1)
+    assert not torch.equal(noisy, ((sample + 1) * 127.5 + uniform) / 128 - 1)
+    with pytest.raises(ValueError, match="`noise_type` must be 'gaussian' or 'uniform', but is 'pink'"):
+        apply_noise(sample, gaussian, "pink", 0.3)
+
+
+@pytest.mark.parametrize("function", [fit_image, apply_noise])
+def test_the_functions_docstring_examples_run(function):
+    docstring = inspect.getdoc(function).replace("```py", "").replace("```", "")
+    example = doctest.DocTestParser().get_doctest(docstring, {}, function.__name__, None, None)
+    assert example.examples and doctest.DocTestRunner().run(example).failed == 0
+
+
 def test_grey_flows_take_coloured_images_and_the_other_way_round(randomised_model, pipe):
     grey = make_pipe(randomised_model(in_channels=1))
     image = PIL.Image.new("RGB", (4, 4), (90, 90, 90))
@@ -528,7 +564,9 @@ def test_a_latent_flow_sees_the_vaes_latents(latent_pipe):
     assert latents.shape == (2, 4, 4, 4)
     torch.testing.assert_close(latent_pipe.log_prob(images, [1, 3], num_noise_draws=0), expected)
     assert latent_pipe.class_scores(images, "bayes").shape == (2, 5)
-    with pytest.raises(ValueError, match="Bits per dimension are of pixels, but this is a flow of a VAE's latents"):
+    with pytest.raises(
+        ValueError, match="Bits per dimension are defined for pixels, but this flow models a VAE's latents"
+    ):
         latent_pipe.bits_per_dim(images)
 
 
@@ -617,8 +655,8 @@ def test_an_unconditional_flow_has_likelihoods_and_no_classes(randomised_model):
     "labels, message",
     [
         ([0, 5], "`class_labels` must lie between 0 and 4, or be -1 for no class, but are"),
-        ([0], "one for each image, but are 1 for more images"),
-        ([0, 1, 2], "one for each image, but are 3 for 2 images"),
+        ([0], "one for each image, but holds 1 for more images"),
+        ([0, 1, 2], "one for each image, but holds 3 for 2 images"),
     ],
 )
 def test_labels_that_do_not_fit_raise(pipe, labels, message):

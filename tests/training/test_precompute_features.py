@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from flowback_hf import RepresentationTeacher
+from flowback_hf.data import ImageDataset, ImageSource, Splits, load_splits, load_teacher_features
+from flowback_hf.training import flow
 
-from ..conftest import start_two_processes
-from .conftest import REPOSITORY, import_script
+from ..conftest import REPOSITORY, image_rows, load_script, start_two_processes
 from .test_train_rra import read_metrics
 
 
 @pytest.fixture(scope="module")
 def precompute_features():
-    return import_script("precompute_features")
+    return load_script(REPOSITORY / "training" / "precompute_features.py")
 
 
 @pytest.fixture
@@ -58,10 +59,10 @@ def test_both_flips_of_every_training_image(
     assert settings["bytes_per_image"] == 1024 and settings["num_images"] == 20 and settings["grid_size"] == 4
 
     args = train_rra.parse_args(arguments(output_dir=tmp_path / "run"))
-    rows, _ = train_rra.load_splits(args)
+    rows = load_splits(args).train
     config = make_config(sample_size=8, patch_size=2, in_channels=3)
-    stored, feature_dim = train_rra.load_teacher_features(str(folder), config, len(rows))
-    dataset = train_rra.ImageDataset(rows, "image", "label", [0, 1], 8, 3, stored)
+    stored, feature_dim = load_teacher_features(str(folder), config, len(rows))
+    dataset = ImageDataset(rows, "image", "label", [0, 1], 8, 3, stored)
     encoder = RepresentationTeacher.from_pretrained(teacher, grid_size=4)
     assert feature_dim == encoder.feature_dim == 16 and len(dataset) == 20
     for number in (0, 7, 8, 19):
@@ -81,7 +82,7 @@ def test_training_reads_them_and_no_teacher(
     run(precompute_features, features_arguments())
     options = {"random_flip": True, "dataloader_num_workers": 1}
     train_rra.main(train_rra.parse_args(arguments(output_dir=tmp_path / "with teacher", **options)))
-    monkeypatch.setattr(train_rra, "load_teacher", None)
+    monkeypatch.setattr(flow, "load_teacher", None)
     options |= {"teacher_model_name_or_path": None, "teacher_features": tmp_path / "features"}
     train_rra.main(train_rra.parse_args(arguments(output_dir=tmp_path / "with features", **options)))
     expected, actual = read_metrics(tmp_path / "with teacher"), read_metrics(tmp_path / "with features")
@@ -93,15 +94,16 @@ def test_training_reads_them_and_no_teacher(
     assert abs(expected[4]["alignment"] - expected[1]["alignment"]) > 1e-2
 
 
-def test_flipped_images_get_the_features_of_the_flipped_image(train_rra, arguments, tmp_path):
-    args = train_rra.parse_args(arguments(output_dir=tmp_path, random_flip=True, label_dropout=0.0))
+def test_flipped_images_get_the_features_of_the_flipped_image():
     images = torch.arange(40.0).view(10, 1, 1, 4)
     features = torch.stack([images.flatten(1), images.flip(-1).flatten(1)], dim=1).unsqueeze(2)
     batch = {"images": images, "class_labels": torch.arange(10), "teacher_features": features}
-    augmented = train_rra.augment(batch, args, torch.Generator().manual_seed(0))
+    mirrored = torch.arange(10) % 3 == 0
+    source = ImageSource(Splits(image_rows(2), image_rows(2), ["cat"]), make_config(sample_size=8, in_channels=3), [0])
+    augmented = source.mirror(batch, mirrored)
     assert torch.equal(augmented["teacher_features"].flatten(1), augmented["images"].flatten(1))
     assert torch.equal(augmented["class_labels"], torch.arange(10))
-    assert 0 < (augmented["images"] == images).all(dim=-1).sum() < 10
+    assert torch.equal((augmented["images"] == images).all(dim=-1).flatten(), ~mirrored)
 
 
 def test_a_killed_run_goes_on_and_two_processes_share_it(features_arguments, tmp_path, precompute_features):
@@ -178,7 +180,7 @@ def test_a_folder_of_other_features_is_refused(precompute_features, features_arg
 
 def test_too_small_a_disk_is_found_before_work_begins(precompute_features, features_arguments, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(precompute_features.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="The features need 0.0 GiB, but .* has 0.0 GiB left"):
         run(precompute_features, features_arguments())
     assert not list((tmp_path / "features").iterdir())

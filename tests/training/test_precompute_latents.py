@@ -7,19 +7,22 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackPipeline, RepresentationTeacher
-from flowback_hf.latents import LatentDataset, draw_latents, hash_weights, load_latents
+from flowback_hf.data import DataSource, LatentDataset, LatentSource, Splits, load_latents
+from flowback_hf.data.latent_encoding import LatentEncoder, columns_of, describe_latents, encode_split, open_streams
+from flowback_hf.data.latents import draw_latents, hash_weights, load_vae
 
-from .conftest import import_script, write_images
+from ..conftest import REPOSITORY, load_script, write_images
 from .test_train_rra import read_metrics
 
 
 @pytest.fixture(scope="module")
 def precompute_latents():
-    return import_script("precompute_latents")
+    return load_script(REPOSITORY / "training" / "precompute_latents.py")
 
 
 @pytest.fixture
@@ -155,16 +158,27 @@ def test_processes_share_the_work_and_threads_keep_the_order(precompute_latents,
         assert len(written) == (4 * 3 if source == "files" else 4)
 
         args = precompute_latents.parse_args(latents_arguments(**options, output_dir="unused"))
-        streams = precompute_latents.load_streams(args)
-        vae = precompute_latents.load_vae(args.vae_model_name_or_path, None)
-        settings = precompute_latents.make_settings(args, vae, None, streams)
-        columns = precompute_latents.columns_of(settings, streams["train"].features["label"])
-        encoder = precompute_latents.Encoder(args, settings, vae, None, precompute_latents.Accelerator())
+        streams = open_streams(DataSource.from_args(args), "image", "label")
+        vae = load_vae(args.vae_model_name_or_path, None)
+        settings = describe_latents(
+            str(args.dataset_name),
+            vae,
+            args.vae_model_name_or_path,
+            args.vae_subfolder,
+            args.resolution,
+            args.store,
+            args.images_per_shard,
+            streams,
+        )
+        columns = columns_of(settings, streams["train"].features["label"])
+        encoder = LatentEncoder(
+            settings, vae, None, Accelerator(), "image", "label", args.batch_size, args.dataloader_num_workers
+        )
         shares = []
         for process_index in (0, 1):
             folder = tmp_path / source / f"process {process_index}"
             bar = tqdm(disable=True)
-            precompute_latents.encode_split(streams["train"], folder, columns, encoder, bar, process_index, 2)
+            encode_split(streams["train"], folder, columns, encoder, bar, process_index, 2)
             shares.append({path.name: path.read_bytes() for path in folder.iterdir()})
         assert shares[0].keys().isdisjoint(shares[1]) and min(map(len, shares)) > 0
         assert shares[0] | shares[1] == written
@@ -177,7 +191,7 @@ def test_it_goes_on_where_it_was_and_rebuilds_what_is_half_written(precompute_la
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     (folder / "00000-00000.parquet").write_bytes(expected["00000-00000.parquet"][:1000])
     (folder / "00000-00002.parquet").unlink()
-    (folder / ".00000-00002.parquet.partial").write_bytes(b"half")
+    (folder / ".partial-00000-00002.parquet").write_bytes(b"half")
     with pytest.raises(ValueError, match="is not complete: file 0 of the split 'train' is not encoded to its end"):
         load_latents(tmp_path / "latents")
     run(precompute_latents, latents_arguments())
@@ -191,7 +205,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(precompute_latents, laten
     run(precompute_latents, latents_arguments())
     expected = names(folder)
     (folder / "00000-00001.parquet").unlink()
-    (folder / ".00000-00001.parquet.partial").symlink_to("/dev/full")
+    (folder / ".partial-00000-00001.parquet").symlink_to("/dev/full")
     with pytest.raises(OSError, match="The disk is full: 00000-00001.parquet was not written.*goes on there"):
         run(precompute_latents, latents_arguments())
     assert names(folder) == [name for name in expected if name != "00000-00001.parquet"]
@@ -273,10 +287,16 @@ def test_stored_features_train_as_the_teacher_does(
         run(train_rra, line)
 
 
-def test_mirrored_latents_come_with_what_belongs_to_them(train_rra):
+def test_mirrored_latents_come_with_what_belongs_to_them(precompute_latents, latents_arguments, vae_dir, tmp_path):
+    run(precompute_latents, latents_arguments())
+    rows = load_latents(tmp_path / "latents", tmp_path / "cache")
+    config = type("Config", (), {"in_channels": 4, "sample_size": 4, "patch_size": 2, "noise_type": "gaussian"})
+    settings = json.loads((tmp_path / "latents" / "latents.json").read_text())
+    splits = Splits(rows["train"], rows["validation"], ["cat", "dog"], latents=settings)
+    source = LatentSource(splits, config, [0, 1], load_vae(vae_dir, None))
     moments = torch.randn(4, 2, 8, 4, 4).half()
     batch = {"moments": moments, "images": torch.randn(4, 3, 8, 8), "class_labels": torch.arange(4)}
-    chosen = train_rra.mirror(batch, torch.tensor([True, False, False, True]))
+    chosen = source.mirror(batch, torch.tensor([True, False, False, True]))
     for number, flip in enumerate((1, 0, 0, 1)):
         assert torch.equal(chosen["moments"][number], moments[number, flip])
         image = batch["images"][number]
@@ -291,7 +311,7 @@ def test_mirrored_latents_come_with_what_belongs_to_them(train_rra):
     [
         ({"resolution": 7}, "`--resolution` must be a multiple of the VAE's factor 2, but is 7"),
         ({"vae_model_name_or_path": "./nowhere"}, "`--vae_model_name_or_path` './nowhere' cannot be loaded"),
-        ({"train_data_dir": "nowhere"}, "`--train_data_dir` 'nowhere' holds no images that can be loaded"),
+        ({"train_data_dir": "nowhere"}, "`--train_data_dir` must be an existing folder, but is 'nowhere'"),
         ({"label_column": "kind"}, r"`--label_column` must be a column of the data set, .*'label'\], but is 'kind'"),
         ({"image_column": "photo"}, r"`--image_column` must be a column of the data set, .* but is 'photo'"),
     ],

@@ -11,18 +11,15 @@ import datasets
 import PIL.Image
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from flowback_hf import (
-    AlignedFlowObjective,
-    FlowBackClassificationPipeline,
     FlowBackPipeline,
-    TarFlowTransformer2DModel,
 )
+from flowback_hf.files import read_json_lines
+from flowback_hf.training.checkpoints import read_progress
 
-from ..conftest import start_two_processes
-from .conftest import REPOSITORY, write_images
+from ..conftest import REPOSITORY, start_two_processes, write_images
 
 
 LAUNCH = [
@@ -45,7 +42,7 @@ def launch(arguments, **options):
 
 
 def read_metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_json_lines(folder / "metrics.jsonl")
 
 
 def names(folder):
@@ -207,41 +204,6 @@ def test_old_checkpoints_are_deleted_once_a_new_one_is_safe(train_rra, arguments
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
-def test_validation_accuracy_is_the_classifiers_by_one_gradient(train_rra, randomised_model):
-    classifier = FlowBackClassificationPipeline(randomised_model(num_classes=5, noise_std=0.1))
-    images = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    generator = train_rra.make_generator(torch.device("cpu"), 0, 0, 0)
-    noisy_images = train_rra.add_noise(
-        images, classifier.transformer.config, generator
-    )  # what the likelihood sees, too
-    predictions = classifier.log_prob_and_class_gradient(noisy_images[None])[1].argmax(dim=1)
-    assert len(predictions.unique()) > 1
-    labels = predictions.clone()
-    labels[:2] = (labels[:2] + 1) % 5
-    labels[2] = -1  # unknown: not counted
-    batch = {"images": images, "class_labels": labels}
-    validated = train_rra.validate(Accelerator(cpu=True), classifier, [batch], None)
-    assert validated["validation_accuracy"] == pytest.approx(0.6)
-    batch["class_labels"] = torch.full((6,), -1)
-    assert set(train_rra.validate(Accelerator(cpu=True), classifier, [batch], None)) == {"validation_nll"}
-
-
-@pytest.mark.parametrize("every_layer, but_parting, kept", [(1.0, 2.0, [True, True]), (2.0, 1.0, [True, False])])
-def test_the_faster_way_to_compile_is_kept(train_rra, randomised_model, monkeypatch, every_layer, but_parting, kept):
-    flow = randomised_model(num_blocks=2, num_layers=2)
-    objective = AlignedFlowObjective(flow, "detach", places=[(2, 1)], teacher_dim=5)
-    timings = {(True, True): every_layer, (True, False): but_parting}
-
-    def compiled():
-        return [all(layer._compiled_call_impl is not None for layer in block.layers) for block in flow.blocks]
-
-    monkeypatch.setattr(train_rra, "seconds_per_step", lambda *_: timings[tuple(compiled())])
-    with torch._functorch.config.patch(donated_buffer=True):
-        train_rra.compile_layers(Accelerator(cpu=True), objective, batch_size=2)
-        assert not torch._functorch.config.donated_buffer
-    assert compiled() == kept
-
-
 def test_a_compiled_run_learns_what_a_plain_one_does(train_rra, arguments, tmp_path, caplog):
     for name, options in {"plain": {}, "compiled": {"torch_compile": True}}.items():
         torch.compiler.reset()
@@ -275,19 +237,6 @@ def test_a_parquet_file_without_a_validation_split(train_rra, arguments, tmp_pat
     assert FlowBackPipeline.from_pretrained(tmp_path / "run").labels == {"ant": 0, "bird": 1}
 
 
-def test_splits_agree_on_the_classes_of_text_labels(train_rra, arguments, tmp_path):
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
-    for split, labels in {"train": ["bird", "ant", "cat"], "validation": ["cat", "bird"]}.items():
-        rows = {"image": [PIL.Image.new("RGB", (8, 8))] * len(labels), "label": labels}
-        (tmp_path / "rows").mkdir(exist_ok=True)
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows" / f"{split}.parquet")
-    line = arguments(train_data_dir=None, dataset_name=tmp_path / "rows", output_dir=tmp_path / "run")
-    train_rows, validation_rows = train_rra.load_splits(train_rra.parse_args(line))
-    assert train_rows["label"][:] == [1, 0, 2]
-    assert sorted(validation_rows["label"][:]) == [1, 2]
-    assert train_rows.features["label"].names == validation_rows.features["label"].names == ["ant", "bird", "cat"]
-
-
 def test_odd_images_are_converted_and_broken_ones_skipped(train_rra, arguments, tmp_path, caplog):
     folder = tmp_path / "odd"
     for name in ("cat", "dog"):
@@ -306,31 +255,6 @@ def test_odd_images_are_converted_and_broken_ones_skipped(train_rra, arguments, 
         assert caplog.text.count(f"{name}: it cannot be decoded") == 1
     metrics = read_metrics(tmp_path / "run")
     assert metrics[-2]["images_skipped"] >= 4  # two files in each of the two to three epochs
-
-
-def test_an_item_is_in_range_cropped_and_replaces_a_broken_one(train_rra):
-    image = PIL.Image.new("RGB", (8, 4))
-    image.paste((255, 0, 0), (2, 0, 6, 4))
-    rows = datasets.Dataset.from_dict(
-        {"image": [{"bytes": b"broken", "path": "bad.png"}, image], "label": [0, 1]},
-        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
-    )
-    dataset = train_rra.ImageDataset(rows, "image", "label", [5, 7], sample_size=4, in_channels=3)
-    item = dataset[0]
-    assert item["skipped"] == ["bad.png"] and item["class_labels"] == 7
-    assert torch.equal(item["images"], torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, 4, 4))
-
-
-def test_noise(train_rra):
-    images = torch.linspace(-1, 1, 256).view(1, 1, 16, 16)  # every 8-bit value
-    config = TarFlowTransformer2DModel(8, 4, num_blocks=1, num_layers=1, noise_std=0.3).config
-    noise = train_rra.add_noise(images.expand(200, 1, 16, 16), config, torch.Generator().manual_seed(0)) - images
-    assert noise.std() == pytest.approx(0.3, rel=0.02)
-    config = {**config, "noise_type": "uniform"}
-    config = type("Config", (), config)
-    dequantized = train_rra.add_noise(images.double(), config, torch.Generator().manual_seed(0))
-    cells = (dequantized + 1) * 128
-    assert torch.equal(cells.floor().flatten(), torch.arange(256.0, dtype=torch.float64))
 
 
 def test_fine_tuning_keeps_known_classes_and_starts_new_ones_at_the_mean(
@@ -437,16 +361,6 @@ def test_an_empty_folder_raises(train_rra, arguments, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_only_broken_images_raise(train_rra):
-    rows = datasets.Dataset.from_dict(
-        {"image": [{"bytes": b"broken", "path": "bad.png"}] * 2, "label": [0, 1]},
-        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
-    )
-    dataset = train_rra.ImageDataset(rows, "image", "label", [0, 1], sample_size=4, in_channels=3)
-    with pytest.raises(ValueError, match="None of the 2 images of the data set can be decoded; the first is bad.png"):
-        dataset[1]
-
-
 def test_an_output_folder_of_another_run_is_refused(train_rra, arguments, tmp_path):
     output_dir = tmp_path / "run"
     train_rra.main(train_rra.parse_args(arguments(output_dir=output_dir, max_train_steps=2)))
@@ -493,7 +407,7 @@ def test_a_non_finite_loss_stops_with_the_last_checkpoint_intact(train_rra, argu
                      lr_warmup_steps=0, checkpointing_steps=1, validation_steps=100)  # fmt: skip
     with pytest.raises(FloatingPointError, match=r"Step 2: the loss is (nan|inf).*checkpoint-1, is intact"):
         train_rra.main(train_rra.parse_args(line))
-    assert train_rra.read_progress(output_dir / "checkpoint-1")["global_step"] == 1
+    assert read_progress(output_dir / "checkpoint-1")["global_step"] == 1
     assert not (output_dir / "model_index.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""How good a flow is: classification accuracy, bits per dimension, and how near its samples come to real images."""
+"""Metrics of a flow: classification accuracy, bits per dimension, and the quality of its samples."""
 
 from flowback_hf.metrics.accuracy import Accuracy
 from flowback_hf.metrics.bits_per_dim import BitsPerDim

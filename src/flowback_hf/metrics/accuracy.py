@@ -7,13 +7,13 @@ import numpy as np
 
 class Accuracy(evaluate.Metric):
     """
-    The share of images whose class is the first, or among the first five, of those predicted.
+    Compute the share of images whose class is predicted first, or among the first five.
 
     Args of `compute` and `add_batch`:
         predictions (`(num_images, k)` integers): The predicted class ids of each image, the best first.
-        references (`(num_images,)` integers): The classes that the images have.
+        references (`(num_images,)` integers): The true class ids of the images.
     Returns (`compute`):
-        `dict`: `accuracy` in [0, 1]; `top5_accuracy`, where `k` is at least 5; `num_images`.
+        `dict`: `accuracy` in [0, 1]; `top5_accuracy` in [0, 1], if `k` is at least 5; `num_images`.
 
     Example:
         ```py
@@ -26,9 +26,9 @@ class Accuracy(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="The share of images whose class is the first, or among the first five, of those predicted.",
+            description="The share of images whose class is predicted first, or among the first five.",
             citation="",
-            inputs_description="predictions: ranked class ids of each image, the best first; references: class ids.",
+            inputs_description="predictions: class ids for each image, the best first; references: true class ids.",
             features=datasets.Features(
                 {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
             ),

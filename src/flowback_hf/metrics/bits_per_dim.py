@@ -9,17 +9,19 @@ import numpy as np
 
 class BitsPerDim(evaluate.Metric):
     r"""
-    Bits per dimension of 8-bit images under a density model: `(-log p(x) / D + log 128) / log 2`, with
-    `x = (pixel + u) / 128 - 1` and `u` uniform in [0, 1). An upper bound on the bits of a lossless code (Theis et al.,
-    A note on the evaluation of generative models, https://arxiv.org/abs/1511.01844, section 3.1).
+    Compute the bits per dimension of 8-bit images from log-likelihoods.
+
+    They are `(-log p(x) / D + log 128) / log 2`, with `x = (pixel + u) / 128 - 1` and `u` uniform in [0, 1). This is
+    an upper bound on the bits of a lossless code (Theis et al., A note on the evaluation of generative models,
+    https://arxiv.org/abs/1511.01844, section 3.1).
 
     Args of `compute` and `add_batch`:
         predictions (`(num_images, num_draws)` floats):
-            `log p(x)` in nats, summed over dimensions, of each image with each draw of `u`.
-        num_dimensions (`int`, `compute` alone): D, the number of values of an image.
+            `log p(x)` of each image with each draw of `u`, in nats, summed over dimensions.
+        num_dimensions (`int`, `compute` only): D, the number of values in an image.
     Returns (`compute`):
-        `dict`: `bits_per_dim`, the mean; `standard_error` of that mean over the images, what the draws add to it
-        included; `num_images`; `num_draws`.
+        `dict`: `bits_per_dim`, the mean; `standard_error`, the standard error of that mean over the images, which
+        includes the draws' variance, NaN for one image; `num_images`; `num_draws`.
 
     Example:
         ```py
@@ -36,7 +38,7 @@ class BitsPerDim(evaluate.Metric):
         return evaluate.MetricInfo(
             description="Bits per dimension of 8-bit images, dequantized uniformly and scaled to [-1, 1].",
             citation="",
-            inputs_description="predictions: log-likelihoods in nats of each image, one for each draw of the noise.",
+            inputs_description="predictions: log-likelihoods of each image in nats, one for each draw of the noise.",
             features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float64"))}),
         )
 

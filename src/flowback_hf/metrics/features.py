@@ -14,16 +14,17 @@ import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from flowback_hf.alignment.teacher import ENCODER_KINDS
+from flowback_hf.files import write_whole
 
 
 @dataclass
 class ImageFeatures:
     """
-    What a feature extractor makes of images.
+    Hold what a feature extractor returns for a batch of images.
 
     Args:
-        features (`torch.Tensor` of shape `(num_images, feature_dim)`): float32.
-        logits (`torch.Tensor` of shape `(num_images, num_labels)`, *optional*): Where the extractor is a classifier.
+        features (`torch.Tensor` of shape `(num_images, feature_dim)`): The features, in float32.
+        logits (`torch.Tensor` of shape `(num_images, num_labels)`, *optional*): A classifier's logits, in float32.
     """
 
     features: torch.Tensor
@@ -32,16 +33,17 @@ class ImageFeatures:
 
 class ImageFeatureExtractor(nn.Module):
     """
-    Image-level features of a vision encoder of transformers: its pooled output, or without one the mean of its tokens.
-    A classifier also gives its logits, from which [`InceptionScore`] is computed.
+    Compute features of whole images with a vision encoder from transformers.
 
-    Images go through the encoder's own image processor, as its authors meant. DINOv2 gives what the literature calls
-    FD-DINOv2 (Stein et al., Exposing flaws of generative model evaluation metrics, https://arxiv.org/abs/2306.04675).
+    The features are the encoder's pooled output or, if it has none, the mean of its tokens. A classifier also returns
+    its logits, which [`InceptionScore`] needs. Images go through the encoder's own image processor. DINOv2's features
+    give what the literature calls FD-DINOv2 (Stein et al., Exposing flaws of generative model evaluation metrics,
+    https://arxiv.org/abs/2306.04675).
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The encoder, or a classifier. It is put into eval mode.
-        processor: Its image processor.
-        name (`str`): What reports call the features.
+        model ([`~transformers.PreTrainedModel`]): The encoder, or a classifier. It is put into eval mode and frozen.
+        processor: The encoder's image processor.
+        name (`str`): The name of the features in reports.
 
     Example:
         ```py
@@ -65,25 +67,29 @@ class ImageFeatureExtractor(nn.Module):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "ImageFeatureExtractor":
         """
+        Load an encoder or a classifier with its image processor.
+
         Args:
             pretrained_model_name_or_path (`str`): A Hub id such as `"facebook/dinov2-base"`, or a folder.
-            kwargs: For transformers' `from_pretrained`: `cache_dir`, `revision`, `token`, ...
+            kwargs: Arguments of transformers' `from_pretrained`: `cache_dir`, `revision`, `token`, ...
+        Returns:
+            [`ImageFeatureExtractor`]: the extractor, on the CPU.
         Raises:
-            OSError: if it cannot be found; says which file was looked for.
+            OSError: if the encoder cannot be found. The message says which file is missing.
         """
         config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         if any(name.endswith("ForImageClassification") for name in config.architectures or []):
             model_class = AutoModelForImageClassification
         elif config.model_type in ENCODER_KINDS:
-            # of a two-tower model, the vision tower: the whole would want text
+            # For a two-tower model, this is the class of the vision tower. The whole model would require text.
             model_class = getattr(transformers, ENCODER_KINDS[config.model_type].model_class)
         else:
             model_class = AutoModel
         model = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
         if config.model_type == "vit_mae":
-            model.config.mask_ratio = 0.0  # it would hide three patches of four, others each time
+            model.config.mask_ratio = 0.0  # by default it hides three random patches of four
         processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # The last parts of a folder tell it from others and do not name the machine.
+        # The last two parts of a path identify the folder without naming anything else of the machine.
         path = Path(pretrained_model_name_or_path)
         name = "/".join(path.resolve().parts[-2:]) if path.is_dir() else str(pretrained_model_name_or_path)
         return cls(model, processor, name)
@@ -95,21 +101,23 @@ class ImageFeatureExtractor(nn.Module):
         return self.model.config.id2label if is_classifier else None
 
     def train(self, mode: bool = True) -> "ImageFeatureExtractor":
-        """Stays in eval mode: what it measures with must not change."""
+        """Stay in eval mode, so that measurements do not change."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: list[PIL.Image.Image]) -> ImageFeatures:
         """
+        Compute the features of images.
+
         Args:
-            images (`list[PIL.Image.Image]`): Of any size and mode.
+            images (`list[PIL.Image.Image]`): Images of any size and mode.
         Returns:
-            [`ImageFeatures`], on the CPU.
+            [`ImageFeatures`]: the features, on the CPU.
         """
         pixel_values = self.processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
         pixel_values = pixel_values.to(self.model.device, self.model.dtype)
         outputs = []
-        # A classifier's features are what its own encoder hands to its head: looked at on the way, not computed twice.
+        # A classifier's features are its encoder's output. A hook catches them, so that they are not computed twice.
         hook = self.model.base_model.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
             logits = getattr(self.model(pixel_values=pixel_values), "logits", None)
@@ -123,17 +131,18 @@ class ImageFeatureExtractor(nn.Module):
 
 class InceptionFeatureExtractor(nn.Module):
     """
-    The literature's Inception network (the TensorFlow weights of 2015) from torch-fidelity, which resizes images as
-    TensorFlow 1 did, without antialiasing: what "FID", "KID" and "IS" mean without further words. It is the network
-    that torchmetrics uses with `antialias=False`.
+    Compute features with the Inception network that "FID", "KID" and "IS" in the literature refer to.
 
-    Needs the extra `fid`, which brings torchvision, and downloads the weights at its first use.
+    It is torch-fidelity's network with the TensorFlow weights of 2015. It resizes images as TensorFlow 1 did, without
+    antialiasing. torchmetrics uses the same network with `antialias=False`.
+
+    It needs the extra `fid`, which installs torchvision. The weights are downloaded at the first use.
 
     Args:
-        weights_path (`str`, *optional*): The file with the weights, where it has been downloaded already.
+        weights_path (`str`, *optional*): The weights' file, if it was downloaded before.
 
     Raises:
-        ImportError: if torch-fidelity or torchvision is missing; says what to install.
+        ImportError: if torch-fidelity or torchvision is missing. The message says what to install.
     """
 
     name = "inception-v3-2015-12-05"
@@ -152,7 +161,14 @@ class InceptionFeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: list[PIL.Image.Image]) -> ImageFeatures:
-        """As of [`ImageFeatureExtractor`], for images of one size."""
+        """
+        Compute the features and logits of images.
+
+        Args:
+            images (`list[PIL.Image.Image]`): Images of any mode, all of the same size.
+        Returns:
+            [`ImageFeatures`]: 2048 features and 1008 logits of each image, on the CPU.
+        """
         pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
         device = next(self.model.parameters()).device
         features, logits = self.model(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device))
@@ -161,9 +177,13 @@ class InceptionFeatureExtractor(nn.Module):
 
 def load_feature_extractor(name: str, **kwargs) -> ImageFeatureExtractor | InceptionFeatureExtractor:
     """
+    Load a feature extractor by name.
+
     Args:
-        name (`str`): `"inception"`, or a vision encoder or classifier of transformers: a Hub id or a folder.
-        kwargs: For transformers' `from_pretrained`.
+        name (`str`): `"inception"`, or the Hub id or folder of a vision encoder or classifier from transformers.
+        kwargs: Arguments of transformers' `from_pretrained`.
+    Returns:
+        [`ImageFeatureExtractor`] or [`InceptionFeatureExtractor`]: the extractor, on the CPU.
     Raises:
         ImportError: for `"inception"` without the extra `fid`.
         OSError: if the encoder cannot be found.
@@ -176,16 +196,16 @@ def load_feature_extractor(name: str, **kwargs) -> ImageFeatureExtractor | Incep
 @dataclass
 class ReferenceFeatures:
     """
-    The features of real images that samples are compared with.
+    Hold the features of real images, with which generated images are compared.
 
     Args:
-        name (`str`): Which images, for the report: `"imagenet, train"`.
-        feature_name (`str`): Which features: the extractor's `name`.
-        num_images (`int`): How many images the mean and the covariance are of.
+        name (`str`): The name of the images in reports, such as `"imagenet, train"`.
+        feature_name (`str`): The name of the features, which is the extractor's `name`.
+        num_images (`int`): The number of images behind the mean and the covariance.
         mean (`numpy.ndarray` of shape `(feature_dim,)`), covariance (`numpy.ndarray` of shape `(feature_dim,
-            feature_dim)`): float64, the covariance divided by `num_images - 1`.
+            feature_dim)`): Both in float64. The covariance is divided by `num_images - 1`.
         features (`numpy.ndarray` of shape `(num_kept, feature_dim)`):
-            float32, of the first images: what [`KernelDistance`] and [`PrecisionRecall`] need.
+            The first images' features in float32. [`KernelDistance`] and [`PrecisionRecall`] need them.
     """
 
     name: str
@@ -200,13 +220,17 @@ class ReferenceFeatures:
         cls, batches: Iterable[torch.Tensor], name: str, feature_name: str, max_kept: int = 10_000
     ) -> "ReferenceFeatures":
         """
+        Compute a reference from batches of features.
+
         Args:
             batches (iterable of `torch.Tensor` of shape `(batch_size, feature_dim)`):
-                Features, met once; memory grows with `max_kept`, not with their number.
-            name, feature_name: See above.
-            max_kept (`int`, defaults to 10_000): How many images' features are kept themselves.
+                The features. They are read once. Memory grows with `max_kept`, not with the number of images.
+            name, feature_name: As in [`ReferenceFeatures`].
+            max_kept (`int`, defaults to 10_000): The number of images whose features are kept.
+        Returns:
+            [`ReferenceFeatures`]: the reference.
         Raises:
-            ValueError: for less than two images.
+            ValueError: if there are fewer than two images.
         """
         num_images, total, outer, kept = 0, 0.0, 0.0, []
         for batch in batches:
@@ -221,9 +245,13 @@ class ReferenceFeatures:
         return cls(name, feature_name, num_images, mean, covariance, np.concatenate(kept))
 
     def save(self, path: str | os.PathLike):
-        """Writes an `.npz` file; `mu` and `sigma` are named as other tools name them."""
-        partial = Path(path).with_name(f".partial-{Path(path).name}")
-        with partial.open("wb") as file:
+        """
+        Save the reference to an `.npz` file.
+
+        Args:
+            path (`str`): The file. Other tools find the mean and the covariance in it as `mu` and `sigma`.
+        """
+        with write_whole(path) as partial, partial.open("wb") as file:
             np.savez(
                 file,
                 mu=self.mean,
@@ -233,16 +261,19 @@ class ReferenceFeatures:
                 name=self.name,
                 feature_name=self.feature_name,
             )
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike, feature_name: str) -> "ReferenceFeatures":
         """
+        Load a reference from a file.
+
         Args:
-            path (`str`): What [`~ReferenceFeatures.save`] wrote.
-            feature_name (`str`): The features that the samples will have.
+            path (`str`): A file that [`~ReferenceFeatures.save`] wrote.
+            feature_name (`str`): The name of the features that the reference must have.
+        Returns:
+            [`ReferenceFeatures`]: the reference.
         Raises:
-            ValueError: if the file is no such reference, or one of other features.
+            ValueError: if the file is not a saved reference, or holds other features.
         """
         try:
             with np.load(path) as file:
@@ -256,10 +287,10 @@ class ReferenceFeatures:
                 features=values["features"],
             )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{str(path)!r} is no reference that flowback_hf has saved: {error}.") from error
+            raise ValueError(f"{str(path)!r} is not a reference saved by flowback_hf: {error}.") from error
         if reference.feature_name != feature_name:
             raise ValueError(
                 f"The reference {str(path)!r} holds features of {reference.feature_name!r}, but the samples' are of"
-                f" {feature_name!r}: name the same features, or make the reference anew."
+                f" {feature_name!r}. Use the same features, or compute the reference again."
             )
         return reference

@@ -13,7 +13,7 @@ from flowback_hf.metrics.features import ReferenceFeatures
 
 
 class PrecomputedFeatures(nn.Module):
-    """What torchmetrics takes for a network, where the features have been computed already."""
+    """Stand in for the network in a torchmetrics metric when the features are computed already."""
 
     def __init__(self, feature_dim: int):
         super().__init__()
@@ -25,10 +25,17 @@ class PrecomputedFeatures(nn.Module):
 
 class FeatureMetric(evaluate.Metric):
     """
-    A metric of features, `(num_images, feature_dim)`, that are added up or kept as they come; `evaluate` would write
-    them to a file as nested lists. A metric that was given a part of the images takes in others' with `merge`.
+    Collect features of images and compute a metric from them. It is the base class of all metrics of samples.
 
-    What it reports says which features, how many images, and which reference.
+    Features of shape `(num_images, feature_dim)` are summed up or kept in memory as they arrive; `evaluate.Metric`
+    would write them to a file as nested lists. `merge` combines metrics that each saw a part of the images. Reports
+    name the features, the number of images, and the reference.
+
+    Args:
+        feature_name (`str`): The name of the features in reports.
+
+    Raises:
+        ImportError: if torchmetrics is missing. The message says what to install.
     """
 
     name_of_inputs = "features of generated images"
@@ -47,12 +54,12 @@ class FeatureMetric(evaluate.Metric):
         return evaluate.MetricInfo(
             description=(self.__doc__ or "").strip().partition("\n\n")[0],
             citation="",
-            inputs_description=f"predictions: {self.name_of_inputs}, a row for each.",
+            inputs_description=f"predictions: {self.name_of_inputs}, one row an image.",
             features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float32"))}),
         )
 
     def _build(self, feature_dim: int) -> Any:
-        """The torchmetrics metric for features of this size."""
+        """Create the torchmetrics metric for features of this size."""
         raise NotImplementedError
 
     def _update(self, features: torch.Tensor):
@@ -62,11 +69,23 @@ class FeatureMetric(evaluate.Metric):
         raise NotImplementedError
 
     def add(self, *, prediction: torch.Tensor):
-        """Adds one image."""
+        """
+        Add one image.
+
+        Args:
+            prediction (`torch.Tensor` of shape `(feature_dim,)`): The image's features.
+        """
         self.add_batch(predictions=torch.as_tensor(prediction)[None])
 
     def add_batch(self, *, predictions: torch.Tensor):
-        """Adds images."""
+        """
+        Add images.
+
+        Args:
+            predictions (`torch.Tensor` of shape `(num_images, feature_dim)`): The images' features.
+        Raises:
+            ValueError: if the features have another shape.
+        """
         features = torch.as_tensor(predictions)
         if features.ndim != 2:
             raise ValueError(
@@ -78,7 +97,14 @@ class FeatureMetric(evaluate.Metric):
         self.num_images += len(features)
 
     def merge(self, other: "FeatureMetric"):
-        """Takes in what another metric of the same kind has been given: of another process, say."""
+        """
+        Add the images that another metric collected, in another process for example.
+
+        Args:
+            other ([`FeatureMetric`]): A metric of the same class and the same features.
+        Raises:
+            ValueError: if it is of another class or of other features.
+        """
         if type(other) is not type(self) or other.feature_name != self.feature_name:
             raise ValueError(
                 f"Only a {type(self).__name__} of {self.feature_name!r} can be merged into one, but this is a"
@@ -94,12 +120,21 @@ class FeatureMetric(evaluate.Metric):
         self.metric.merge_state(other.metric)
 
     def compute(self, *, predictions: torch.Tensor | None = None) -> dict[str, Any]:
-        """The results, as a flat dict; images that were added are forgotten."""
+        """
+        Compute the results, and forget the collected images.
+
+        Args:
+            predictions (`torch.Tensor` of shape `(num_images, feature_dim)`, *optional*): More images, added first.
+        Returns:
+            `dict`: the results; the class's docstring names them.
+        Raises:
+            ValueError: if there are fewer than two images.
+        """
         if predictions is not None:
             self.add_batch(predictions=predictions)
         if self.num_images < 2:
             raise ValueError(f"{type(self).__name__} needs at least two images, but was given {self.num_images}.")
-        # Subsets are drawn from the global generator, which must neither decide nor notice.
+        # torchmetrics draws subsets with the global generator. Its state must neither matter nor change.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             results = self._results()
@@ -109,38 +144,51 @@ class FeatureMetric(evaluate.Metric):
 
 
 class ReferenceMetric(FeatureMetric):
-    """A metric that compares generated images with real ones."""
+    """
+    Compare generated images with real ones. It is the base class of the metrics that need a reference.
+
+    Args:
+        reference ([`ReferenceFeatures`]): The real images' features.
+    """
 
     def __init__(self, reference: ReferenceFeatures):
         self.reference = reference
         super().__init__(reference.feature_name)
 
     def add_batch(self, *, predictions: torch.Tensor):
-        """Adds images."""
+        """
+        Add generated images.
+
+        Args:
+            predictions (`torch.Tensor` of shape `(num_images, feature_dim)`): The images' features.
+        Raises:
+            ValueError: if the features have another shape, or another size than the reference's.
+        """
         feature_dim = torch.as_tensor(predictions).shape[-1]
         if feature_dim != len(self.reference.mean):
             raise ValueError(
-                f"`predictions` have {feature_dim} features, but the reference's, of {self.feature_name!r}, are"
+                f"`predictions` have {feature_dim} features an image, but the reference, of {self.feature_name!r}, has"
                 f" {len(self.reference.mean)}."
             )
         super().add_batch(predictions=predictions)
 
     def compute(self, *, predictions: torch.Tensor | None = None) -> dict[str, Any]:
-        """The results, as a flat dict; images that were added are forgotten."""
+        """Compute the results, as [`FeatureMetric`] does, and add the reference's name and number of images."""
         results = super().compute(predictions=predictions)
         return results | {"reference": self.reference.name, "num_reference_images": self.reference.num_images}
 
 
 class FrechetDistance(ReferenceMetric):
     """
-    The Fréchet distance between Gaussians fitted to the features of generated and of real images: `|m1 - m2|^2 +
-    tr(S1 + S2 - 2 (S1 S2)^(1/2))`, in float64. With Inception's features it is the FID (Heusel et al., GANs Trained by
-    a Two Time-Scale Update Rule, https://arxiv.org/abs/1706.08500), with DINOv2's the FD-DINOv2.
+    Compute the Fréchet distance between Gaussians fitted to the features of generated and of real images.
 
-    It falls with the number of images: compare numbers of equally many alone.
+    It is `|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`, in float64. With Inception's features it is the FID (Heusel et
+    al., GANs Trained by a Two Time-Scale Update Rule, https://arxiv.org/abs/1706.08500), with DINOv2's the FD-DINOv2.
+
+    The distance falls as the number of images grows. Only compare distances of equally many images.
 
     Args:
-        reference ([`ReferenceFeatures`]): Of the real images.
+        reference ([`ReferenceFeatures`]): The real images' features.
     Args of `compute` and `add_batch`:
         predictions (`torch.Tensor` of shape `(num_images, feature_dim)`): Features of generated images. Memory does
             not grow with their number.
@@ -174,8 +222,8 @@ class FrechetDistance(ReferenceMetric):
         if fewest <= num_features:
             warnings.warn(
                 f"The Fréchet distance of {num_features} features needs more than {num_features} images on each side,"
-                f" but has {self.num_images} generated and {reference.num_images} real ones: the covariance is"
-                " singular, and the distance says more of the number of images than of the images."
+                f" but has {self.num_images} generated and {reference.num_images} real ones. The covariance is"
+                " singular, and the distance mostly reflects the number of images."
             )
         mean, covariance = torch.from_numpy(reference.mean), torch.from_numpy(reference.covariance)
         self.metric.real_features_num_samples += reference.num_images
@@ -188,24 +236,27 @@ class FrechetDistance(ReferenceMetric):
 
 class KernelDistance(ReferenceMetric):
     """
-    The squared maximum mean discrepancy with the kernel `(x.y / feature_dim + 1)^3`, unbiased, the mean of 100 random
-    subsets of 1000 images, or of all where there are less. With Inception's features it is the KID (Bińkowski et al.,
+    Compute the squared maximum mean discrepancy of generated and real images' features.
+
+    It is the unbiased estimate with the kernel `(x.y / feature_dim + 1)^3`, as the mean over 100 random subsets of
+    1000 images, or of all images if there are fewer. With Inception's features it is the KID (Bińkowski et al.,
     Demystifying MMD GANs, https://arxiv.org/abs/1801.01401).
 
     Args:
-        reference ([`ReferenceFeatures`]): Of the real images.
+        reference ([`ReferenceFeatures`]): The real images' features.
     Args of `compute` and `add_batch`:
         predictions (`torch.Tensor` of shape `(num_images, feature_dim)`): Features of generated images. All are kept.
     Returns (`compute`):
-        `dict`: `kernel_distance`, 0 for equal distributions and possibly a little below, lower is better;
-        `kernel_distance_std` over the subsets; `num_images`, `features`, `reference`, `num_reference_images`.
+        `dict`: `kernel_distance`, lower is better, 0 on average for equal distributions and possibly a little below;
+        `kernel_distance_std`, its standard deviation over the subsets; `num_images`, `features`, `reference`,
+        `num_reference_images`.
     """
 
     def _build(self, feature_dim: int) -> Any:
         from torchmetrics.image.kid import KernelInceptionDistance
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says that features are kept, as does the docstring
+            warnings.simplefilter("ignore")  # it warns that features are kept in memory
             return KernelInceptionDistance(PrecomputedFeatures(feature_dim), sync_on_compute=False)
 
     def _update(self, features: torch.Tensor):
@@ -223,17 +274,19 @@ class KernelDistance(ReferenceMetric):
 
 class InceptionScore(FeatureMetric):
     """
-    `exp(E KL(p(y | x) || p(y)))` of a classifier's predictions for generated images, the mean of ten splits. With
-    Inception's it is the IS (Salimans et al., Improved Techniques for Training GANs,
-    https://arxiv.org/abs/1606.03498); with another classifier it can be compared between flows that this one judges.
+    Compute the Inception Score of generated images from a classifier's logits.
+
+    It is `exp(E KL(p(y | x) || p(y)))`, as the mean over ten splits of the images. With Inception's logits it is the
+    IS (Salimans et al., Improved Techniques for Training GANs, https://arxiv.org/abs/1606.03498). Scores of different
+    classifiers are not comparable.
 
     Args:
-        feature_name (`str`): Whose predictions they are, for the report.
+        feature_name (`str`): The name of the classifier in reports.
     Args of `compute` and `add_batch`:
         predictions (`torch.Tensor` of shape `(num_images, num_classes)`): Logits. All are kept.
     Returns (`compute`):
-        `dict`: `inception_score`, in [1, num_classes], higher is better; `inception_score_std` over the splits;
-        `num_images`, `features`.
+        `dict`: `inception_score`, in [1, num_classes], higher is better; `inception_score_std`, its standard deviation
+        over the splits; `num_images`, `features`.
     """
 
     name_of_inputs = "logits of generated images"
@@ -258,13 +311,15 @@ class InceptionScore(FeatureMetric):
 
 class PrecisionRecall(ReferenceMetric):
     """
-    Precision: the share of generated images that lie among real ones, that is within the distance from some real image
-    to its third nearest real neighbour. Recall: the same with the two exchanged. (Kynkäänniemi et al., Improved
-    Precision and Recall Metric for Assessing Generative Models, https://arxiv.org/abs/1904.06991)
+    Compute how many generated images lie among real ones (precision), and how many real among generated (recall).
+
+    An image lies among others if it is closer to one of them than that one is to its third nearest neighbor of its own
+    kind, or equally close. (Kynkäänniemi et al., Improved Precision and Recall Metric for Assessing Generative Models,
+    https://arxiv.org/abs/1904.06991)
 
     Args:
-        reference ([`ReferenceFeatures`]): Of the real images.
-        num_neighbors (`int`, defaults to 3): Which neighbour's distance is the radius.
+        reference ([`ReferenceFeatures`]): The real images' features.
+        num_neighbors (`int`, defaults to 3): The neighbor whose distance is used.
     Args of `compute` and `add_batch`:
         predictions (`torch.Tensor` of shape `(num_images, feature_dim)`): Features of generated images. All are kept;
             distances are computed in chunks.
@@ -297,8 +352,8 @@ class PrecisionRecall(ReferenceMetric):
         }
 
     def _share_within(self, points: torch.Tensor, centers: torch.Tensor, chunk_size: int = 1024) -> torch.Tensor:
-        """The share of points within the radius of any center: the distance to its `num_neighbors`-th neighbour."""
-        # the first neighbour of a center is itself
+        """Compute the share of points that lie within the radius of a center, its `num_neighbors`-th neighbor."""
+        # Each center's nearest neighbor is itself.
         radii = torch.cat(
             [
                 torch.cdist(chunk, centers).kthvalue(self.num_neighbors + 1, dim=1).values

@@ -1,6 +1,7 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 #
-# This file is uploaded with the weights of a model that loads without the package: it needs torch and diffusers only.
+# This file is uploaded beside a model's weights, so that the model loads without the package. It therefore imports
+# torch and diffusers only.
 
 import difflib
 import importlib
@@ -25,23 +26,41 @@ ON_OVERFLOW = ("warn", "raise")
 
 
 def scale_latents(latents: torch.Tensor, vae_config: Any) -> torch.Tensor:
-    """A VAE's latents to the data of a flow, which is trained on about unit variance."""
+    """
+    Scale a VAE's latents to about unit variance, which is what a latent flow is trained on.
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`): What the VAE's encoder returns.
+        vae_config: The VAE's config, with `scaling_factor` and `shift_factor`.
+    Returns:
+        `torch.Tensor` of the same shape and dtype: `(latents - shift_factor) * scaling_factor`.
+    """
     return (latents - (vae_config.shift_factor or 0.0)) * vae_config.scaling_factor
 
 
 def unscale_latents(sample: torch.Tensor, vae_config: Any) -> torch.Tensor:
-    """The inverse of [`scale_latents`]."""
+    """Undo [`scale_latents`]: turn a latent flow's data into what the VAE decodes."""
     return sample / vae_config.scaling_factor + (vae_config.shift_factor or 0.0)
 
 
 def vae_scale_factor(vae: AutoencoderKL) -> int:
-    """How many pixels one cell of a VAE's latents covers along each side."""
+    """Return how many pixels one cell of a VAE's latents covers along each side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def read_pipeline_index(index: dict[str, Any], module_name: str) -> dict[str, Any]:
-    """What `model_index.json` means to a class of this module. A published repository names the modules of code that
-    lie in it; who has the package needs none of that code."""
+    """
+    Make this package's classes load a published repository.
+
+    The `model_index.json` of a published repository names code files in that repository. Those who have the package
+    need none of that code: the names are replaced by those of the package's classes.
+
+    Args:
+        index (`dict`): The content of `model_index.json`. It is changed in place.
+        module_name (`str`): The module of the class that loads. Inside a repository's own code nothing is replaced.
+    Returns:
+        `dict`: `index`.
+    """
     library = module_name.partition(".")[0]
     if library in LOADABLE_CLASSES and isinstance(index.get("_class_name"), list):
         index["_class_name"] = index["_class_name"][1]
@@ -51,19 +70,21 @@ def read_pipeline_index(index: dict[str, Any], module_name: str) -> dict[str, An
 
 class FlowBackPipeline(DiffusionPipeline):
     r"""
-    Class-conditional image generation with a normalizing flow.
+    Generate images with a normalizing flow, of given classes or unconditionally.
 
-    Noise goes through the inverse of every flow block, from the noise's side to the image's; what the flow was trained
-    with of Gaussian noise is then removed by one step along its exact score; a latent flow's result is decoded.
+    A call draws noise and inverts the flow blocks one by one, from the noise to the image. If the flow was trained
+    with Gaussian noise, one step along its exact score then removes that noise. If the flow has a VAE, the VAE decodes
+    the result.
 
     Args:
         transformer ([`TarFlowTransformer2DModel`]): The flow.
         vae ([`~diffusers.AutoencoderKL`], *optional*):
-            Of a latent flow: encodes its data and decodes its samples. Noise, guidance and denoising are in the space
-            of its latents, on the scale of [`~FlowBackPipeline.encode`].
-        id2label (`dict[int, str]`, *optional*): Class names; synonyms are separated by commas.
+            The VAE of a latent flow. It encodes the flow's data and decodes its samples. Noise, guidance and denoising
+            then work on its latents, on the scale of [`~FlowBackPipeline.encode`].
+        id2label (`dict[int, str]`, *optional*): Class names by class id. Commas separate synonyms.
         guidance_scale (`float`, defaults to 1.0), guidance_rule (`str`, defaults to `"linear"`):
-            What a call uses that names none, so that a checkpoint samples as its authors meant.
+            Defaults for calls that do not set them. They are saved with the pipeline, so that a checkpoint samples as
+            its authors intended.
 
     Example:
         ```py
@@ -81,7 +102,7 @@ class FlowBackPipeline(DiffusionPipeline):
         ```
 
     Raises:
-        ValueError: if the VAE's latent channels are not the flow's.
+        ValueError: if the VAE's latents and the flow's data differ in their number of channels.
 
     References: Zhai et al., Normalizing Flows are Capable Generative Models, https://arxiv.org/abs/2412.06329;
     Flowing Backwards: Improving Normalizing Flows via Reverse Representation Alignment,
@@ -103,8 +124,8 @@ class FlowBackPipeline(DiffusionPipeline):
         super().__init__()
         if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
             raise ValueError(
-                f"`vae` must have as many latent channels as the flow has channels, but they are"
-                f" {vae.config.latent_channels} and {transformer.config.in_channels} (`in_channels`)."
+                f"`vae` must have as many latent channels as the flow has `in_channels`, but they are"
+                f" {vae.config.latent_channels} and {transformer.config.in_channels}."
             )
         self.register_modules(transformer=transformer, vae=vae)
         # JSON turns the keys into strings.
@@ -121,7 +142,18 @@ class FlowBackPipeline(DiffusionPipeline):
         return read_pipeline_index(super()._dict_from_json_file(json_file), cls.__module__)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
-        """As diffusers' pipelines do; `push_to_hub=True` publishes as [`~FlowBackPipeline.push_to_hub`] does."""
+        """
+        Save the pipeline to a folder, as every diffusers pipeline does.
+
+        Args:
+            save_directory (`str`): The folder. It is created if it does not exist.
+            push_to_hub (`bool`, defaults to `False`):
+                Also publish with [`~FlowBackPipeline.push_to_hub`], to the repository `repo_id` or, without one, to a
+                repository with the folder's name.
+            args, kwargs:
+                Arguments of [`~diffusers.DiffusionPipeline.save_pretrained`], such as `max_shard_size`, and `repo_id`,
+                `commit_message`, `private`, `token` and `create_pr` of [`~FlowBackPipeline.push_to_hub`].
+        """
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         publishing = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -141,27 +173,28 @@ class FlowBackPipeline(DiffusionPipeline):
         force: bool = False,
     ) -> str:
         """
-        Publish weights, code and a model card: a repository that loads with the package and without it.
+        Publish weights, code and a model card. The repository loads with this package and without it.
 
         Args:
             repo_id (`str`): `"name"` in the token's own namespace, or `"organization/name"`.
             run_dir (`str`, *optional*):
-                The output folder of `training/train_rra.py` whose files fill the card. By default the folder that the
-                pipeline was loaded from, where that is one.
-            commit_message (`str`, *optional*): "Upload FlowBackPipeline" if not given.
-            private (`bool`, *optional*): Of a new repository. An existing public one is refused if this is true.
-            token (`str`, *optional*): Defaults to that of `hf auth login` or the variable `HF_TOKEN`.
-            create_pr (`bool`, defaults to `False`): Propose the files instead of committing them.
-            license (`str`, defaults to `"apache-2.0"`): Of the weights, in the card's metadata.
-            force (`bool`, defaults to `False`): Replace a model of another configuration.
+                An output folder of `training/train_rra.py`, whose files fill the card. By default, the folder that the
+                pipeline was loaded from, if it is such a folder.
+            commit_message (`str`, *optional*): The message of the commit. By default, "Upload FlowBackPipeline".
+            private (`bool`, *optional*): Create a private repository. If true, an existing public one is refused.
+            token (`str`, *optional*): A token with write access. By default, that of `hf auth login` or `HF_TOKEN`.
+            create_pr (`bool`, defaults to `False`): Open a pull request with the files instead of committing them.
+            license (`str`, defaults to `"apache-2.0"`): The license of the weights, for the card's metadata.
+            force (`bool`, defaults to `False`): Replace the repository's model even if its configuration differs.
         Returns:
             `str`: the repository's address.
         Raises:
-            ValueError: if there is no token, or the repository holds another model and `force` is false.
-            ImportError: if the package is not installed, which writes the card.
+            ValueError: if there is no token, if the token may not write there, or if the repository holds another
+                model and `force` is false.
+            ImportError: if the package flowback_hf, which writes the card, is not installed.
         """
         try:
-            # Not as a statement: diffusers warns of packages that a repository's code imports so.
+            # An import statement here would make diffusers warn those who load this file without the package.
             hub = importlib.import_module("flowback_hf.hub")
         except ImportError as error:
             raise ImportError("Publishing a flow with its code and card needs the package flowback_hf.") from error
@@ -169,34 +202,34 @@ class FlowBackPipeline(DiffusionPipeline):
 
     @property
     def vae_scale_factor(self) -> int:
-        """How many pixels of an image one cell of the sample covers along each side: 1 without a VAE."""
+        """The number of pixels that one cell of the sample covers along each side. It is 1 without a VAE."""
         return 1 if self.vae is None else vae_scale_factor(self.vae)
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance of the running call, read at every flow block; 1.0 is off."""
+        """The guidance scale of the running call, which reads it before every flow block. 1.0 is off."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """The number of flow blocks of the last call: a step inverts one of them."""
+        """The number of steps of the last call. A step inverts one flow block."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to stop after the current flow block."""
+        """Whether the running call is to stop. Set `pipe._interrupt = True` in a callback to stop after its block."""
         return self._interrupt
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """
-        Class names to class ids.
+        Look up the ids of class names.
 
         Args:
-            label (`str` or `list[str]`): Names, or any of their synonyms, as in `id2label`.
+            label (`str` or `list[str]`): Names or synonyms from `id2label`.
         Returns:
             `list[int]`: one id for each name.
         Raises:
-            ValueError: for an unknown name, with the nearest known ones.
+            ValueError: if a name is unknown. The message suggests the most similar known names.
         """
         names = [label] if isinstance(label, str) else list(label)
         for name in names:
@@ -227,42 +260,44 @@ class FlowBackPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         r"""
+        Generate images.
+
         Args:
             class_labels (`int`, `str`, a list of them or a `torch.Tensor`, *optional*):
-                The class of each image by number or name; -1 is no class. `None` samples without one, as an
-                unconditional model must.
+                The class of each image, by id or name; -1 means no class. With `None`, images are sampled without a
+                class. An unconditional flow takes `None` only.
             guidance_scale (`float`, *optional*, defaults to the pipeline's):
-                Classifier-free guidance: at least 1.0, which is off. More makes the class plainer and costs variety.
+                The strength of classifier-free guidance, at least 1.0, which turns it off. More guidance makes classes
+                more distinct and images less varied.
             guidance_rule (`str`, *optional*, defaults to the pipeline's):
                 `"linear"` (TARFlow's) or `"product"` (STARFlow's product of Gaussians).
-            guidance_schedule (`str`, defaults to `"constant"`): `"linear"` lets guidance grow along the sequence.
+            guidance_schedule (`str`, defaults to `"constant"`): With `"linear"`, guidance grows along the sequence.
             guidance_temperature (`float`, defaults to 1.0):
-                Divides the attention logits of the unguided branch; guides an unconditional model.
+                Divides the attention logits of the unguided branch. An unconditional flow is guided by it.
             num_images_per_prompt (`int`, defaults to 1): Images per class label.
             generator (`torch.Generator` or one for each image, *optional*):
-                Decides the noise. On the CPU, the same seed gives the same image on every device.
+                Draws the noise. With a generator on the CPU, a seed gives the same images on every device.
             latents (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`, *optional*):
-                The noise itself. `pipe(latents=model(x, y).sample, class_labels=y, denoise=False)` gives `x` back,
-                where `guidance_scale` is 1.0.
+                The noise itself. With `guidance_scale` 1.0, `pipe(latents=model(x, y).sample, class_labels=y,
+                denoise=False)` returns `x`.
             solver (`str`, defaults to `"auto"`), tolerance (`float`, *optional*):
-                How the flow is inverted, `"sequential"`, `"jacobi"` or whichever should be faster, and how exactly:
-                see [`TarFlowTransformer2DModel.forward`].
+                How to invert a block and how exactly; see [`TarFlowTransformer2DModel.forward`].
             denoise (`bool`, defaults to `True`):
-                Removes the Gaussian noise of training: `x + sigma^2 grad log p(x | y)`. Nothing to do for a flow that
-                was trained with uniform noise or none.
-            on_overflow (`str`, defaults to `"warn"`):
-                What to do about images that are not finite: a warning that names them, or `"raise"`.
+                Remove the Gaussian noise of training: `x + sigma^2 grad log p(x | y)`. Flows that were trained with
+                uniform noise or none are never denoised.
+            on_overflow (`str`, defaults to `"warn"`): Warn of images that are not finite, or `"raise"` an error.
             output_type (`str`, defaults to `"pil"`):
-                `"pil"`, `"np"` (num_images, height, width, channels) or `"pt"` (num_images, channels, height, width),
-                both in [0, 1], or `"latent"`: the flow's data, unclipped, before any VAE.
-            return_dict (`bool`, defaults to `True`): Otherwise a tuple `(images,)`.
+                `"pil"`; `"np"`, (num_images, height, width, channels), or `"pt"`, (num_images, channels, height,
+                width), both in [0, 1]; or `"latent"`: the flow's data, neither clipped nor decoded.
+            return_dict (`bool`, defaults to `True`): If false, return the tuple `(images,)`.
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipe, step, block, {"latents": ...})` after each flow block; may return others.
-            callback_on_step_end_tensor_inputs (`tuple[str]`): Which tensors it is given: `"latents"`.
+                Called after each flow block as `callback(pipe, step, block, {"latents": ...})`. If it returns a dict
+                with `"latents"`, these replace the current ones.
+            callback_on_step_end_tensor_inputs (`tuple[str]`): Names of the tensors it receives: `"latents"`.
         Returns:
-            [`~diffusers.ImagePipelineOutput`] or `tuple`.
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
         Raises:
-            ValueError: for any argument out of its range, before any work is done.
+            ValueError: if an argument is out of its range, before any work is done.
             OverflowError: if an image is not finite and `on_overflow` is `"raise"`.
         """
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
@@ -320,13 +355,10 @@ class FlowBackPipeline(DiffusionPipeline):
         if denoise and self.transformer.config.noise_type == "gaussian" and noise_std > 0:
             sample = self._denoise(sample, class_labels, noise_std)
         self._report_overflow(sample, on_overflow)
-        if output_type != "latent":
-            if self.vae is not None:
-                sample = self._decode(sample)
-            sample = self.image_processor.postprocess(sample, output_type=output_type)
+        images = self._to_output_type(sample, output_type)
 
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=sample) if return_dict else (sample,)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def check_inputs(
         self,
@@ -339,7 +371,16 @@ class FlowBackPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Iterable[str] = (),
         on_overflow: str = "warn",
     ):
-        """Raises ValueError with one sentence for the first argument of a call that is out of its range."""
+        """
+        Check the arguments of a call.
+
+        Args:
+            class_labels (`list[int]`, *optional*): Class ids, as [`~FlowBackPipeline.normalize_class_labels`] returns.
+            guidance_scale, num_images_per_prompt, generator, latents, output_type: Arguments of a call.
+            callback_on_step_end_tensor_inputs, on_overflow: Arguments of a call.
+        Raises:
+            ValueError: for the first argument that is out of its range, in one sentence.
+        """
         config = self.transformer.config
         if class_labels is not None:
             if config.num_classes is None:
@@ -382,8 +423,19 @@ class FlowBackPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Noise of shape `(num_images, in_channels, sample_size, sample_size)` in float32, or float64 for a float64
-        model, drawn image by image: the images of a seed do not depend on how they are batched."""
+        """
+        Draw the noise to start from, or convert given noise.
+
+        The noise is drawn image by image, so that the images of a seed do not depend on how they are batched.
+
+        Args:
+            num_images (`int`): The number of images.
+            generator (`torch.Generator` or one for each image, *optional*): Draws the noise, on its own device.
+            latents (`torch.Tensor`, *optional*): The noise, if it is given.
+        Returns:
+            `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: float32, or float64 for a
+            float64 flow.
+        """
         dtype = torch.promote_types(self.transformer.dtype, torch.float32)
         if latents is not None:
             return latents.to(dtype)
@@ -397,7 +449,16 @@ class FlowBackPipeline(DiffusionPipeline):
         return torch.cat(noise)
 
     def normalize_class_labels(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
-        """One flat list of class ids, of names, numbers, nested lists or a tensor."""
+        """
+        Turn class labels of any accepted form into one flat list of class ids.
+
+        Args:
+            class_labels (`int`, `str`, a nested list of them or a `torch.Tensor`): Class ids or names.
+        Returns:
+            `list[int]`: the class ids. Their range is not checked.
+        Raises:
+            ValueError: if a name is unknown, or a label is neither a whole number nor a name.
+        """
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.tolist()
         if isinstance(class_labels, str):
@@ -412,37 +473,42 @@ class FlowBackPipeline(DiffusionPipeline):
     @torch.no_grad()
     def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """
-        Images to the data of a latent flow: a draw from the VAE's posterior, on the scale the flow is trained on.
+        Encode images as the data of a latent flow: draw from the VAE's posterior and scale the draw.
 
         Args:
-            images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): In [-1, 1].
+            images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Images in [-1, 1].
             generator (`torch.Generator`, *optional*): Decides the draw.
         Returns:
-            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)` in float32, without the
-            noise of training: `(latents - shift_factor) * scaling_factor`. `encode` and decoding are each other's
-            inverse as far as the VAE is.
+            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`: `(latents - shift_factor) *
+            scaling_factor` in float32, without the noise of training. Decoding undoes `encode`, up to what the VAE
+            loses.
         Raises:
-            ValueError: if the pipeline has no VAE, or the images are not `sample_size` times its factor.
+            ValueError: if the pipeline has no VAE, or if the images' height and width are not `sample_size *
+                vae_scale_factor`.
         """
         if self.vae is None:
-            raise ValueError("`encode` needs a pipeline with a `vae`: the data of this flow are images themselves.")
+            raise ValueError("`encode` needs a pipeline with a `vae`. This pipeline has none: its flow models pixels.")
         size = self.transformer.config.sample_size * self.vae_scale_factor
         if tuple(images.shape[2:]) != (size, size):
             raise ValueError(
-                f"`images` must be of {size}x{size} pixels, the flow's {self.transformer.config.sample_size} times the"
-                f" VAE's factor {self.vae_scale_factor}, but have shape {tuple(images.shape)}."
+                f"`images` must have {size}x{size} pixels (`sample_size` {self.transformer.config.sample_size} times"
+                f" the VAE's factor {self.vae_scale_factor}), but have shape {tuple(images.shape)}."
             )
         posterior = self.vae.encode(images.to(self._execution_device, self.vae.dtype)).latent_dist
         return scale_latents(posterior.sample(generator).float(), self.vae.config)
 
-    def _decode(self, sample: torch.Tensor) -> torch.Tensor:
-        """Data of a latent flow to images in [-1, 1]."""
-        latents = unscale_latents(sample, self.vae.config)
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+    def _to_output_type(self, sample: torch.Tensor, output_type: str) -> Any:
+        """Turn the flow's data into what a call returns: decode latents, then convert pixels in [-1, 1]."""
+        if output_type == "latent":
+            return sample
+        if self.vae is not None:
+            latents = unscale_latents(sample, self.vae.config)
+            sample = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(sample, output_type=output_type)
 
     def _denoise(self, sample: torch.Tensor, class_labels: torch.Tensor | None, noise_std: float) -> torch.Tensor:
-        """Tweedie's formula on the exact score: `x + sigma^2 grad_x log p(x | y)` (TARFlow, section 3.4)."""
-        # A gradient is needed whatever mode the caller is in; inference tensors cannot be saved for one, clones can.
+        """Apply Tweedie's formula with the exact score: `x + sigma^2 grad_x log p(x | y)` (TARFlow, section 3.4)."""
+        # The caller may be in inference mode, whose tensors autograd does not save. It does save clones of them.
         with torch.inference_mode(False), torch.enable_grad():
             noisy_sample = sample.clone().requires_grad_()
             class_labels = None if class_labels is None else class_labels.clone()
@@ -451,6 +517,7 @@ class FlowBackPipeline(DiffusionPipeline):
         return sample + noise_std**2 * score
 
     def _report_overflow(self, sample: torch.Tensor, on_overflow: str):
+        """Name the images that are not finite, in a warning or an OverflowError."""
         overflowed = (~torch.isfinite(sample).flatten(1).all(dim=1)).nonzero().flatten().tolist()
         if not overflowed:
             return

@@ -14,7 +14,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL, ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import PIL_INTERPOLATION, load_image
+from diffusers.utils import load_image
 from diffusers.utils.torch_utils import randn_tensor
 
 from flowback_hf.pipelines.pipeline_flowback import read_pipeline_index, scale_latents, vae_scale_factor
@@ -23,30 +23,88 @@ from flowback_hf.pipelines.pipeline_flowback import read_pipeline_index, scale_l
 METHODS = ("gradient", "ascent", "bayes", "shortlist")
 
 
+def fit_image(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
+    """
+    Cut the middle square out of an image and resize it. Training and classification both fit images this way.
+
+    Args:
+        image (`PIL.Image.Image`): An image of any size and mode.
+        size (`int`): Height and width of the result, in pixels.
+    Returns:
+        `PIL.Image.Image`: a new image of `size` times `size` pixels in the same mode, interpolated bicubically.
+
+    Example:
+        ```py
+        >>> import PIL.Image
+        >>> from flowback_hf.pipelines.pipeline_flowback_classification import fit_image
+
+        >>> fit_image(PIL.Image.new("RGB", (640, 427)), 64).size
+        (64, 64)
+        ```
+    """
+    return PIL.ImageOps.fit(image, (size, size), PIL.Image.Resampling.BICUBIC)
+
+
+def apply_noise(sample: torch.Tensor, noise: torch.Tensor, noise_type: str, noise_std: float) -> torch.Tensor:
+    """
+    Add noise to a sample as in training. Training and classification both add it this way.
+
+    Args:
+        sample (`torch.Tensor`): Clean data, in [-1, 1] if they are pixels. Uniform noise needs 8-bit pixels.
+        noise (`torch.Tensor` of a shape that broadcasts with `sample`):
+            Draws from N(0, 1) for `"gaussian"`, from [0, 1) for `"uniform"`.
+        noise_type (`str`):
+            `"gaussian"`: `sample + noise_std * noise`. `"uniform"`: `(pixel + noise) / 128 - 1`, where `pixel` is the
+            whole number from 0 to 255 that `sample` stands for. This dequantizes the pixels.
+        noise_std (`float`): The standard deviation of the Gaussian noise. Uniform noise ignores it.
+    Returns:
+        `torch.Tensor`: the noisy sample, in the dtype of `sample` and `noise`.
+    Raises:
+        ValueError: if `noise_type` is another.
+
+    Example:
+        ```py
+        >>> import torch
+        >>> from flowback_hf.pipelines.pipeline_flowback_classification import apply_noise
+
+        >>> apply_noise(torch.tensor([-1.0, 1.0]), torch.tensor([0.5, 0.5]), "uniform", noise_std=0.0)
+        tensor([-0.9961,  0.9961])
+        ```
+    """
+    if noise_type == "gaussian":
+        return sample + noise_std * noise
+    if noise_type == "uniform":
+        # Float32 pixels that were divided by 255 are only nearly whole numbers.
+        return (((sample + 1) * 127.5).round() + noise) / 128 - 1
+    raise ValueError(f"`noise_type` must be 'gaussian' or 'uniform', but is {noise_type!r}.")
+
+
 class FlowBackClassificationPipeline(DiffusionPipeline):
     r"""
-    Training-free image classification with a class-conditional normalizing flow, and the likelihoods behind it.
+    Classify images with a class-conditional normalizing flow, without training, and compute their likelihoods.
 
-    A flow knows `log p(x | y)`, and with Bayes' rule which class `y` makes an image most likely. Four methods:
+    A flow computes `log p(x | y)` exactly. Bayes' rule then says which class `y` an image most likely has. There are
+    four methods:
 
-        "gradient"   the paper's Algorithm 1: class logits `l = 0`, class embeddings `softmax(l)^T E` in every block,
-                     one forward and one backward for `g = grad_l log p(x | l)`, whatever the number K of classes
-        "ascent"     climbs along that gradient for several steps
-        "bayes"      log p(x | k) for every class: exact, K forwards
-        "shortlist"  Bayes among the `shortlist_size` classes that "gradient" ranks first (not in the paper)
+        "gradient"   Algorithm 1 of the paper. With class logits `l = 0` and class embeddings `softmax(l)^T E` in every
+                     block, it takes one forward and one backward to compute `g = grad_l log p(x | l)`, whatever the
+                     number K of classes.
+        "ascent"     Several steps of gradient ascent on `l`.
+        "bayes"      log p(x | k) of every class k: exact, K forwards.
+        "shortlist"  Bayes' rule among the `shortlist_size` classes that "gradient" ranks first (not in the paper).
 
-    The flow was trained on noisy images, so it is shown noisy ones: everything is the mean over `num_noise_draws`
-    draws of the noise that it was trained with. `generator` decides them; without one they are the same in every call.
-    Zero draws show it the clean image.
+    The flow was trained on noisy images, so the same kind of noise is added before it sees an image. Results are means
+    over `num_noise_draws` draws of this noise. `generator` decides the draws; without one, every call uses the same.
+    With zero draws, the flow sees the clean image.
 
-    With `pipe.transformer.requires_grad_(False)` a gradient keeps a third less memory for its backward.
+    `pipe.transformer.requires_grad_(False)` saves a third of the memory that a gradient needs.
 
     Args:
         transformer ([`TarFlowTransformer2DModel`]): The flow.
-        vae ([`~diffusers.AutoencoderKL`], *optional*): Encodes the images for a latent flow.
-        id2label (`dict[int, str]`, *optional*): Class names. Without them, labels are numbers.
+        vae ([`~diffusers.AutoencoderKL`], *optional*): The VAE of a latent flow. It encodes the images.
+        id2label (`dict[int, str]`, *optional*): Class names by class id. Without them, labels are numbers.
         guidance_scale (`float`, defaults to 1.0), guidance_rule (`str`, defaults to `"linear"`):
-            [`FlowBackPipeline`]'s, with which this pipeline shares its repository. Densities know no guidance.
+            Defaults of [`FlowBackPipeline`], which loads from the same repository. Classification does not use them.
 
     Example:
         ```py
@@ -95,20 +153,22 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "FlowBackClassificationPipeline":
         """
-        A classifier that shares the flow of a loaded [`FlowBackPipeline`]; nothing is copied.
+        Make a classifier from a loaded [`FlowBackPipeline`]. Both share one flow; nothing is copied.
 
         Args:
-            pipeline ([`FlowBackPipeline`]): Whose components and class names are used.
-            kwargs: As in [`~diffusers.DiffusionPipeline.from_pipe`].
+            pipeline ([`FlowBackPipeline`]): The pipeline whose components and class names are used.
+            kwargs: Arguments of [`~diffusers.DiffusionPipeline.from_pipe`].
+        Returns:
+            [`FlowBackClassificationPipeline`]: the classifier.
         """
-        # The components are named because diffusers would look for the annotated class itself, not for one of its
-        # subclasses; the dtype because it would otherwise cast the shared flow to float32.
+        # Without these arguments, diffusers would accept only the annotated classes themselves, not their subclasses,
+        # and cast the shared flow to float32.
         components = {"transformer": pipeline.transformer, "vae": pipeline.vae}
         return super().from_pipe(pipeline, **{**components, "dtype": pipeline.transformer.dtype, **kwargs})
 
     @property
     def image_size(self) -> int:
-        """Height and width, in pixels, of the images that the flow, or its VAE, takes."""
+        """Height and width, in pixels, of the images that the flow takes, or its VAE if it has one."""
         return self.transformer.config.sample_size * (1 if self.vae is None else vae_scale_factor(self.vae))
 
     def __call__(
@@ -126,34 +186,41 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         strict: bool = False,
     ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
         r"""
+        Classify images.
+
         Args:
             images (a PIL image, array, tensor or path, or many of them):
-                Many may be a list, a column of a `datasets` data set, any other iterable, or an array or tensor with
-                a leading batch dimension. Arrays are `(height, width[, channels])`, tensors `(channels, height,
-                width)`; both hold floats in [0, 1] or uint8, as the sampling pipeline's `"np"` and `"pt"` outputs do.
-                An image of another size is resized and center-cropped, with a warning.
-            top_k (`int`, defaults to 5): How many classes to return for an image; at most all of them.
-            method (`str`, defaults to `"gradient"`): `"gradient"`, `"ascent"`, `"bayes"` or `"shortlist"`, see above.
-            num_noise_draws (`int`, defaults to 1): Draws of the training noise to average over; 0 adds none.
+                Many images may come as a list, a column of a `datasets` data set, any other iterable, or an array or
+                tensor with a leading batch dimension. Arrays are `(height, width[, channels])`, tensors `(channels,
+                height, width)`. Both hold floats in [0, 1] or uint8, as do the `"np"` and `"pt"` outputs of
+                [`FlowBackPipeline`]. An image of another size is center-cropped and resized, with a warning.
+            top_k (`int`, defaults to 5): The number of classes to return for an image, at most all of them.
+            method (`str`, defaults to `"gradient"`):
+                `"gradient"`, `"ascent"`, `"bayes"` or `"shortlist"`; see [`FlowBackClassificationPipeline`].
+            num_noise_draws (`int`, defaults to 1): Draws of the training noise to average over. 0 adds no noise.
             generator (`torch.Generator` or one for each image, *optional*):
-                Decides the noise, image by image, however they are batched. `None` is a new one with seed 0.
-            batch_size (`int`, defaults to 32): Most samples, or pairs of sample and class, the flow sees at once.
-            num_steps (`int`, defaults to 10): Of `"ascent"`: `l <- l + learning_rate * K * grad_l log p(x | l)`.
-            learning_rate (`float`, defaults to 0.05): Of `"ascent"`, for a gradient in nats.
+                Draws the noise, image by image, so that batching does not change it. The default is a new generator
+                with seed 0.
+            batch_size (`int`, defaults to 32):
+                The largest number of samples, or of pairs of sample and class, that the flow sees at once.
+            num_steps (`int`, defaults to 10): Steps of `"ascent"`, `l <- l + learning_rate * K * grad_l log p(x | l)`.
+            learning_rate (`float`, defaults to 0.05): The learning rate of `"ascent"`, for a gradient in nats.
             tolerance (`float`, defaults to 0.01):
-                Of `"ascent"`: an image stops after a step that gains less nats; one that loses some is undone.
-            shortlist_size (`int`, defaults to 5): Of `"shortlist"`: how many classes Bayes decides among.
-            strict (`bool`, defaults to `False`): Refuse an image of another size or mode instead of converting it.
+                The gain, in nats, below which `"ascent"` stops for an image. A step that loses is undone.
+            shortlist_size (`int`, defaults to 5): The number of classes among which `"shortlist"` decides.
+            strict (`bool`, defaults to `False`): Refuse images of another size or mode instead of converting them.
         Returns:
-            `list[dict]` for one image, a list of such lists for many, as of transformers' image classification:
-            `{"label": ..., "score": ...}` from the best class down. What a score is depends on the method:
-            `"bayes"`: p(k | x) under equal priors, in [0, 1], summing to 1 over all classes; `"shortlist"`: the same
-            among the shortlisted classes, 0 for all others; `"ascent"`: the weights softmax(l) of the class embeddings
-            that it reached, which sum to 1 but are no probabilities of the classes; `"gradient"`: `K g_k`, the
-            first-order estimate of `log p(x | k) - log p(x | no class)` in nats, of any sign.
+            `list[dict]` for one image, a list of such lists for many: `{"label": ..., "score": ...}` from the best
+            class down, as transformers' image classification returns. The method decides what a score is:
+
+            - `"bayes"`: p(k | x) under equal priors, in [0, 1]. The scores of all classes sum to 1.
+            - `"shortlist"`: the same among the shortlisted classes, 0 for the others.
+            - `"ascent"`: the weights softmax(l) of the class embeddings. They sum to 1 but are not probabilities.
+            - `"gradient"`: `K g_k`, the first-order estimate of `log p(x | k) - log p(x | no class)`, in nats. It may
+              be negative.
         Raises:
-            ValueError: for an argument out of its range, before any work; for an image that cannot be used, with its
-                number; for an unconditional flow.
+            ValueError: if an argument is out of its range or the flow is unconditional, before any work is done; or if
+                an image cannot be used, with its number.
         """
         arguments = {
             "method": method,
@@ -191,21 +258,21 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         strict: bool = False,
     ) -> torch.Tensor:
         """
-        The scores of all classes, of which a call returns the best.
+        Compute the scores of all classes. A call returns the best of them.
 
         Args:
-            images, method, num_noise_draws, generator, batch_size, strict: As in a call.
-            num_steps, learning_rate, tolerance, shortlist_size: As in a call.
+            images, method, num_noise_draws, generator, batch_size, strict: Arguments of a call.
+            num_steps, learning_rate, tolerance, shortlist_size: Arguments of a call.
         Returns:
-            `torch.Tensor` of shape `(num_images, num_classes)`, on the CPU: what they are depends on the method, see
-            there. float32, or float64 for a float64 flow.
+            `torch.Tensor` of shape `(num_images, num_classes)`: the scores, on the CPU, in float32, or float64 for a
+            float64 flow. A call's docstring says what each method's scores are.
         Raises:
-            ValueError: as a call.
+            ValueError: as a call does.
         """
         if method not in METHODS:
             raise ValueError(f"`method` must be one of {METHODS}, but is {method!r}.")
         if self.transformer.config.num_classes is None:
-            raise ValueError("This flow is unconditional (`num_classes` is None): it has no classes to choose from.")
+            raise ValueError("This flow is unconditional (`num_classes` is None). It has no classes to choose from.")
         if num_steps < 1:
             raise ValueError(f"`num_steps` must be at least 1, but is {num_steps}.")
         if not learning_rate > 0:
@@ -235,17 +302,17 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         strict: bool = False,
     ) -> torch.Tensor:
         """
-        The log-likelihood of images with the noise the flow was trained with, the mean over the draws.
+        Compute the log-likelihood of images with the noise of training, as the mean over the draws.
 
         Args:
-            images, num_noise_draws, generator, batch_size, strict: As in a call.
+            images, num_noise_draws, generator, batch_size, strict: Arguments of a call.
             class_labels (`list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
-                The class of each image; -1 is no class, as is `None` for all.
+                The class of each image; -1 means no class. With `None`, no image has one.
         Returns:
-            `torch.Tensor` of shape `(num_images,)`, on the CPU: nats, summed over dimensions. Of a latent flow, the
-            density of the VAE's latents, not of pixels.
+            `torch.Tensor` of shape `(num_images,)`: nats, summed over dimensions, on the CPU. For a latent flow, this
+            is the density of the VAE's latents, not of pixels.
         Raises:
-            ValueError: as a call, or for labels that do not fit the flow or the number of images.
+            ValueError: as a call does, or if the labels do not fit the flow or the number of images.
         """
         batches = self._batches(images, num_noise_draws, generator, batch_size, strict)
         return torch.cat(
@@ -266,23 +333,25 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         strict: bool = False,
     ) -> torch.Tensor:
         r"""
-        Bits per dimension of 8-bit images, dequantized uniformly: `(-log p(x) / D + log 128) / log 2` on
-        `x = (pixel + u) / 128 - 1`, `u` uniform in [0, 1); an upper bound on the discrete image's.
+        Compute the bits per dimension of uniformly dequantized 8-bit images.
 
-        It is the figure of a density model, trained with uniform noise. A flow that was trained with Gaussian noise
-        knows the density of noisier images and is better judged by [`~FlowBackClassificationPipeline.log_prob`].
+        They are `(-log p(x) / D + log 128) / log 2`, with `x = (pixel + u) / 128 - 1` and `u` uniform in [0, 1). This
+        is an upper bound on the bits of the 8-bit image.
+
+        Use it for density models, which are trained with uniform noise. A flow that was trained with Gaussian noise
+        models noisier images: judge it by [`~FlowBackClassificationPipeline.log_prob`].
 
         Args:
-            images, num_noise_draws, generator, batch_size, strict: As in a call; at least one draw.
+            images, num_noise_draws, generator, batch_size, strict: Arguments of a call. At least one draw is needed.
             class_labels: As in [`~FlowBackClassificationPipeline.log_prob`].
         Returns:
-            `torch.Tensor` of shape `(num_images,)`, on the CPU: the mean over the draws.
+            `torch.Tensor` of shape `(num_images,)`: means over the draws, on the CPU.
         Raises:
-            ValueError: as a call, or for a latent flow, which has no density of pixels.
+            ValueError: as a call does, or if the flow is a latent flow, which has no density of pixels.
         """
         if self.vae is not None:
             raise ValueError(
-                "Bits per dimension are of pixels, but this is a flow of a VAE's latents: use `log_prob`."
+                "Bits per dimension are defined for pixels, but this flow models a VAE's latents. Use `log_prob`."
             )
         if num_noise_draws < 1:
             raise ValueError(f"`num_noise_draws` must be at least 1 to dequantize, but is {num_noise_draws}.")
@@ -303,31 +372,33 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         strict: bool = False,
     ) -> torch.Tensor:
         """
-        How far an image's likelihood, without a class, is from that of typical images, on either side: `|log p(x) -
-        mean| / standard deviation`. One forward.
+        Measure how far an image's likelihood without a class lies from those of typical images.
 
-        A flow finds plain images more likely than those it was trained on, and strange ones less: neither a low
-        likelihood nor a small gain from a class tells both from typical ones, the distance does.
+        The score is `|log p(x) - mean| / standard deviation`, with the mean and the standard deviation of typical
+        images. It takes one forward.
+
+        A flow assigns plain images a higher likelihood than its training images, and strange images a lower one. This
+        distance detects both. A threshold on the likelihood itself would miss the plain ones.
 
         Args:
-            images, num_noise_draws, generator, batch_size, strict: As in a call.
+            images, num_noise_draws, generator, batch_size, strict: Arguments of a call.
             reference_log_prob (`torch.Tensor` of shape `(num_typical_images,)`):
-                What [`~FlowBackClassificationPipeline.log_prob`] gives for typical images, with as many noise draws;
-                a few hundred that the flow was not trained on are enough.
+                What [`~FlowBackClassificationPipeline.log_prob`] returns for typical images with as many noise draws.
+                A few hundred images that the flow was not trained on are enough.
         Returns:
-            `torch.Tensor` of shape `(num_images,)`, on the CPU: at least 0, in standard deviations of typical images.
+            `torch.Tensor` of shape `(num_images,)`: scores of at least 0, in standard deviations, on the CPU.
         Raises:
-            ValueError: as a call, or for a reference that does not vary.
+            ValueError: as a call does, or if the reference does not vary.
 
         Reference: Nalisnick et al., Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality,
-        https://arxiv.org/abs/1906.02994, for one image at a time
+        https://arxiv.org/abs/1906.02994, applied to single images
         """
         reference_log_prob = torch.as_tensor(reference_log_prob)
         deviation = reference_log_prob.std() if reference_log_prob.numel() > 1 else torch.tensor(math.nan)
         if reference_log_prob.ndim != 1 or not (deviation > 0 and torch.isfinite(deviation)):
             raise ValueError(
-                "`reference_log_prob` must hold the finite log-likelihoods of at least two different images, but are"
-                f" of shape {tuple(reference_log_prob.shape)} with the standard deviation {deviation:.3g}."
+                "`reference_log_prob` must hold the finite log-likelihoods of at least two different images, but has"
+                f" shape {tuple(reference_log_prob.shape)} and standard deviation {deviation:.3g}."
             )
         log_prob = self.log_prob(images, None, num_noise_draws, generator, batch_size, strict)
         return (log_prob - reference_log_prob.mean()).abs() / deviation
@@ -338,25 +409,25 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         self, draws: torch.Tensor, logits: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        What `"gradient"` classifies by, of noisy samples: `log p(x | l)` and its gradient in the class logits `l`.
+        Compute `log p(x | l)` of noisy samples and its gradient in the class logits `l`. `"gradient"` ranks by it.
 
-        The classes are met in one product with each block's table, before the flow and after it: what it costs hardly
-        depends on how many they are. The factor K makes the gradient at `l = 0` an estimate in nats (Taylor's) of what
-        each class gains over the mean of all, instead of one that shrinks with their number.
+        The number K of classes hardly changes the cost: it enters only one matrix product a block, with the block's
+        class table. The gradient is multiplied by K. At `l = 0` it is then a first-order (Taylor) estimate, in nats,
+        of each class's gain over the mean of all classes, and does not shrink as K grows.
 
         Args:
             draws (`torch.Tensor` of shape `(num_noise_draws, batch_size, in_channels, sample_size, sample_size)`):
-                Of [`~FlowBackClassificationPipeline.add_noise`].
-            logits (`torch.Tensor` of shape `(batch_size, num_classes)`, *optional*): Zeros if not given.
+                Noisy samples from [`~FlowBackClassificationPipeline.add_noise`].
+            logits (`torch.Tensor` of shape `(batch_size, num_classes)`, *optional*): Class logits, zeros by default.
         Returns:
-            `tuple` of `torch.Tensor`: nats, `(batch_size,)`, and `K` times the gradient, `(batch_size, num_classes)`,
-            each the mean over the draws.
+            `tuple` of `torch.Tensor`: the log-likelihoods in nats, `(batch_size,)`, and `K` times the gradient,
+            `(batch_size, num_classes)`, both as means over the draws.
         """
         if logits is None:
             logits = draws.new_zeros(draws.shape[1], self.transformer.config.num_classes)
         log_prob, gradient = torch.zeros_like(logits[:, 0]), torch.zeros_like(logits)
         for draw in draws:
-            # A gradient is needed whatever mode the caller is in; inference tensors cannot be saved for one.
+            # The caller may be in inference mode, whose tensors autograd does not save. It does save clones of them.
             with torch.inference_mode(False), torch.enable_grad():
                 leaf = logits.clone().requires_grad_()
                 draw_log_prob = self.transformer.log_prob(draw.clone(), leaf.softmax(dim=1))
@@ -366,7 +437,7 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         return log_prob, gradient
 
     def _ascend(self, draws: torch.Tensor, num_steps: int, learning_rate: float, tolerance: float) -> torch.Tensor:
-        """The class weights that gradient ascent reaches, each image until its steps stop paying."""
+        """Return the class weights that gradient ascent reaches. Each image stops when its steps gain too little."""
         logits = draws.new_zeros(draws.shape[1], self.transformer.config.num_classes)
         log_prob, gradient = self.log_prob_and_class_gradient(draws, logits)
         logits += learning_rate * gradient
@@ -386,14 +457,14 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         return logits.softmax(dim=1)
 
     def _posterior(self, draws: torch.Tensor, method: str, shortlist_size: int, batch_size: int) -> torch.Tensor:
-        """p(k | x) under equal priors on the candidate classes, all or the ones that the gradient ranks first."""
+        """Return p(k | x) under equal priors on the candidates: all classes, or those the gradient ranks first."""
         num_images, num_classes = draws.shape[1], self.transformer.config.num_classes
         if method == "bayes":
             candidates = torch.arange(num_classes, device=draws.device).expand(num_images, -1)
         else:
             _, gradient = self.log_prob_and_class_gradient(draws)
             candidates = gradient.topk(min(shortlist_size, num_classes), dim=1).indices
-        # one pair of image and class after another, so that a chunk never holds more than fits
+        # All pairs of image and class in one list, so that no chunk holds more than `batch_size` of them.
         image_numbers = torch.arange(num_images, device=draws.device).repeat_interleave(candidates.shape[1])
         pairs = zip(image_numbers.split(batch_size), candidates.flatten().split(batch_size))
         log_prob = torch.cat(
@@ -409,15 +480,16 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
 
     def preprocess(self, images: Any, strict: bool = False) -> torch.Tensor:
         """
-        Images to what the flow models, without noise.
+        Turn images into the data that the flow models, without noise.
 
         Args:
-            images, strict: As in a call.
+            images, strict: Arguments of a call.
         Returns:
             `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: pixels in [-1, 1], or the
-            mode of the VAE's latents times its `scaling_factor`; float32, or float64 for a float64 flow.
+            mode of the VAE's posterior on the scale of [`FlowBackPipeline.encode`]. float32, or float64 for a float64
+            flow.
         Raises:
-            ValueError: for something that is no image, with its number; with `strict`, for another size or mode.
+            ValueError: if something is not an image, with its number; with `strict`, also for another size or mode.
         """
         images = [images] if _is_one_image(images) else images
         pixels = [self._to_pixels(image, number, strict) for number, image in enumerate(images)]
@@ -426,14 +498,14 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         return self._encode(torch.stack(pixels))
 
     def _to_pixels(self, image: Any, number: int, strict: bool) -> torch.Tensor:
-        """One image as `(channels, image_size, image_size)`, in [0, 1]."""
+        """Turn one image into pixels in [0, 1], of shape `(channels, image_size, image_size)`."""
         size = self.image_size
         channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
         if isinstance(image, (str, os.PathLike)):
             path = os.fspath(image)
             try:
                 image = load_image(path)
-            # What is raised for a missing file, one that is no image, and a truncated one.
+            # These are raised for a missing file, a file that is not an image, and a truncated image.
             except (OSError, ValueError, SyntaxError) as error:
                 raise ValueError(f"Image {number}, {path!r}, cannot be read: {error}") from error
             if channels == 1:
@@ -445,7 +517,7 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
             if strict:
                 raise ValueError(
                     f"Image {number} must have {channels} channels of {size}x{size} pixels, but has shape"
-                    f" {tuple(pixels.shape)} (channels first): convert it, or leave out `strict`."
+                    f" {tuple(pixels.shape)} (channels first). Convert it, or leave out `strict`."
                 )
             array = VaeImageProcessor.pt_to_numpy(pixels[None])
             (image,) = VaeImageProcessor.numpy_to_pil(array)
@@ -453,20 +525,18 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         if strict and (image.mode != mode or image.size != (size, size)):
             raise ValueError(
                 f"Image {number} must be {size}x{size} pixels of mode {mode}, but is {image.width}x{image.height} of"
-                f" mode {image.mode}: convert it, or leave out `strict`."
+                f" mode {image.mode}. Convert it, or leave out `strict`."
             )
         image = image.convert(mode)
         if image.size != (size, size):
             warnings.warn(
                 f"Images that are not {size}x{size} pixels are resized and center-cropped; `strict=True` refuses them."
             )
-            # as training/train_rra.py does: the middle square
-            side = min(image.size)
-            left, top = (image.width - side) / 2, (image.height - side) / 2
-            image = image.resize((size, size), PIL_INTERPOLATION["bicubic"], box=(left, top, left + side, top + side))
+            image = fit_image(image, size)
         return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy([image]))[0]
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Turn pixels in [0, 1] into the data that the flow models."""
         device, dtype = self._execution_device, torch.promote_types(self.transformer.dtype, torch.float32)
         sample = VaeImageProcessor.normalize(pixels.to(device, dtype))
         if self.vae is not None:
@@ -484,9 +554,11 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         noise_type: str | None = None,
     ) -> Iterator[torch.Tensor]:
         """
-        Noisy samples of at most `batch_size` images, each `(num_noise_draws or 1, images, in_channels, sample_size,
-        sample_size)`. The arguments are checked before the first, with a progress bar and the offloading hooks' end
-        around them.
+        Yield noisy samples of at most `batch_size` images, `(num_noise_draws or 1, images, in_channels, sample_size,
+        sample_size)`.
+
+        It checks the arguments before the first batch, shows a progress bar, and frees the offloading hooks at the
+        end.
         """
         if num_noise_draws < 0:
             raise ValueError(f"`num_noise_draws` must not be negative, but is {num_noise_draws}.")
@@ -521,13 +593,15 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         noise_type: str | None = None,
     ) -> torch.Tensor:
         """
-        The noise that the flow was trained with, drawn image by image: it does not depend on how they are batched.
+        Add the noise of training, drawn image by image, so that batching does not change it.
 
         Args:
-            sample (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): Of `preprocess`.
-            num_noise_draws (`int`, defaults to 1): 0 gives the clean sample, or the middle of its 8-bit bins.
+            sample (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`):
+                Clean data from [`~FlowBackClassificationPipeline.preprocess`].
+            num_noise_draws (`int`, defaults to 1):
+                Draws for each image. 0 adds nothing, or one half to whole pixels if the noise is uniform.
             generator: As in a call.
-            noise_type (`str`, *optional*): `"gaussian"` or `"uniform"`. The flow's by default.
+            noise_type (`str`, *optional*): `"gaussian"` or `"uniform"`; see [`apply_noise`]. By default, the flow's.
         Returns:
             `torch.Tensor` of shape `(num_noise_draws or 1, num_images, in_channels, sample_size, sample_size)`.
         """
@@ -541,15 +615,12 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
             draw = randn_tensor if noise_type == "gaussian" else _rand_tensor
             noise = [draw(shape, generator=g, device=g.device, dtype=sample.dtype) for g in generators]
             noise = torch.stack(noise, dim=1).to(sample.device)
-        if noise_type == "gaussian":
-            return sample + self.transformer.config.noise_std * noise
-        # 8-bit pixels are whole numbers, which a division by 255 in float32 has left only nearly
-        return (((sample + 1) * 127.5).round() + noise) / 128 - 1
+        return apply_noise(sample, noise, noise_type, self.transformer.config.noise_std)
 
     def _with_labels(
         self, batches: Iterable[torch.Tensor], class_labels: list[int] | torch.Tensor | None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Each batch with its labels."""
+        """Yield each batch with its labels, and check that there is one for each image."""
         num_classes = self.transformer.config.num_classes
         if class_labels is None:
             yield from ((draws, None) for draws in batches)
@@ -566,10 +637,14 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
             batch_labels = labels[done : done + draws.shape[1]]
             done += draws.shape[1]
             if len(batch_labels) < draws.shape[1]:
-                raise ValueError(f"`class_labels` must be one for each image, but are {len(labels)} for more images.")
+                raise ValueError(
+                    f"`class_labels` must hold one for each image, but holds {len(labels)} for more images."
+                )
             yield draws, torch.tensor(batch_labels, device=draws.device)
         if done != len(labels):
-            raise ValueError(f"`class_labels` must be one for each image, but are {len(labels)} for {done} images.")
+            raise ValueError(
+                f"`class_labels` must hold one for each image, but holds {len(labels)} for {done} images."
+            )
 
 
 def _rand_tensor(shape: tuple, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -577,13 +652,14 @@ def _rand_tensor(shape: tuple, generator: torch.Generator, device: torch.device,
 
 
 def _is_one_image(images: Any) -> bool:
+    """Tell one image, in any accepted form, from several."""
     if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
         return True
     return hasattr(images, "ndim") and images.ndim < 4
 
 
 def _array_to_pixels(image: Any, number: int) -> torch.Tensor:
-    """A tensor (channels, height, width) or an array (height, width[, channels]) as the former, in [0, 1]."""
+    """Turn an array (height, width[, channels]) or a tensor (channels, height, width) into the latter, in [0, 1]."""
     if isinstance(image, torch.Tensor):
         pixels = image.detach().cpu()
     elif hasattr(image, "__array__"):

@@ -1,0 +1,50 @@
+import datasets
+import PIL.Image
+import pytest
+import torch
+
+from flowback_hf import TarFlowTransformer2DModel
+from flowback_hf.data import ImageDataset, add_noise, make_generator
+
+
+def test_an_item_is_in_range_cropped_and_replaces_a_broken_one():
+    image = PIL.Image.new("RGB", (8, 4))
+    image.paste((255, 0, 0), (2, 0, 6, 4))
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": b"broken", "path": "bad.png"}, image], "label": [0, 1]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    dataset = ImageDataset(rows, "image", "label", [5, 7], sample_size=4, in_channels=3)
+    item = dataset[0]
+    assert item["skipped"] == ["bad.png"] and item["class_labels"] == 7
+    assert torch.equal(item["images"], torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, 4, 4))
+
+
+def test_only_broken_images_raise():
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": b"broken", "path": "bad.png"}] * 2, "label": [0, 1]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    dataset = ImageDataset(rows, "image", "label", [0, 1], sample_size=4, in_channels=3)
+    with pytest.raises(ValueError, match="None of the 2 images of the data set can be decoded; the first is bad.png"):
+        dataset[1]
+
+
+def test_noise():
+    images = torch.linspace(-1, 1, 256).view(1, 1, 16, 16)  # every 8-bit value
+    config = TarFlowTransformer2DModel(8, 4, num_blocks=1, num_layers=1, noise_std=0.3).config
+    noise = add_noise(images.expand(200, 1, 16, 16), config, torch.Generator().manual_seed(0)) - images
+    assert noise.std() == pytest.approx(0.3, rel=0.02)
+    config = {**config, "noise_type": "uniform"}
+    config = type("Config", (), config)
+    dequantized = add_noise(images.double(), config, torch.Generator().manual_seed(0))
+    cells = (dequantized + 1) * 128
+    assert torch.equal(cells.floor().flatten(), torch.arange(256.0, dtype=torch.float64))
+
+
+def test_a_generator_is_a_function_of_its_numbers():
+    def draw(*entropy):
+        return torch.rand(4, generator=make_generator(*entropy))
+
+    assert torch.equal(draw(1, 2), draw(1, 2))
+    assert not torch.equal(draw(1, 2), draw(2, 1)) and not torch.equal(draw(1, 2), draw(1, 3))
