@@ -679,13 +679,3 @@ def _array_to_pixels(image: Any, number: int) -> torch.Tensor:
             f" {pixels.max():.3g}."
         )
     return pixels
-
-
-def fit_image(image, size: int):
-    return PIL.ImageOps.fit(image, (size, size), PIL.Image.Resampling.BICUBIC)
-
-
-def apply_noise(sample, noise, noise_type: str, noise_std: float):
-    if noise_type == "gaussian":
-        return sample + noise_std * noise
-    return (((sample + 1) * 127.5).round() + noise) / 128 - 1
