@@ -1,6 +1,6 @@
 """
 Counts the parameters of every size in `training/configs` and the floating-point operations of its forward pass, with
-no memory for either, and prints the README's table.
+no memory for either, and prints the table of docs/scale.md.
 
     python benchmarks/model_sizes.py
 """
