@@ -7,10 +7,9 @@ Bayes' rule, which takes a forward for each class; and counts the bytes that the
 
 import argparse
 import statistics
-from pathlib import Path
 
 import torch
-from reporting import seconds_of, write_report
+from reporting import add_flow_sizes, add_run_arguments, seconds_of, write_report
 
 from flowback_hf import FlowBackClassificationPipeline, TarFlowTransformer2DModel
 from flowback_hf.reporting import markdown_table
@@ -18,19 +17,30 @@ from flowback_hf.reporting import markdown_table
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample_size", type=int, default=32)
-    parser.add_argument("--patch_size", type=int, default=4)
-    parser.add_argument("--num_blocks", type=int, default=4)
-    parser.add_argument("--num_layers", type=int, default=4, help="Transformer layers in every flow block.")
-    parser.add_argument("--num_attention_heads", type=int, default=4)
-    parser.add_argument("--attention_head_dim", type=int, default=64)
-    parser.add_argument("--num_classes", type=int, nargs=2, default=[10, 1000], help="Few and many.")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--num_bayes_images", type=int, default=1, help="Bayes takes many forwards for each.")
-    parser.add_argument("--repeats", type=int, default=10, help="Timed runs of each, after one that is not.")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=None, help="Of the CPU; torch's own choice if not given.")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/classification.json"))
+    add_flow_sizes(parser, sample_size=32, num_blocks=4, num_layers=4, num_heads=4)
+    parser.add_argument(
+        "--num_classes",
+        type=int,
+        nargs=2,
+        default=[10, 1000],
+        help="Few and many classes to compare. Default: 10 1000.",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="Images that are classified together. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--num_bayes_images",
+        type=int,
+        default=1,
+        help="Images that Bayes' rule classifies, which takes many passes for each. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=10,
+        help="Timed runs of each method, after one that is not. Default: %(default)s.",
+    )
+    add_run_arguments(parser, "classification.json")
     args = parser.parse_args(arguments)
     if min(args.repeats, args.batch_size, args.num_bayes_images, *args.num_classes) < 1:
         parser.error("--repeats, --batch_size, --num_bayes_images and --num_classes must be at least 1")

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from reporting import write_report
+from reporting import add_run_arguments, write_report
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackClassificationPipeline
@@ -20,15 +20,31 @@ from flowback_hf.reporting import markdown_table
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flows", type=Path, nargs="+", required=True, help="Saved pipelines.")
-    parser.add_argument("--images", type=Path, required=True, help="One folder a class, named as the flows name it.")
-    parser.add_argument("--max_images", type=int, help="The first of each class, in turn. Default: all.")
-    parser.add_argument("--num_noise_draws", type=int, nargs="+", default=[0, 1, 8])
-    parser.add_argument("--shortlist_size", type=int, default=3)
-    parser.add_argument("--num_steps", type=int, default=10, help="Of the ascent.")
-    parser.add_argument("--batch_size", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=None, help="Of the CPU; torch's own choice if not given.")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/classification_accuracy.json"))
+    parser.add_argument("--flows", type=Path, nargs="+", required=True, help="Saved pipelines to compare.")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        help="A folder with one folder of images for each class, named as the flows name it.",
+    )
+    parser.add_argument(
+        "--max_images", type=int, help="Use at most this many images, the first of each class in turn. Default: all."
+    )
+    parser.add_argument(
+        "--num_noise_draws",
+        type=int,
+        nargs="+",
+        default=[0, 1, 8],
+        help="Draws of noise to average over, one table row each. Default: 0 1 8.",
+    )
+    parser.add_argument(
+        "--shortlist_size", type=int, default=3, help="Classes in the shortlist. Default: %(default)s."
+    )
+    parser.add_argument("--num_steps", type=int, default=10, help="Steps of the ascent. Default: %(default)s.")
+    parser.add_argument(
+        "--batch_size", type=int, default=100, help="Images that are classified together. Default: %(default)s."
+    )
+    add_run_arguments(parser, "classification_accuracy.json", device=False)
     return parser.parse_args(arguments)
 
 

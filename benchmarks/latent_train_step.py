@@ -12,12 +12,11 @@ step is then four forward passes. The time follows from `--peak_tflops` and `--u
 
 import argparse
 import statistics
-from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
 from flow_costs import count_flops, count_parameters, load_config
-from reporting import seconds_of, write_report
+from reporting import add_run_arguments, seconds_of, write_report
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
@@ -31,13 +30,34 @@ BYTES_PER_PARAMETER = 4 * (1 + 1 + 2 + 1)
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", nargs="+", default=["imagenet256_latent_p2", "imagenet256_latent_p1"])
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--repeats", type=int, default=5, help="Timed steps, after two that are not.")
-    parser.add_argument("--peak_tflops", type=float, default=989.0, help="Default: an H100's in dense bfloat16.")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="The share of it assumed to be used.")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latent_train_step.json"))
+    parser.add_argument(
+        "--configs",
+        nargs="+",
+        default=["imagenet256_latent_p2", "imagenet256_latent_p1"],
+        help="Names of model sizes in training/configs. Default: the two of 256x256 in latents.",
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="Images in a step. Default: %(default)s.")
+    parser.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="Keep the inputs of the layers only, and compute the rest again.",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="Timed steps on a GPU, after two that are not. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--peak_tflops",
+        type=float,
+        default=989.0,
+        help="The device's peak in TFLOP/s. Default: %(default)s, an H100's in dense bfloat16.",
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        help="The share of the peak that is assumed to be used. Default: %(default)s.",
+    )
+    add_run_arguments(parser, "latent_train_step.json", device=False)
     return parser.parse_args(arguments)
 
 
@@ -144,6 +164,8 @@ def table(results: list[dict]) -> str:
 
 def main(arguments: list[str] | None = None):
     args = parse_args(arguments)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     has_cuda = torch.cuda.is_available()
     results = []
     for name in args.configs:

@@ -20,14 +20,27 @@ TRAINING = Path(__file__).resolve().parents[1] / "training"
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark_flow"))
-    parser.add_argument("--num_blocks", type=int, default=4)
-    parser.add_argument("--num_layers", type=int, default=4, help="Of every block.")
-    parser.add_argument("--num_attention_heads", type=int, default=4, help="Of 64 values each.")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--max_train_steps", type=int, default=600)
-    parser.add_argument("--train_batch_size", type=int, default=16)
-    parser.add_argument("--num_train_images", type=int, default=4000)
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("outputs/benchmark_flow"),
+        help="The folder to write the images and the flow to. Default: %(default)s.",
+    )
+    parser.add_argument("--num_blocks", type=int, default=4, help="Flow blocks. Default: %(default)s.")
+    parser.add_argument(
+        "--num_layers", type=int, default=4, help="Transformer layers in every flow block. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--num_attention_heads", type=int, default=4, help="Attention heads, each 64 wide. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--learning_rate", type=float, default=1e-3, help="Largest learning rate. Default: %(default)s."
+    )
+    parser.add_argument("--max_train_steps", type=int, default=600, help="Optimizer steps. Default: %(default)s.")
+    parser.add_argument("--train_batch_size", type=int, default=16, help="Images in a step. Default: %(default)s.")
+    parser.add_argument(
+        "--num_train_images", type=int, default=4000, help="Training images to draw. Default: %(default)s."
+    )
     return parser.parse_args(arguments)
 
 

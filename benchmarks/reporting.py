@@ -1,5 +1,6 @@
 """What the benchmarks share: a clock, peak memory, and a record of what was run, where, and what came out."""
 
+import argparse
 import gc
 import itertools
 import shlex
@@ -14,6 +15,37 @@ from torch.profiler import ProfilerActivity, profile
 
 from flowback_hf.files import write_json, write_text
 from flowback_hf.reporting import current_commit, describe_machine
+
+
+def add_flow_sizes(
+    parser: argparse.ArgumentParser, sample_size: int, num_blocks: int, num_layers: int, num_heads: int
+):
+    """Add the flags of a random flow's sizes, with these defaults."""
+
+    def add(name: str, default: int, help: str):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{help} Default: %(default)s.")
+
+    add("sample_size", sample_size, "Height and width of the images, in pixels.")
+    add("patch_size", 4, "Height and width of a token, in pixels.")
+    add("num_blocks", num_blocks, "Flow blocks.")
+    add("num_layers", num_layers, "Transformer layers in every flow block.")
+    add("num_attention_heads", num_heads, "Attention heads.")
+    add("attention_head_dim", 64, "Width of an attention head. The flow is heads times this wide.")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, output: str, device: bool = True):
+    """Add the flags that say where a benchmark runs and which file it writes."""
+    if device:
+        parser.add_argument(
+            "--device", default="cpu", help="The device to measure, cpu or cuda. Default: %(default)s."
+        )
+    parser.add_argument("--threads", type=int, help="Threads of the CPU. Default: torch's own choice.")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("benchmarks/results") / output,
+        help="The JSON file to write, with a table beside it in Markdown. Default: %(default)s.",
+    )
 
 
 def synchronise(device: str):

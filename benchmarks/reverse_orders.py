@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from alignment_baselines import likelihood_pass, sequential_alignment
-from reporting import write_report
+from reporting import add_run_arguments, write_report
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
@@ -53,11 +53,22 @@ class Case:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, nargs="*", default=[])
-    parser.add_argument("--orders", type=int, nargs="+", default=[0, 1, 2, 3, 5, 8, 12])
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--threads", type=int, help="Of the CPU; torch's own choice if not given.")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/reverse_orders.json"))
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="Output folders of training/train_rra.py to measure beside random flows. Default: none.",
+    )
+    parser.add_argument(
+        "--orders",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2, 3, 5, 8, 12],
+        help="Orders of the reverse gradient. Default: 0 1 2 3 5 8 12.",
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="Images in the batch. Default: %(default)s.")
+    add_run_arguments(parser, "reverse_orders.json", device=False)
     args = parser.parse_args(arguments)
     if min(args.orders) < 0 or args.batch_size < 1:
         parser.error("--orders must be at least 0 and --batch_size at least 1")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from baselines import calibrate_gs_jacobi, gs_jacobi, published_token_loop, selective_jacobi_decoding
-from reporting import peak_memory_of, seconds_of, write_report
+from reporting import add_run_arguments, peak_memory_of, seconds_of, write_report
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
@@ -34,17 +34,52 @@ REPEATED_SECONDS = 10.0
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("outputs/benchmark_flow/flow"), help="A saved pipeline.")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 2.0], help="1.0 is off.")
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="Of every solver but the token loops.")
-    parser.add_argument("--repeats", type=int, default=3, help="Timed runs of each sampler, after one that is not.")
-    parser.add_argument("--largest_residual", type=float, default=1e-2, help="max |f(x) - z| of the samples.")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], default="float32")
-    parser.add_argument("--threads", type=int, default=None, help="Of the CPU; torch's own choice if not given.")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path("outputs/benchmark_flow/flow"),
+        help="The saved pipeline to sample from. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--batch_sizes",
+        type=int,
+        nargs="+",
+        default=[1, 4, 16, 64],
+        help="Images that are sampled together. Default: 1 4 16 64.",
+    )
+    parser.add_argument(
+        "--guidance_scales",
+        type=float,
+        nargs="+",
+        default=[1.0, 2.0],
+        help="Guidance scales; 1.0 is off. Default: 1 2.",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="Tolerance of every solver but the token loops. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="Timed runs of each sampler, after one that is not. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--largest_residual",
+        type=float,
+        default=1e-2,
+        help="Refuse samples whose max |f(x) - z| is larger. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float64", "bfloat16"],
+        default="float32",
+        help="The dtype of the weights. Default: %(default)s.",
+    )
     parser.add_argument("--compile", action="store_true", help="Also time the solvers with compiled steps.")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sampling.json"))
+    add_run_arguments(parser, "sampling.json")
     args = parser.parse_args(arguments)
     if min(args.repeats, *args.batch_sizes) < 1:
         parser.error("--repeats and --batch_sizes must be at least 1")

@@ -12,11 +12,10 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from alignment_baselines import sequential_loss, two_evaluation_loss
-from reporting import peak_memory_of, seconds_of, write_report
+from reporting import add_flow_sizes, add_run_arguments, peak_memory_of, seconds_of, write_report
 from tqdm.auto import tqdm
 
 from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
@@ -47,25 +46,53 @@ Step = Callable[[], AlignedFlowObjective]
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample_size", type=int, default=64)
-    parser.add_argument("--patch_size", type=int, default=4)
-    parser.add_argument("--num_blocks", type=int, default=8)
-    parser.add_argument("--num_layers", type=int, default=8, help="Transformer layers in every flow block.")
-    parser.add_argument("--num_attention_heads", type=int, default=8)
-    parser.add_argument("--attention_head_dim", type=int, default=64)
-    parser.add_argument("--aligned_blocks", type=int, nargs="+", default=[7, 8])
-    parser.add_argument("--aligned_layer", type=int, default=6)
-    parser.add_argument("--teacher_dim", type=int, default=768)
-    parser.add_argument("--projector_dim", type=int, default=1024)
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--dtype", choices=list(LARGEST_DIFFERENCE), default="float32", help="bfloat16 by autocast.")
-    parser.add_argument("--repeats", type=int, default=5, help="Timed steps of each kind, after one that is not.")
-    parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=["eager", "compiled"])
-    parser.add_argument("--sequential_repeats", type=int, default=1, help="Of the sequential graph, eager alone.")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="Of the CPU; torch's own choice if not given.")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/train_step.json"))
+    add_flow_sizes(parser, sample_size=64, num_blocks=8, num_layers=8, num_heads=8)
+    parser.add_argument(
+        "--aligned_blocks",
+        type=int,
+        nargs="+",
+        default=[7, 8],
+        help="Flow blocks to align, counted from 1 at the image. Default: 7 8.",
+    )
+    parser.add_argument(
+        "--aligned_layer",
+        type=int,
+        default=6,
+        help="Layer to align in each of these blocks, counted from 1. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--teacher_dim", type=int, default=768, help="Width of the teacher's features. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--projector_dim", type=int, default=1024, help="Hidden width of the projectors. Default: %(default)s."
+    )
+    parser.add_argument("--batch_size", type=int, default=2, help="Images in a step. Default: %(default)s.")
+    parser.add_argument(
+        "--dtype",
+        choices=list(LARGEST_DIFFERENCE),
+        default="float32",
+        help="The precision; bfloat16 is by autocast. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="Timed steps of each kind, after one that is not. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--steps", nargs="+", choices=list(STEPS), default=list(STEPS), help="Kinds of steps to time. Default: all."
+    )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=list(MODES),
+        default=["eager", "compiled"],
+        help="What is compiled. Default: eager compiled.",
+    )
+    parser.add_argument(
+        "--sequential_repeats",
+        type=int,
+        default=1,
+        help="Timed steps of the sequential graph, which runs in eager mode only. Default: %(default)s.",
+    )
+    add_run_arguments(parser, "train_step.json")
     args = parser.parse_args(arguments)
     if min(args.repeats, args.sequential_repeats, args.batch_size) < 1:
         parser.error("--repeats, --sequential_repeats and --batch_size must be at least 1")

@@ -1,0 +1,72 @@
+"""The trainer as Python calls it, without the script."""
+
+import json
+
+import pytest
+import torch
+
+from flowback_hf import AlignedFlowObjective, FlowBackPipeline, RepresentationTeacher, TarFlowTransformer2DModel
+from flowback_hf.data import ImageSource, Splits
+from flowback_hf.files import read_json_lines
+from flowback_hf.training import Trainer, TrainingArguments
+
+from ..conftest import image_rows
+
+
+@pytest.fixture
+def make_trainer(teacher, tmp_path):
+    """A function of the arguments that differ: a tiny trainer with a teacher."""
+
+    def make(name="run", **options):
+        torch.manual_seed(0)
+        # positional, which diffusers' config takes for defaults
+        flow = TarFlowTransformer2DModel(
+            8, 2, num_blocks=2, num_layers=1, num_attention_heads=2, attention_head_dim=4, num_classes=1
+        )
+        source = ImageSource(Splits(image_rows(9), image_rows(3), ["cat"]), flow.config, label_ids=[0])
+        encoder = RepresentationTeacher.from_pretrained(teacher, grid_size=4)
+        objective = AlignedFlowObjective(flow, places=[(2, 1)], teacher_dim=encoder.feature_dim, projector_dim=8)
+        tiny = {"train_batch_size": 4, "max_train_steps": 4, "logging_steps": 1, "checkpointing_steps": 2}
+        tiny |= {"learning_rate": 1e-2, "lr_warmup_steps": 1, "validation_steps": 4}
+        arguments = TrainingArguments(str(tmp_path / name), **(tiny | options))
+        return Trainer(objective, source, arguments, encoder, {0: "cat"})
+
+    return make
+
+
+def test_it_returns_the_pipeline_that_it_saves(make_trainer, tmp_path):
+    pipeline = make_trainer(validation_guidance_scale=1.5).fit()
+    saved = FlowBackPipeline.from_pretrained(tmp_path / "run")
+    assert saved.labels == {"cat": 0} and saved.config.guidance_scale == 1.5
+    for name, tensor in saved.transformer.state_dict().items():
+        assert torch.equal(tensor, pipeline.transformer.state_dict()[name])
+    settings = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    assert settings["train_batch_size"] == 4 and settings["lr_scheduler"] == "cosine"
+    assert [record["step"] for record in read_json_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4, 4]
+
+
+def test_it_goes_on_where_it_was_and_refuses_other_arguments(make_trainer, tmp_path):
+    make_trainer("whole").fit()
+    make_trainer(max_train_steps=2).fit()  # a shorter run of another schedule is not what would have been
+    with pytest.raises(ValueError, match="already holds a run: add --resume_from_checkpoint latest"):
+        make_trainer()
+    with pytest.raises(ValueError, match=r"--learning_rate \(0.01 then, 0.5 now\)"):
+        make_trainer(learning_rate=0.5, resume_from_checkpoint="latest")
+    trainer = make_trainer(resume_from_checkpoint="latest")
+    trainer.fit()
+    assert trainer.global_step == 4 and (tmp_path / "run" / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize("random_flip, label_dropout", [(False, 0.0), (True, 0.5), (True, 1.0)])
+def test_augmentation_is_what_was_asked_for(make_trainer, random_flip, label_dropout):
+    trainer = make_trainer(random_flip=random_flip, label_dropout=label_dropout)
+    images = torch.arange(8.0).expand(400, 3, 8, 8)
+    batch = {"images": images, "class_labels": torch.zeros(400, dtype=torch.long)}
+    augmented = trainer._augment(batch, torch.Generator().manual_seed(0))
+    is_mirrored = (augmented["images"] == images.flip(-1)).all(dim=(1, 2, 3))
+    is_same = (augmented["images"] == images).all(dim=(1, 2, 3))
+    assert (is_mirrored ^ is_same).all()
+    assert is_mirrored.float().mean() == pytest.approx(0.5 if random_flip else 0.0, abs=0.1)
+    is_dropped = augmented["class_labels"] == -1
+    assert is_dropped.float().mean() == pytest.approx(label_dropout, abs=0.1)
+    assert (batch["class_labels"] == 0).all(), "the batch itself is left alone"
