@@ -314,8 +314,8 @@ def check_guidance(guidance: Guidance, inverse: bool, is_conditional: bool):
         )
     if not is_conditional and guidance.temperature == 1.0:
         raise ValueError(
-            f"`guidance_scale` is {guidance.scale} and `guidance_temperature` 1.0, but this model is unconditional:"
-            " both of its branches would be the same. Set another `guidance_temperature`."
+            f"`guidance_scale` is {guidance.scale} and `guidance_temperature` 1.0, but this model is unconditional and"
+            " guides itself: at the same temperature its branches are the same. Set another `guidance_temperature`."
         )
 
 
