@@ -25,7 +25,7 @@ def published_token_loop(
 ) -> torch.Tensor:
     """
     Latents to data as TARFlow's sampling is published, with this model's weights: flow blocks from the last to the
-    first, token by token, for each layer a list of every token's keys and values that is concatenated anew at every
+    first, token by token, for each layer a list of every token's keys and values that is copied at every
     token, and the conditional and the unconditional network called one after the other, each with its own lists.
 
     Args:

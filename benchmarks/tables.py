@@ -401,7 +401,7 @@ def pages() -> list[Path]:
 
 def render(page: Path, text: str) -> tuple[str, list[str]]:
     """
-    The text of a page with its tables written anew, and the names of those that changed.
+    The text of a page with its tables written again, and the names of those that changed.
 
     Raises:
         ValueError: if the page names a table that does not exist.
@@ -440,7 +440,7 @@ def main(args: argparse.Namespace) -> int:
 
 def report(different: Iterable[str], check: bool):
     for name in different:
-        print(f"{name} {'differs; run `python benchmarks/tables.py`' if check else 'is written anew'}")
+        print(f"{name} {'differs; run `python benchmarks/tables.py`' if check else 'was rewritten'}")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def draw_mask(rng: np.random.Generator, outlines: list[np.ndarray], size: int) -
 
 
 def draw_shape_image(seed: int, split: str, index: int, resolution: int) -> Image.Image:
-    """Draw image `index` of a split: it depends on these arguments alone, never on how many images are made.
+    """Draw image `index` of a split: it depends only on these arguments, never on how many images are made.
 
     The shape is light and the background is dark. With both of any brightness a person still sees every shape, but the
     teacher would need many times as long to learn to.
