@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint bench docs clean
 
 $(INSTALLED): setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'flowback_hf needs Python 3.11 or later, and this is ' + sys.version.split()[0] + '. Try: make PYTHON=python3.12')"
@@ -28,6 +28,9 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/prepare_flow.py
 	$(BIN)/python benchmarks/sampling.py --compile
+
+docs: $(INSTALLED)
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) outputs build dist src/*.egg-info

@@ -31,7 +31,7 @@ setup(
     author="The flowback_hf team",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"flowback_hf": ["*.md", "*.txt"]},
+    package_data={"flowback_hf": ["*.md", "*.txt", "py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

@@ -6,8 +6,8 @@ import torch
 from baselines import embed_classes, predict_next
 
 from flowback_hf import AlignedFlowObjective
-from flowback_hf.alignment.objective import Place
 from flowback_hf.models.transformer_tarflow import TarFlowBlock
+from flowback_hf.places import Place, place_name
 
 
 def two_evaluation_loss(
@@ -29,7 +29,8 @@ def two_evaluation_loss(
     for number in range(min(block for block, _ in objective.places), len(flow.blocks) + 1):
         layers = [layer for block, layer in objective.places if block == number]
         block_input = states[number - 1].detach().requires_grad_()
-        _, log_scale, shift, hidden_states = flow.blocks[number - 1](block_input, class_labels, layers)
+        output = flow.blocks[number - 1](block_input, class_labels, layers)
+        log_scale, shift, hidden_states = output.log_scale, output.shift, output.hidden_states
         scaled_latents = (block_input - shift).detach()
         for layer in layers:
             leaf = hidden_states[layer].detach().requires_grad_()
@@ -85,10 +86,10 @@ def likelihood_pass(
     """`-log p / D` as one graph, and the tokens between the blocks: data first, latents last."""
     states, nll = [objective.flow.patchify(noisy_sample)], 0.0
     for block in objective.flow.blocks:
-        latents, log_scale, *_ = block(states[-1], class_labels)
-        states.append(latents)
-        nll = nll + log_scale.mean()
-    return nll + 0.5 * (latents.square().mean() + math.log(2 * math.pi)), states
+        output = block(states[-1], class_labels)
+        states.append(output.tokens)
+        nll = nll + output.log_scale.mean()
+    return nll + 0.5 * (states[-1].square().mean() + math.log(2 * math.pi)), states
 
 
 def differentiable_inverse(
@@ -118,6 +119,5 @@ def differentiable_inverse(
 def mean_negative_cosine(
     objective: AlignedFlowObjective, place: Place, hidden_states: torch.Tensor, teacher_features: torch.Tensor
 ) -> torch.Tensor:
-    block, layer = place
-    projected = objective.projectors[f"block{block}_layer{layer}"](hidden_states)
+    projected = objective.projectors[place_name(place)](hidden_states)
     return -torch.cosine_similarity(projected, teacher_features, dim=-1).mean()

@@ -10,9 +10,10 @@ import statistics
 from pathlib import Path
 
 import torch
-from reporting import markdown_table, seconds_of, write_report
+from reporting import seconds_of, write_report
 
 from flowback_hf import FlowBackClassificationPipeline, TarFlowTransformer2DModel
+from flowback_hf.reporting import markdown_table
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import torch
-from reporting import markdown_table, write_report
+from reporting import write_report
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackClassificationPipeline
+from flowback_hf.reporting import markdown_table
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

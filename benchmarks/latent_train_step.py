@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
-from model_sizes import count_flops, count_parameters, load_config
-from reporting import markdown_table, seconds_of, write_report
+from flow_costs import count_flops, count_parameters, load_config
+from reporting import seconds_of, write_report
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
+from flowback_hf.reporting import markdown_table
 
 
 GIB = 2**30

@@ -10,7 +10,6 @@ and random projectors where the run has none. Random flows with output weights o
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from alignment_baselines import likelihood_pass, sequential_alignment
-from reporting import markdown_table, write_report
+from reporting import write_report
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from flowback_hf import AlignedFlowObjective, FlowBackPipeline, TarFlowTransformer2DModel
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-import train_rra  # noqa: E402
+from flowback_hf.data import ImageDataset, add_noise, collate, load_splits, load_teacher
+from flowback_hf.places import choose_places
+from flowback_hf.reporting import markdown_table
+from flowback_hf.training import list_checkpoints
 
 
 # Standard deviation of the output projections' weights of the random flows.
@@ -82,24 +81,26 @@ def trained_case(run: Path, batch_size: int) -> Case:
     settings = argparse.Namespace(**json.loads((run / "training_args.json").read_text()))
     flow = FlowBackPipeline.from_pretrained(run).transformer
     config = flow.config
-    _, rows = train_rra.load_splits(settings)
-    dataset = train_rra.ImageDataset(
-        rows,
+    dataset = ImageDataset(
+        load_splits(settings).validation,
         settings.image_column,
         settings.label_column,
         list(range(config.num_classes)),
         config.sample_size,
         config.in_channels,
     )
-    batch = train_rra.collate([dataset[number] for number in range(batch_size)])
-    noisy_sample = train_rra.add_noise(batch["images"], config, torch.Generator().manual_seed(0))
-    teacher = train_rra.load_teacher(settings, config.sample_size // config.patch_size, Accelerator(cpu=True))
+    batch = collate([dataset[number] for number in range(batch_size)])
+    noisy_sample = add_noise(batch["images"], config, torch.Generator().manual_seed(0))
+    grid_size = config.sample_size // config.patch_size
+    name = settings.teacher_model_name_or_path
+    teacher = load_teacher(name, grid_size, Accelerator(cpu=True), settings.cache_dir)
+    num_layers = [len(block.layers) for block in flow.blocks]
     arguments = {
-        "places": train_rra.alignment_places(flow, settings.alignment_blocks, settings.alignment_layer),
+        "places": choose_places(num_layers, settings.alignment_blocks, settings.alignment_layer),
         "teacher_dim": teacher.feature_dim,
         "projector_dim": settings.projector_dim,
     }
-    state_dict = load_file(train_rra.list_checkpoints(run)[-1] / "model.safetensors")
+    state_dict = load_file(list_checkpoints(run)[-1] / "model.safetensors")
     batch = noisy_sample, batch["class_labels"], teacher(batch["images"])
     return Case(run.name, flow, state_dict, arguments, batch)
 

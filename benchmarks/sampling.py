@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from baselines import calibrate_gs_jacobi, gs_jacobi, published_token_loop, selective_jacobi_decoding
-from reporting import markdown_table, peak_memory_of, seconds_of, write_report
+from reporting import peak_memory_of, seconds_of, write_report
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
-from flowback_hf.models.transformer_tarflow import InverseOptions
+from flowback_hf.models.transformer_tarflow import Guidance, measure_residual
+from flowback_hf.reporting import markdown_table
 
 
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -165,8 +166,7 @@ def residual(
 ) -> float:
     """The largest `|f(x) - z|`, `f` guided. Two exact samples may differ by more, where a flow amplifies rounding."""
     tokens, latents = model.patchify(sample), model.patchify(latents)
-    numbers, options = range(1, len(model.blocks) + 1), InverseOptions(guidance_scale=guidance_scale)
-    return model._certify(tokens, latents, class_labels, numbers, options).max().item()
+    return measure_residual(model.blocks, tokens, latents, class_labels, Guidance(guidance_scale)).max().item()
 
 
 def summarise(seconds: list[float], baseline_seconds: float) -> dict:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 from alignment_baselines import sequential_loss, two_evaluation_loss
-from reporting import markdown_table, peak_memory_of, seconds_of, write_report
+from reporting import peak_memory_of, seconds_of, write_report
 from tqdm.auto import tqdm
 
 from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
+from flowback_hf.reporting import markdown_table
 
 
 # strategy, order, how: the package's own objective or one of the baselines

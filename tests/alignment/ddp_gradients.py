@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes: the gradients that DDP leaves, with and without accumulation, in a file."""
+"""Saves the gradients of DDP with accumulation to a file. torchrun runs it in two processes."""
 
 import sys
 
@@ -18,7 +18,8 @@ def main(inputs: str, outputs: str):
         objective.load_state_dict(setting["state_dict"])
         prepared = accelerator.prepare(objective)
         assert isinstance(prepared, torch.nn.parallel.DistributedDataParallel)
-        # Two batches of one image a process: four images make the gradient, of which the first batch is not exchanged.
+        # Each process has two batches of one image, so four images make the gradient. The processes do not exchange
+        # gradients of the first batch.
         for number in range(2):
             image = slice(2 * number + accelerator.process_index, 2 * number + accelerator.process_index + 1)
             batch = {key: tensor[image] for key, tensor in setting["batch"].items()}

@@ -50,13 +50,13 @@ def batch():
 
 
 def gradients(loss, module):
-    """By parameter name; None where no graph leads there."""
+    """Return gradients by parameter name; None for parameters outside of the graph."""
     names, parameters = zip(*module.named_parameters())
     return dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True)))
 
 
 def alignment_of(objective, hidden_states, teacher_features):
-    """-mean cos, written out: every place counts alike."""
+    """Return the negative mean cosine, written out: all places have the same weight."""
     cosines = []
     for (block, layer), states in hidden_states.items():
         projected = objective.projectors[f"block{block}_layer{layer}"](states)
@@ -66,21 +66,21 @@ def alignment_of(objective, hidden_states, teacher_features):
 
 
 def block_inputs(flow, batch):
-    """x^0 .. x^N as tokens."""
+    """Return x^0 .. x^N as tokens."""
     states = [flow.patchify(batch["noisy_sample"])]
     for block in flow.blocks:
-        states.append(block(states[-1], batch["class_labels"])[0])
+        states.append(block(states[-1], batch["class_labels"]).tokens)
     return states
 
 
 def hidden_states_at(objective, number, tokens, batch):
     layers = [layer for block, layer in objective.places if block == number]
-    *_, hidden_states = objective.flow.blocks[number - 1](tokens, batch["class_labels"], layers)
-    return {(number, layer): states for layer, states in hidden_states.items()}
+    output = objective.flow.blocks[number - 1](tokens, batch["class_labels"], layers)
+    return {(number, layer): states for layer, states in output.hidden_states.items()}
 
 
 def reached_by_the_generative_pass(objective):
-    """Block numbers from the noise to the lowest aligned one."""
+    """Return block numbers from the noise to the lowest aligned block."""
     return range(len(objective.flow.blocks), min(block for block, _ in objective.places) - 1, -1)
 
 
@@ -92,7 +92,7 @@ def plain_nll(objective, batch):
 
 
 def forward_alignment(objective, batch):
-    """The likelihood pass as one graph."""
+    """Compute the alignment in the likelihood pass, as one graph."""
     flow = objective.flow
     states = block_inputs(flow, batch)
     hidden_states = {}
@@ -102,32 +102,32 @@ def forward_alignment(objective, batch):
 
 
 def detach_alignment(objective, batch):
-    """Algorithm 2 of the paper, literally: inverse blocks conditioned on cached, detached inputs."""
+    """Follow the paper's Algorithm 2 literally: inverse blocks are conditioned on cached, detached inputs."""
     flow = objective.flow
     states = [state.detach() for state in block_inputs(flow, batch)]
     hidden_states = {}
     x = states[-1]
     for number in reached_by_the_generative_pass(objective):
         conditioning = states[number - 1]
-        _, log_scale, shift, _ = flow.blocks[number - 1](conditioning, batch["class_labels"])
-        x = shift + torch.exp(log_scale) * x
+        output = flow.blocks[number - 1](conditioning, batch["class_labels"])
+        x = output.shift + torch.exp(output.log_scale) * x
         hidden_states |= hidden_states_at(objective, number, conditioning, batch)
     return alignment_of(objective, hidden_states, batch["teacher_features"])
 
 
 def sequential_inverse(block, latents, class_labels):
-    """Token by token in the block's own order, one differentiable graph: no cache, no shortcut."""
+    """Invert token by token in the block's own order, as one differentiable graph without a cache."""
     order = range(latents.shape[1])
     order = list(reversed(order)) if block.reverse_order else list(order)
     tokens = [torch.zeros_like(latents[:, 0])] * len(order)
     for index in order:
-        _, log_scale, shift, _ = block(torch.stack(tokens, dim=1), class_labels)
-        tokens[index] = shift[:, index] + torch.exp(log_scale[:, index]) * latents[:, index]
+        output = block(torch.stack(tokens, dim=1), class_labels)
+        tokens[index] = output.shift[:, index] + torch.exp(output.log_scale[:, index]) * latents[:, index]
     return torch.stack(tokens, dim=1)
 
 
 def reverse_alignment(objective, batch):
-    """The generative pass from the detached latents, as the paper defines it."""
+    """Compute the alignment in the generative pass from the detached latents, as the paper defines it."""
     flow = objective.flow
     x = block_inputs(flow, batch)[-1].detach()
     hidden_states = {}
@@ -138,7 +138,7 @@ def reverse_alignment(objective, batch):
 
 
 def unrolled_reverse_alignment(objective, batch, order):
-    """`order + 1` fixed-point steps from the cached, detached input: a graph whose gradient is the series so far."""
+    """Take `order + 1` fixed-point steps from the detached input. The graph's gradient is the truncated series."""
     flow = objective.flow
     states = [state.detach() for state in block_inputs(flow, batch)]
     x = states[-1]
@@ -146,8 +146,8 @@ def unrolled_reverse_alignment(objective, batch, order):
     for number in reached_by_the_generative_pass(objective):
         block, latents, u = flow.blocks[number - 1], x, states[number - 1]
         for _ in range(order + 1):
-            _, log_scale, shift, _ = block(u, batch["class_labels"])
-            u = shift + torch.exp(log_scale) * latents
+            output = block(u, batch["class_labels"])
+            u = output.shift + torch.exp(output.log_scale) * latents
         x = u
         hidden_states |= hidden_states_at(objective, number, x, batch)
     return alignment_of(objective, hidden_states, batch["teacher_features"])
@@ -164,7 +164,7 @@ NAIVE = {
 
 
 def assert_gradients_equal(actual, expected, relative_tolerance):
-    """Parameter by parameter, relative to its largest entry; what is zero in one is exactly zero in the other."""
+    """Compare each parameter relative to its largest entry. Zeros must be exactly zero in both."""
     compared = 0
     for name, gradient in expected.items():
         if gradient is None or (gradient == 0).all():
@@ -173,7 +173,7 @@ def assert_gradients_equal(actual, expected, relative_tolerance):
         tolerance = relative_tolerance * gradient.abs().max().item()
         torch.testing.assert_close(actual[name].double(), gradient, rtol=0, atol=tolerance, msg=name)
         compared += 1
-    assert compared > 10  # agreement in zeros alone would prove nothing
+    assert compared > 10  # otherwise only zeros would have been compared
 
 
 @pytest.mark.parametrize("name", NAIVE)
@@ -234,7 +234,7 @@ REACHED = [
 
 
 @pytest.mark.parametrize("strategy, order, reached", REACHED)
-def test_the_alignment_of_block_2_reaches_just_its_blocks(flow, batch, strategy, order, reached):
+def test_the_alignment_of_block_2_reaches_only_its_blocks(flow, batch, strategy, order, reached):
     objective = make_objective(flow, strategy, order, places=[(2, 1)])
     actual = gradients(objective(**batch).alignment, flow)
     for number in range(1, 5):
@@ -245,7 +245,7 @@ def test_the_alignment_of_block_2_reaches_just_its_blocks(flow, batch, strategy,
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 @pytest.mark.parametrize("strategy, order, reached", REACHED)
-def test_other_blocks_get_the_gradient_of_the_likelihood_alone_to_the_bit(
+def test_other_blocks_get_only_the_gradient_of_the_likelihood_to_the_bit(
     flow, batch, strategy, order, reached, mixed_precision
 ):
     flow.float()
@@ -262,7 +262,7 @@ def test_other_blocks_get_the_gradient_of_the_likelihood_alone_to_the_bit(
         number = int(name.split(".")[1]) + 1
         if number not in reached:
             assert torch.equal(actual[name], gradient), name
-        # The class table is reached from every place that the block's tokens are.
+        # The class table influences every token of the block, so the alignment must reach it.
         elif name.endswith("class_embed"):
             assert not torch.equal(actual[name], gradient), name
 
@@ -329,7 +329,9 @@ def test_nll_is_log_prob_per_dimension(flow, batch):
 def test_max_log_scale_and_growth_are_reported(flow, batch):
     output = make_objective(flow, "reverse", 1)(**batch)
     states = block_inputs(flow, batch)
-    expected = max(block(state, batch["class_labels"])[1].abs().max() for block, state in zip(flow.blocks, states))
+    expected = max(
+        block(state, batch["class_labels"]).log_scale.abs().max() for block, state in zip(flow.blocks, states)
+    )
     torch.testing.assert_close(output.max_log_scale, expected, rtol=0, atol=1e-14)
     assert sorted(output.neumann_growth) == [2, 3, 4]
     assert all(growth != 1 for growth in output.neumann_growth.values())
@@ -355,7 +357,7 @@ def test_no_grad_gives_the_same_values(flow, batch, strategy):
     torch.testing.assert_close(actual.loss, expected.loss.detach(), rtol=0, atol=1e-13)
 
 
-# Ways to train: each gives the plain float64 gradient to the precision at hand
+# Ways to train: each must give the plain float64 gradient, up to its precision
 
 TRAINED = ["forward", "detach", "reverse-0", "reverse-2"]
 trained = pytest.mark.parametrize("name", TRAINED)
@@ -367,7 +369,7 @@ def make_trained(flow, name):
 
 
 def plain_gradients(objective, batch, name):
-    """Of the loss, by the naive graphs."""
+    """Return the gradients of the loss by the naive graphs."""
     _, naive_alignment = NAIVE[name]
     return gradients(plain_nll(objective, batch) + 0.3 * naive_alignment(objective, batch), objective)
 
@@ -429,7 +431,7 @@ def test_compiled_layers(flow, batch, name, backend):
     assert_gradients_equal(stored_gradients(objective), expected, 1e-10)
 
 
-# What rounding alone makes of these gradients: 2^-8 a value in bfloat16 and 2^-11 in float16, over a few products.
+# Relative errors from rounding: 2^-8 per value in bfloat16 and 2^-11 in float16, over a few products.
 AUTOCAST = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -500,7 +502,7 @@ def test_the_objective_leaves_no_gradient_behind_before_backward(flow, batch):
     "arguments, message",
     [
         ({"strategy": "backward"}, "`strategy` must be one of .* but is 'backward'"),
-        ({"strategy": "detach", "order": 1}, "`order` belongs to the strategy 'reverse' alone"),
+        ({"strategy": "detach", "order": 1}, "`order` is for the strategy 'reverse' only"),
         ({"order": -1}, "`order` must be 0, 1, 2, ... or 'exact', but is -1"),
         ({"order": "all"}, "`order` must be .* but is 'all'"),
         ({"places": []}, "`places` must hold at least one"),
@@ -508,7 +510,7 @@ def test_the_objective_leaves_no_gradient_behind_before_backward(flow, batch):
         ({"places": [(5, 1)]}, r"`places` names flow block 5, but this flow's blocks are 1 \(image\) to 4 \(noise\)"),
         ({"places": [(0, 1)]}, "`places` names flow block 0"),
         ({"places": [(2, 3)]}, "`places` names layer 3 of flow block 2, but its layers are 1 to 2"),
-        ({"teacher_dim": None}, "`teacher_dim` must be given"),
+        ({"teacher_dim": None}, "`teacher_dim`, the dimension of the teacher's features, must be given for 'reverse'"),
     ],
 )
 def test_bad_arguments_raise(flow, arguments, message):

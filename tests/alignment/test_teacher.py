@@ -37,7 +37,7 @@ TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "in
 TEXT |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 
-# What a folder of each kind is saved from, its image processor, and the tokens before its patches.
+# For each kind of folder: the model saved in it, its image processor, and the tokens before its patches.
 KINDS = {
     "dinov2": (lambda: Dinov2Model(Dinov2Config(**SIZES)), BitImageProcessorPil, 1),
     "dinov2 classifier": (lambda: Dinov2ForImageClassification(Dinov2Config(**SIZES)), BitImageProcessorPil, 1),
@@ -78,7 +78,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A function of a kind's name: the folder of its tiny encoder, with image processor."""
+    """A function that returns the folder with a tiny encoder of a kind and its image processor."""
     folders = {}
 
     def build(kind):
@@ -87,7 +87,7 @@ def folder(tmp_path_factory):
             model, processor, _ = KINDS[kind]
             torch.manual_seed(0)
             model = model()
-            # The usual initial weights are so small that attention is uniform, and every patch sees every other alike.
+            # With the usual small initial weights attention is uniform: all patches would affect a patch alike.
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.data.normal_(std=0.5 * parameter[0].numel() ** -0.5)
@@ -139,7 +139,7 @@ def test_patch_k_of_the_features_sees_patch_k_of_the_image(folder, kind):
 @every_kind
 @pytest.mark.parametrize("grid_size", [2, 3, 8])
 def test_another_grid_sees_the_same_place(folder, kind, grid_size):
-    """Whether the encoder takes the size or its features are resampled: a corner is a corner."""
+    """Corners stay corners, whether the images or the features are resized."""
     teacher = RepresentationTeacher.from_pretrained(folder(kind), grid_size=grid_size)
     images, size = random_images(1, 3, 56, 56), 56 // grid_size
     features = teacher(images)
@@ -212,7 +212,7 @@ def test_missing_weights_are_an_error_not_random_features(tmp_path):
     state_dict = {name: tensor for name, tensor in encoder.state_dict().items() if "layer.1." not in name}
     encoder.save_pretrained(tmp_path, state_dict=state_dict)
     BitImageProcessorPil().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must hold every weight of its encoder, but .* missing, among them 'encoder"):
+    with pytest.raises(ValueError, match="must hold every weight of its encoder, but .* missing, such as 'encoder"):
         RepresentationTeacher.from_pretrained(tmp_path, grid_size=4)
 
 
@@ -229,6 +229,8 @@ def test_an_incomplete_folder_says_what_it_lacks(tmp_path, missing):
 def test_a_hub_id_offline_says_where_it_looked(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = "'facebook/dinov2-nowhere' is not an existing folder, and config.json, preprocessor_config.json,"
-    message += f" model.safetensors were looked for on the Hub and in its cache, {tmp_path}/models--facebook--dinov2"
+    message += (
+        f" model.safetensors were found neither on the Hub nor in its cache, {tmp_path}/models--facebook--dinov2"
+    )
     with pytest.raises(FileNotFoundError, match=message):
         RepresentationTeacher.from_pretrained("facebook/dinov2-nowhere", grid_size=4, cache_dir=tmp_path)

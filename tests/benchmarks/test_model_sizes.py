@@ -1,29 +1,12 @@
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
 
-from ..training.conftest import REPOSITORY
 
-
-@pytest.fixture(scope="module")
-def benchmarks():
-    """The scripts as modules, which import each other by name as they do when they are run."""
-    folder = str(REPOSITORY / "benchmarks")
-    sys.path.insert(0, folder)
-    modules = {}
-    for name in ("model_sizes", "latent_train_step"):
-        spec = importlib.util.spec_from_file_location(name, f"{folder}/{name}.py")
-        modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(modules[name])
-    sys.path.remove(folder)
-    return modules
-
-
-def test_the_readme_holds_the_table_of_sizes(benchmarks):
-    assert benchmarks["model_sizes"].table() in (REPOSITORY / "README.md").read_text()
+@pytest.fixture
+def benchmarks(benchmark_script):
+    return {name: benchmark_script(name) for name in ("flow_costs", "latent_train_step")}
 
 
 def test_flops_are_those_of_the_products_written_out(benchmarks):
@@ -35,7 +18,7 @@ def test_flops_are_those_of_the_products_written_out(benchmarks):
     projections = 3 * (token_dim * width + width * 2 * token_dim)
     products = layers * (width * 3 * width + width * width + 2 * width * 2 * width)
     attention = layers * 2 * tokens * width  # q k^T and the weighted sum of v, for one token
-    assert benchmarks["model_sizes"].count_flops(config) == 2 * tokens * (projections + products + attention)
+    assert benchmarks["flow_costs"].count_flops(config) == 2 * tokens * (projections + products + attention)
 
 
 def test_memory_and_time_by_arithmetic(benchmarks, tmp_path, capsys, monkeypatch):

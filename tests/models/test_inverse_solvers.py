@@ -1,4 +1,4 @@
-"""The solvers of the inverse: that all give the one answer, how exactly, and at what cost."""
+"""Tests of the inverse's solvers: they agree, are as exact as they say, and cost what they should."""
 
 import copy
 import pickle
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flowback_hf import TarFlowTransformer2DModel
 from flowback_hf.models import transformer_tarflow
-from flowback_hf.models.transformer_tarflow import PROBE_SWEEPS, STEP_COSTS, InverseOptions, StepCosts
+from flowback_hf.models.transformer_tarflow import STEP_COSTS, TRIAL_SWEEPS, Guidance, SolverSettings, StepCosts
 
 
 ARCHITECTURES = {
@@ -43,7 +43,7 @@ def assert_close(actual, expected, atol):
 
 
 def record_sweeps(model, monkeypatch):
-    """Number of samples, and a copy of the state, after every sweep of any block."""
+    """Record a copy of the state after every sweep of any block, and the last settled tokens before and after it."""
     records = []
     sweep_window = transformer_tarflow.sweep_window
 
@@ -70,8 +70,8 @@ def record_sweeps(model, monkeypatch):
     guidance=st.sampled_from(list(GUIDANCE)),
     seed=st.integers(0, 1000),
 )
-@example(5, 7, [0, 2], "deep-shallow-rope-swiglu", "unguided", 751)  # which overflows for good
-@example(4, 3, [0, 0], "plain", "linear", 1)  # whose last block starts from latents that have overflowed
+@example(5, 7, [0, 2], "deep-shallow-rope-swiglu", "unguided", 751)  # its overflow is final
+@example(4, 3, [0, 0], "plain", "linear", 1)  # its last block starts from latents that have overflowed
 def test_sweeps_without_tolerance_give_the_sequential_answer(
     randomised_model, grid_size, window_size, labels, architecture, guidance, seed
 ):
@@ -108,10 +108,10 @@ def test_after_k_sweeps_the_first_k_tokens_are_exact(
             model(latents, class_labels, solver="jacobi", tolerance=0, window_size=window_size, **options)
         for number, (state, last, settled) in enumerate(records, start=1):
             assert (settled >= last + 1).all() and (settled >= min(number, 15)).all()
-            if len(state.tokens) < len(exact):  # samples have changed places
+            if len(state.tokens) < len(exact):  # samples have been swapped
                 break
-            for sample, place in enumerate(settled.tolist()):
-                assert_close(state.tokens[sample, : place + 1], exact[sample, : place + 1], atol=1e-10)
+            for sample, position in enumerate(settled.tolist()):
+                assert_close(state.tokens[sample, : position + 1], exact[sample, : position + 1], atol=1e-10)
 
 
 @each_guidance
@@ -133,7 +133,7 @@ def test_cached_keys_and_values_are_those_of_the_converged_tokens(randomised_mod
 def plain_jacobi(block, latents, class_labels, num_sweeps):
     tokens = latents
     for _ in range(num_sweeps):
-        log_scale, shift, _ = block._predict(tokens, class_labels, ())
+        log_scale, shift, _ = block.predict(tokens, class_labels, ())
         tokens = shift + torch.exp(log_scale) * latents
     return tokens
 
@@ -142,23 +142,24 @@ def plain_jacobi(block, latents, class_labels, num_sweeps):
 @pytest.mark.parametrize("initial_guess", ["latents", "zeros"])
 @pytest.mark.parametrize("window_size", [1, 3, 15])
 def test_intermediate_overflow_is_contained(randomised_model, guidance, initial_guess, window_size):
-    """Data of ordinary size whose latents are so large that the network overflows on them."""
+    """The data are of ordinary size, but their latents are so large that the network overflows on them."""
     model = randomised_model(sample_size=8, num_blocks=1)
     (block,) = model.blocks
     block.proj_out.bias.data[: block.proj_out.out_features // 2] -= 400.0
     class_labels = torch.tensor([2, -1, 4, 0])
-    latents = block(model.patchify(noise(model, 4)), class_labels)[0]
-    latents[:, 0] = 0.1  # the first token is the same on both sides
+    latents = block(model.patchify(noise(model, 4)), class_labels).tokens
+    latents[:, 0] = 0.1  # data and latents share the first token
     assert latents.abs().max() > 1e160
     assert not plain_jacobi(block, latents, class_labels, 3).isfinite().all()
-    expected = block(latents, class_labels, inverse=True, options=InverseOptions(**guidance))[0]
-    options = InverseOptions(**guidance, window_size=window_size, initial_guess=initial_guess, tolerance=0.0)
-    actual = block(latents, class_labels, inverse=True, options=options)[0]
+    guidance = Guidance(**{name.removeprefix("guidance_"): value for name, value in guidance.items()})
+    expected = block(latents, class_labels, inverse=True, guidance=guidance).tokens
+    settings = SolverSettings(window_size, initial_guess, tolerance=0.0)
+    actual = block(latents, class_labels, inverse=True, guidance=guidance, settings=settings).tokens
     assert expected.isfinite().all()
     assert_close(actual, expected, atol=1e-9 * expected.abs().max().item())
 
 
-def test_true_overflow_marks_its_sample_alone(randomised_model):
+def test_true_overflow_marks_only_its_sample(randomised_model):
     model = randomised_model(sample_size=8)
     latents, class_labels = noise(model), torch.tensor([2, -1, 4])
     latents[1, 0, 0, 0] = 1e308
@@ -171,7 +172,7 @@ def test_true_overflow_marks_its_sample_alone(randomised_model):
     assert torch.equal(*finite)
 
 
-def test_keys_that_overflow_for_good_are_not_hidden(randomised_model):
+def test_keys_whose_overflow_is_final_are_not_hidden(randomised_model):
     model = randomised_model(sample_size=8, num_blocks=1)
     model.blocks[0].layers[0].attn.to_qkv.weight.data[8:16] *= 1e308  # the keys'
     latents = noise(model)
@@ -184,7 +185,7 @@ def test_keys_that_overflow_for_good_are_not_hidden(randomised_model):
 
 @pytest.fixture(scope="module")
 def trained_model():
-    """A few hundred steps on smooth images of three classes: a flow with real dependencies, in float32."""
+    """A float32 flow, trained for 150 steps on smooth images of three classes: its tokens depend on each other."""
     torch.manual_seed(0)
     model = TarFlowTransformer2DModel(
         sample_size=12, patch_size=2, in_channels=1, num_blocks=3, num_layers=2, num_attention_heads=2,
@@ -200,7 +201,7 @@ def trained_model():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.6  # 1.42 is the Gaussian's
+    assert loss < 0.6  # a Gaussian has 1.42
     return model.eval().requires_grad_(False)
 
 
@@ -247,10 +248,11 @@ def test_default_tolerance_is_that_of_the_dtype(trained_model, dtype, default):
 # Cost
 
 
-def test_samples_that_are_done_stop_costing(randomised_model, monkeypatch):
+def test_finished_samples_cost_nothing(randomised_model, monkeypatch):
     model = randomised_model(sample_size=8, num_blocks=1)
     (block,) = model.blocks
-    # A class whose embedding drowns what tokens say, unseen by the output: its samples are done at once.
+    # The embedding of class 1 is so large that tokens no longer matter, and the output does not read it. Samples of
+    # this class are settled at once.
     for weight in (block.proj_in.weight, block.proj_in.bias, block.pos_embed, block.class_embed):
         weight.data *= 0.03
     direction = torch.zeros(8, dtype=torch.float64)
@@ -296,7 +298,7 @@ def test_report_tells_what_was_done(randomised_model, guidance):
 
     output = model(latents, class_labels, solver="jacobi", tolerance=1e-1, window_size=8, **options)
     assert set(output.report.solvers.values()) == {"jacobi"}
-    # Certified: what a wrong answer's residual is, too. For unguided flows, the forward says the same.
+    # The residual also shows a wrong answer. Without guidance, the forward pass gives the same residual.
     assert output.report.residual.max() > 1e-9
     if not guidance:
         again = (model(output.sample, class_labels).sample - latents).abs().amax(dim=(1, 2, 3))
@@ -318,7 +320,7 @@ def test_auto_weighs_the_profile_against_the_costs(randomised_model, monkeypatch
     options = {"inverse": True, "output_report": True}
     expected = model(latents, class_labels, solver="sequential", **options)
 
-    monkeypatch.setitem(STEP_COSTS, "cpu", {False: StepCosts(1e9, 1, 1e9)})  # rows are free
+    monkeypatch.setitem(STEP_COSTS, "cpu", {False: StepCosts(1e9, 1, 1e9)})  # rows cost nothing
     output = model(latents, class_labels, **options)
     evaluations = [output.report.network_evaluations[block] for block in (1, 2, 3)]
     for block, (evaluated, sweeps) in enumerate(zip(evaluations, profile["sweeps"]), start=1):
@@ -326,13 +328,13 @@ def test_auto_weighs_the_profile_against_the_costs(randomised_model, monkeypatch
         assert evaluated <= 15
     assert_close(output.sample, expected.sample, atol=1e-9)
 
-    monkeypatch.setitem(STEP_COSTS, "cpu", {False: StepCosts(0, 1, 0)})  # rows are all that costs
+    monkeypatch.setitem(STEP_COSTS, "cpu", {False: StepCosts(0, 1, 0)})  # only rows cost
     output = model(latents, class_labels, **options)
     assert set(output.report.solvers.values()) == {"sequential"}
     assert torch.equal(output.sample, expected.sample)
 
 
-def test_auto_without_a_profile_gives_up_on_sweeps_that_settle_too_little(randomised_model, monkeypatch):
+def test_auto_without_a_profile_stops_sweeping_if_sweeps_settle_too_few_tokens(randomised_model, monkeypatch):
     model = randomised_model(sample_size=12, num_blocks=2)  # 36 tokens
     latents, class_labels = noise(model), torch.tensor([2, -1, 4])
     monkeypatch.setitem(STEP_COSTS, "cpu", {False: StepCosts(20, 1, 60)})
@@ -343,7 +345,7 @@ def test_auto_without_a_profile_gives_up_on_sweeps_that_settle_too_little(random
     assert_close(output.sample, expected, atol=1e-9)
     assert output.report.solvers == {1: "jacobi", 2: "jacobi"}
     for evaluations in output.report.network_evaluations.values():
-        assert PROBE_SWEEPS < evaluations <= 35
+        assert TRIAL_SWEEPS < evaluations <= 35
     swept = model(latents, class_labels, solver="jacobi", window_size=16, **options).report
     assert output.report.network_evaluations != swept.network_evaluations
     assert model.config.inverse_profile is None
@@ -369,14 +371,17 @@ def test_profile_of_another_architecture_is_refused(randomised_model):
     "call, match",
     [
         ({"solver": "newton"}, r"`solver` must be one of \('auto', 'sequential', 'jacobi'\), but is 'newton'"),
-        ({"tolerance": -1e-3}, "`tolerance` must be a number from 0.* but is -0.001"),
-        ({"tolerance": float("nan")}, "`tolerance` must be a number from 0.* but is nan"),
+        ({"tolerance": -1e-3}, "`tolerance` must be None or a finite number of at least 0.* but is -0.001"),
+        ({"tolerance": float("nan")}, "`tolerance` must be None or a finite number of at least 0.* but is nan"),
         ({"window_size": 0}, "`window_size` must be from 1 to this model's 4 tokens, but is 0"),
         ({"window_size": 5}, "`window_size` must be from 1 to this model's 4 tokens, but is 5"),
-        ({"window_size": 2, "solver": "sequential"}, "`window_size` is of `solver='jacobi'` and `'auto'`"),
-        ({"tolerance": "1e-4"}, "`tolerance` must be a number from 0.* but is '1e-4'"),
-        ({"output_report": True, "inverse": False}, "`output_report` are of an inverse, but `inverse` is False"),
-        ({"solver": "jacobi", "inverse": False}, "`solver`, .* are of an inverse, but `inverse` is False"),
+        (
+            {"window_size": 2, "solver": "sequential"},
+            "`window_size` needs `solver='jacobi'` or `'auto'`, but `solver` is 'sequential' and `window_size` is 2",
+        ),
+        ({"tolerance": "1e-4"}, "`tolerance` must be None or a finite number of at least 0.* but is '1e-4'"),
+        ({"output_report": True, "inverse": False}, "`output_report` need `inverse=True`, but `inverse` is False"),
+        ({"solver": "jacobi", "inverse": False}, "`solver`, .* need `inverse=True`, but `inverse` is False"),
     ],
 )
 def test_bad_call_is_refused(randomised_model, call, match):
@@ -404,7 +409,7 @@ def test_two_threads_may_sweep_with_one_model(randomised_model):
 
 @each_architecture
 @pytest.mark.parametrize("solver", ["sequential", "jacobi"])
-def test_steps_compile_whole_and_not_anew_for_each_token(randomised_model, fresh_compiler, architecture, solver):
+def test_steps_compile_whole_and_not_again_for_each_token(randomised_model, fresh_compiler, architecture, solver):
     model = randomised_model(sample_size=20, num_blocks=4, **{**architecture, "num_layers": 1})  # 100 tokens
     latents, class_labels = noise(model, 2), torch.tensor([2, 4])
     options = {"inverse": True, "solver": solver, "guidance_scale": 2.0}
@@ -413,14 +418,15 @@ def test_steps_compile_whole_and_not_anew_for_each_token(randomised_model, fresh
         block.compile_steps(backend="aot_eager", fullgraph=True)
     assert_close(model(latents, class_labels, **options).sample, expected, atol=1e-9)
     model(noise(model, 2, seed=3), class_labels, **options)
-    # Of the cache, the first part; parts of any length; the whole. Samples that leave a sweep change the batch size.
+    # Graphs for the first part of the cache, for longer parts and for all of it. Samples that finish change the batch
+    # size, which may add graphs.
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (3 if solver == "sequential" else 6)
 
 
 @pytest.mark.parametrize("tuned", [False, True])
 @pytest.mark.parametrize("solver", ["sequential", "jacobi"])
 def test_inductor_inverts_batches_of_any_size(randomised_model, fresh_compiler, solver, tuned):
-    # Tokens and windows that fill vector registers: small ones are not vectorized.
+    # Tokens and windows are large enough to fill vector registers. Inductor does not vectorize smaller ones.
     model = randomised_model(sample_size=20, patch_size=4, num_blocks=1, num_layers=1).float().requires_grad_(False)
     options = {"inverse": True, "solver": solver, "window_size": 16 if solver == "jacobi" else None}
     latents, class_labels = noise(model, 5).float(), torch.tensor([2, 4, 0, -1, 1])
@@ -436,19 +442,19 @@ def test_inductor_inverts_batches_of_any_size(randomised_model, fresh_compiler, 
 def test_cuda_graph_replays_the_token_step(randomised_model):
     block = randomised_model(sample_size=8).blocks[0].cuda()
     latents, class_labels = torch.randn(2, 16, 12, dtype=torch.float64).cuda(), torch.tensor([2, 4]).cuda()
-    options = InverseOptions(guidance_scale=2.0)
-    expected = block(latents, class_labels, inverse=True, options=options)[0]
+    guidance = Guidance(scale=2.0)
+    expected = block(latents, class_labels, inverse=True, guidance=guidance).tokens
     with torch.no_grad():
-        state = block._allocate_state(latents, class_labels, options)
+        state = transformer_tarflow.allocate_state(block, latents, class_labels, guidance, SolverSettings())
         position = torch.zeros(1, 1, dtype=torch.long, device="cuda")
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warms up
-            transformer_tarflow.take_token(block, state, position, 16)
+        with torch.cuda.stream(stream):  # a warm-up run
+            transformer_tarflow.decode_token(block, state, position, 16)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            transformer_tarflow.take_token(block, state, position, 16)
+            transformer_tarflow.decode_token(block, state, position, 16)
         position.zero_()
         for _ in range(15):
             graph.replay()
@@ -470,8 +476,8 @@ def test_copies_of_a_compiled_model_compute_with_their_own_weights(randomised_mo
 def test_block_inverts_by_itself(randomised_model):
     model = randomised_model(sample_size=8)
     block, tokens = model.blocks[1], model.patchify(noise(model))
-    options = InverseOptions(window_size=4, tolerance=0.0, initial_guess="zeros")
-    data, log_scale, shift, sweeps = block(tokens, inverse=True, options=options)
-    assert_close(data, shift + log_scale.exp() * tokens, atol=1e-12)
-    assert_close(block(data)[0], tokens, atol=1e-10)
-    assert sweeps.shape == (3,)
+    settings = SolverSettings(window_size=4, tolerance=0.0, initial_guess="zeros")
+    output = block(tokens, inverse=True, settings=settings)
+    assert_close(output.tokens, output.shift + output.log_scale.exp() * tokens, atol=1e-12)
+    assert_close(block(output.tokens).tokens, tokens, atol=1e-10)
+    assert output.sweeps.shape == (3,) and output.hidden_states == {}

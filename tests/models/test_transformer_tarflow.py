@@ -83,7 +83,7 @@ def assert_not_close(actual, other, by):
 
 
 def jacobian_between_tokens(model, sample, class_labels, block):
-    """Of one flow block, from its input's tokens to its output's, in the block's order: (T, d, T, d)."""
+    """Return the Jacobian of one flow block between tokens in the block's order: (T, d, T, d), output first."""
     num_tokens, token_dim = model.patchify(sample).shape[1:]
 
     def apply_block(tokens):
@@ -95,7 +95,7 @@ def jacobian_between_tokens(model, sample, class_labels, block):
     return jacobian.flip(0, 2) if block % 2 == 0 else jacobian
 
 
-# The method's formulas once more, token by token and head by head, from the model's weights alone.
+# The method's formulas written out, token by token and head by head. They use the model's weights and nothing else.
 
 
 def plain_patchify(sample, patch_size):
@@ -120,7 +120,7 @@ def plain_layer_norm(norm, hidden_states):
 
 
 def plain_rotation(head, rows_and_columns):
-    """Each pair of neighbours of (B, T, head_dim) as a complex number, turned by the token's row or column."""
+    """Rotate neighbouring pairs of (B, T, head_dim), as complex numbers, by the token's row or column."""
     num_pairs = head.shape[-1] // 4
     frequencies = [10_000 ** (-number / num_pairs) for number in range(num_pairs)]
     angles = [[f * row for f in frequencies] + [f * column for f in frequencies] for row, column in rows_and_columns]
@@ -162,7 +162,7 @@ def plain_class_embedding(block, class_labels, index):
 
 
 def plain_network(block, number, tokens, class_labels, temperature=1.0):
-    """Log-scale and shift read off every one of `tokens`, the first ones of the block's order."""
+    """Return the log-scale and shift at each of `tokens`, which are the first ones in the block's order."""
     hidden_states = tokens @ block.proj_in.weight.T + block.proj_in.bias
     rows_and_columns = None
     if block.pos_embed is not None:
@@ -184,7 +184,7 @@ def plain_network(block, number, tokens, class_labels, temperature=1.0):
 
 
 def plain_forward(model, sample, class_labels):
-    """Latents and log-determinant."""
+    """Return latents and log-determinant."""
     tokens, log_abs_det = plain_patchify(sample, model.config.patch_size), torch.zeros(len(sample), dtype=sample.dtype)
     for number, block in enumerate(model.blocks, start=1):
         tokens = tokens.flip(1) if number % 2 == 0 else tokens
@@ -217,7 +217,7 @@ def plain_inverse(
     guidance_schedule="constant",
     guidance_temperature=1.0,
 ):
-    """Data, every token from two fresh evaluations of the network on all tokens before it."""
+    """Return data. Each token takes two full evaluations of the network on all tokens before it."""
     tokens = plain_patchify(latents, model.config.patch_size)
     last = tokens.shape[1] - 1
     for number in range(len(model.blocks), 0, -1):
@@ -312,17 +312,18 @@ def test_blocks_one_at_a_time_equal_the_whole_to_the_bit(randomised_model, num_c
 def test_block_returns_its_log_scale_and_shift_in_raster_order(randomised_model, number):
     model = randomised_model()
     block, tokens, class_labels = model.blocks[number - 1], model.patchify(random_sample(model)), torch.tensor([2, -1])
-    latents, log_scale, shift, hidden_states = block(tokens, class_labels)
-    assert hidden_states == {}
+    latents, log_scale, shift, hidden_states, sweeps = block(tokens, class_labels)
+    assert hidden_states == {} and sweeps is None
     assert log_scale.abs().max() > 1e-2 and shift.abs().max() > 1e-2
     assert_close(latents, (tokens - shift) / log_scale.exp(), atol=1e-12)
     first = 0 if number == 1 else -1
     assert not log_scale[:, first].any() and not shift[:, first].any()
 
-    data, inverse_log_scale, inverse_shift, _ = block(latents, class_labels, inverse=True)
-    assert_close(data, tokens, atol=1e-10)
-    assert_close(inverse_log_scale, log_scale, atol=1e-10)
-    assert_close(inverse_shift, shift, atol=1e-10)
+    inverse = block(latents, class_labels, inverse=True)
+    assert_close(inverse.tokens, tokens, atol=1e-10)
+    assert_close(inverse.log_scale, log_scale, atol=1e-10)
+    assert_close(inverse.shift, shift, atol=1e-10)
+    assert inverse.hidden_states == {} and inverse.sweeps.tolist() == [3, 3]
 
 
 def test_blocks_run_in_their_own_order_whatever_order_they_are_given_in(randomised_model):
@@ -345,7 +346,7 @@ def assert_log_abs_det_is_the_jacobians(model, sample, class_labels, blocks):
 
     jacobian = torch.autograd.functional.jacobian(flow, sample.flatten())
     expected = torch.linalg.slogdet(jacobian).logabsdet
-    # The output projection starts at zero: an untouched model is the identity, where wrong log-determinants pass too.
+    # Guards against a model that is the identity: there, wrong log-determinants pass too.
     assert expected.abs() > 1e-3
     assert_close(model(sample, class_labels, blocks=blocks).log_abs_det[0], expected, atol=1e-10)
 
@@ -385,7 +386,7 @@ def test_blocks_are_causal_in_alternating_orders(randomised_model, shape, archit
                 assert (between[off_diagonal] == 0).all() and (between.diagonal() > 0).all()
             else:
                 assert (between != 0).any(), f"token {output} does not depend on token {source}"
-    # The first token goes through untouched.
+    # The first token is not changed.
     assert torch.equal(jacobian[0, :, 0], torch.eye(token_dim, dtype=torch.float64))
 
 
@@ -440,7 +441,7 @@ def test_one_hot_class_weights_equal_the_class_under_autocast(randomised_model):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
 def test_class_labels_of_every_integer_dtype_mean_the_same(randomised_model, dtype):
     model = randomised_model()
-    # As many labels as classes: taken for a mask, they would select whole rows of the class table without an error.
+    # As many labels as classes: used as a mask, they would select rows of the class table without an error.
     sample, class_labels = random_sample(model, batch_size=NUM_CLASSES), torch.tensor([4, 3, 2, 1, 1])
     assert torch.equal(model.log_prob(sample, class_labels.to(dtype)), model.log_prob(sample, class_labels))
 
@@ -493,7 +494,7 @@ def test_every_parameter_gets_a_gradient(randomised_model, architecture):
 
 
 def test_rotated_queries_and_keys_meet_at_the_difference_of_their_positions():
-    """What makes the embedding relative: moving both by as many rows and columns changes no logit."""
+    """The embedding is relative: moving query and key by the same rows and columns changes no logit."""
     rotary = rotary_embedding(grid_size=4, head_dim=8, device=torch.device("cpu"), dtype=torch.float64)
     query_and_key = torch.randn(1, 1, 2, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     states = rotate(query_and_key.expand(1, 16, 2, 1, 8), rotary)[0, :, :, 0]  # the same token everywhere
@@ -597,14 +598,14 @@ def test_every_guidance_option_changes_the_sample(randomised_model, option, valu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("weight", [1e3, 1e6, 1e8, 1e12])
 def test_product_rule_stays_finite_and_a_density_at_huge_weights(weight, dtype):
-    # Weak branch narrower, equally wide, a little wider, much wider.
+    # The weak branch is narrower, equally wide, a little wider, much wider.
     log_scale = torch.tensor([[0.3, 0.1, -0.2, -3.0], [0.1, 0.1, -0.199, 3.0]], dtype=dtype)
     shift = torch.tensor([[0.5, -0.5, 1.0, 0.2], [-0.5, 0.5, -1.0, 0.7]], dtype=dtype)
     guided = apply_guidance(log_scale[None, :, None], shift[None, :, None], weight, "product")
     guided_log_scale, guided_shift = (each[0] for each in guided)
     assert guided_log_scale.isfinite().all() and guided_shift.isfinite().all()
     assert (guided_log_scale <= log_scale[:1]).all()
-    # Where the branches are equally wide or the weak one is narrower, the variance is the conditional one's.
+    # If the weak branch is narrower or equally wide, the variance is that of the conditional branch.
     assert_close(guided_log_scale[0, :2], log_scale[0, :2], atol=1e-6)
     # Two equally wide Gaussians: the mean moves by w times their distance.
     torch.testing.assert_close(guided_shift[0, 1], (-0.5 - weight) * torch.ones((), dtype=dtype), rtol=1e-6, atol=0)
@@ -694,7 +695,7 @@ def test_two_threads_may_sample_from_one_model(randomised_model):
         return model(latents, class_labels, inverse=True, guidance_scale=2.0).sample
 
     serial = [sample(*each) for each in arguments]
-    # Both wait for each other before every layer, so that they take turns at every token.
+    # The threads wait for each other before every layer, so they alternate at every token.
     barrier = threading.Barrier(2, timeout=30)
 
     def wait_for_the_other():
@@ -780,7 +781,7 @@ def test_accelerate_can_rebuild_the_output(randomised_model):
     assert torch.equal(rebuilt.sample, output.sample.half().float())
 
 
-# What diffusers and torch do with a model
+# Features of diffusers and torch
 
 
 @each_architecture
@@ -918,14 +919,14 @@ def test_bfloat16_weights_compute_the_flow_in_float32(randomised_model, architec
     for output in (encoded, decoded):
         assert output.sample.dtype == output.log_abs_det.dtype == torch.float32
     assert_not_close(encoded.sample, sample, by=1.0)
-    # Eight bits of hidden state, and another order of summation in each direction.
+    # Hidden states have eight bits, and each direction sums in another order.
     assert_close(decoded.sample, sample, atol=0.06)
 
     reference = randomised_model(**architecture).float()(sample, class_labels)
     assert_close(encoded.sample, reference.sample, atol=0.1)
     for inverse in (False, True):
-        tokens, log_scale, shift, _ = model.blocks[0](model.patchify(sample), class_labels, inverse=inverse)
-        for value in (tokens, log_scale, shift):
+        output = model.blocks[0](model.patchify(sample), class_labels, inverse=inverse)
+        for value in (output.tokens, output.log_scale, output.shift):
             assert value.dtype == torch.float32
             assert not is_rounded_to_bfloat16(value)
 
@@ -952,8 +953,8 @@ def test_autocast_computes_the_flow_in_float32(randomised_model):
     assert_close(encoded.sample, exact.sample, atol=0.1)
     assert_not_close(encoded.sample, sample, by=1.0)
     assert_close(decoded.sample, sample, atol=0.06)
-    for tokens, log_scale, shift, _ in blocks:
-        for value in (tokens, log_scale, shift):
+    for output in blocks:
+        for value in (output.tokens, output.log_scale, output.shift):
             assert value.dtype == torch.float32
             assert not is_rounded_to_bfloat16(value)
 
@@ -961,7 +962,7 @@ def test_autocast_computes_the_flow_in_float32(randomised_model):
 def test_float64_model_samples_under_autocast(randomised_model):
     model = randomised_model()
     sample, class_labels = random_sample(model), torch.tensor([2, -1])
-    # Autocast leaves float64 alone, and so must whatever the solver allocates.
+    # Autocast does not change float64, so what the solver allocates must be float64 too.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         encoded = model(sample, class_labels)
         decoded = model(encoded.sample, class_labels, inverse=True)
@@ -1039,7 +1040,7 @@ def test_config_survives_saving(randomised_model, tmp_path, num_layers, num_clas
     model = TarFlowTransformer2DModel.from_pretrained(tmp_path)
     assert {name: model.config[name] for name in values} == values
     parameters = inspect.signature(TarFlowTransformer2DModel.__init__).parameters.keys()
-    assert values.keys() == parameters - {"self", "inverse_profile"}  # a profile has tests of its own
+    assert values.keys() == parameters - {"self", "inverse_profile"}  # profiles have their own tests
     layers = num_layers if isinstance(num_layers, list) else [num_layers] * 3
     assert [len(block.layers) for block in model.blocks] == layers
     assert not model.training

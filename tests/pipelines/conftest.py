@@ -1,4 +1,3 @@
-import importlib
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +8,16 @@ from transformers import BitImageProcessorPil, ResNetConfig, ResNetForImageClass
 
 from flowback_hf import FlowBackPipeline
 
+from ..conftest import REPOSITORY, load_script
 
-REPOSITORY = Path(__file__).parents[2]
+
 CLASS_NAMES = ["ant", "bee", "cat"]
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """A function that imports a script of the pipelines' folder as running one of them does."""
-    monkeypatch.syspath_prepend(REPOSITORY / "pipelines")
-    return importlib.import_module
+@pytest.fixture(scope="session")
+def script():
+    """A function that gives a script of the pipelines' folder as a module."""
+    return lambda name: load_script(REPOSITORY / "pipelines" / f"{name}.py")
 
 
 @pytest.fixture(scope="session")
@@ -70,14 +69,3 @@ def judge(tmp_path_factory):
     ResNetForImageClassification(config).save_pretrained(folder)
     BitImageProcessorPil(size={"height": 8, "width": 8}, do_center_crop=False).save_pretrained(folder)
     return folder
-
-
-def command_line(**options) -> list[str]:
-    line = []
-    for name, value in options.items():
-        if value is None or value is False:
-            continue
-        line.append(f"--{name}")
-        if value is not True:
-            line += [str(part) for part in (value if isinstance(value, list) else [value])]
-    return line

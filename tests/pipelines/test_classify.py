@@ -6,7 +6,8 @@ import torch
 
 from flowback_hf import FlowBackClassificationPipeline
 
-from .conftest import CLASS_NAMES, command_line, write_images
+from ..conftest import command_line
+from .conftest import CLASS_NAMES, write_images
 
 
 def run(script, **options):

@@ -17,8 +17,8 @@ from flowback_hf.hub import load_pipeline
 from flowback_hf.metrics import FrechetDistance, ImageFeatureExtractor, ReferenceFeatures
 from flowback_hf_cli.evaluation import parse_args
 
-from ..conftest import start_two_processes
-from .conftest import CLASS_NAMES, REPOSITORY, command_line, write_images
+from ..conftest import REPOSITORY, command_line, start_two_processes
+from .conftest import CLASS_NAMES, write_images
 
 
 @pytest.fixture

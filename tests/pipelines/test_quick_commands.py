@@ -11,7 +11,8 @@ import pytest
 
 from flowback_hf.pipelines import pipeline_flowback_classification
 
-from .conftest import CLASS_NAMES, REPOSITORY, command_line
+from ..conftest import REPOSITORY, command_line
+from .conftest import CLASS_NAMES
 
 
 COMMANDS = ["push_to_hub", "convert_tarflow", "report_demo", "classify"]

@@ -14,7 +14,7 @@ from flowback_hf import FlowBackPipeline
 from flowback_hf.data import make_generator
 from flowback_hf.evaluation import choose_class_labels
 
-from .conftest import REPOSITORY, command_line
+from ..conftest import REPOSITORY, command_line
 
 
 def run(script, **options):

@@ -1,4 +1,5 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+"""The training objective of a flow: its likelihood, and the alignment of its hidden states with a frozen teacher."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -23,13 +24,14 @@ class AlignedFlowOutput(BaseOutput):
     The output of [`AlignedFlowObjective`]. All tensors are scalars.
 
     Args:
-        loss: `nll + weight * alignment`, whose `backward()` is all a caller needs.
-        nll: `-log p(x | y) / D`, the mean over the batch, in nats per dimension.
-        alignment: `-cos(teacher features, projected hidden states)`, the mean over places, batch and patches, in
-            [-1, 1]; `None` for the strategy `"none"`.
+        loss: `nll + weight * alignment`. Its `backward()` computes all gradients.
+        nll: `-log p(x | y) / D`, averaged over the batch, in nats per dimension.
+        alignment: `-cos(teacher features, projected hidden states)`, averaged over places, batch and patches, in
+            [-1, 1]. `None` for the strategy `"none"`.
         cosine_similarity: `{(block, layer): mean cosine}`, in [-1, 1].
-        max_log_scale: The largest absolute log-scale of any block: how far the flow is from overflowing.
-        neumann_growth: `{block: |v| / |g|}`, what the Neumann series of `"reverse"` makes of a block's gradient.
+        max_log_scale: The largest absolute log-scale of any block. It shows how close the flow is to overflowing.
+        neumann_growth: `{block: |v| / |g|}`: the factor by which the Neumann series of `"reverse"` changes the norm of
+            a block's gradient.
     """
 
     loss: torch.Tensor | None = None
@@ -44,8 +46,10 @@ def vector_jacobian_product(
     outputs: Sequence[torch.Tensor], inputs: torch.Tensor, cotangents: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """
-    What `cotangents` on `outputs` are on `inputs`. No parameter's gradient is computed, and the graph is kept: it is
-    needed again for them. Autocast is off, as it is for any backward: operations run in the dtypes of the forward.
+    Return the gradient that `inputs` receives if `outputs` receive `cotangents`.
+
+    Gradients of parameters are not computed here, so the graph is kept for them. Autocast is off, as in any backward
+    pass: operations run in the dtypes of the forward pass.
     """
     with torch.autocast(inputs.device.type, enabled=False):
         return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)[0]
@@ -53,11 +57,12 @@ def vector_jacobian_product(
 
 class LikelihoodGradient(torch.autograd.Function):
     """
-    Joins a block that was evaluated on a leaf to the graph of the leaf's original, for the likelihood alone.
+    Passes the likelihood's gradient from a block that was evaluated on a leaf to the blocks before it.
 
-    Cotangents that arrive here are the likelihood's. They go two ways: to the block's parameters, where autograd adds
-    what the alignment puts on the same outputs, and, by a product of their own, to the blocks before. So the alignment
-    does not reach those, exactly, in any precision: it is never added to be subtracted again.
+    The likelihood's cotangents arrive at this function. It passes them to the block's outputs, where autograd adds the
+    alignment's cotangents on the way to the block's parameters. For the blocks before, it computes a vector-Jacobian
+    product of the likelihood's cotangents only. The alignment therefore never reaches those blocks. This is exact in
+    any precision: the alignment's gradient is not added first and subtracted later.
     """
 
     @staticmethod
@@ -79,8 +84,13 @@ class LikelihoodGradient(torch.autograd.Function):
 @dataclass
 class FixedPoint:
     """
-    A block's generative pass, `u = G(u, z) = m(u) + exp(a(u)) z`, as its likelihood pass left it: input `u`, a leaf,
-    log-scale `a` and shift `m`, each `(batch_size, num_tokens, token_dim)`. `z` is held fixed.
+    A block's generative pass, `u = G(u, z) = m(u) + exp(a(u)) z`, with the values of its likelihood pass.
+
+    `z` is held fixed.
+
+    Args:
+        block_input (`torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`): `u`, a leaf of the graph.
+        log_scale, shift (`torch.Tensor` of the same shape): `a` and `m`.
     """
 
     block_input: torch.Tensor
@@ -89,31 +99,31 @@ class FixedPoint:
 
     @property
     def scaled_latents(self) -> torch.Tensor:
-        """`exp(a) z = u - m`, which is also `dG/da`."""
+        """Return `exp(a) z = u - m`, which is also `dG/da`."""
         return (self.block_input - self.shift).detach()
 
     def transposed_jacobian_product(self, cotangent: torch.Tensor) -> torch.Tensor:
-        """`J^T w`, where `J = dG/du`."""
+        """Return `J^T w`, where `J = dG/du` and `w` is the cotangent."""
         cotangents = cotangent * self.scaled_latents, cotangent
         return vector_jacobian_product((self.log_scale, self.shift), self.block_input, cotangents)
 
     def inner_product(self, cotangent: torch.Tensor) -> torch.Tensor:
-        """A scalar whose gradient with respect to the block's parameters is `(dG/dtheta)^T w`."""
+        """Return a scalar whose gradient with respect to the block's parameters is `(dG/dtheta)^T w`."""
         return (cotangent * (self.scaled_latents * self.log_scale + self.shift)).sum()
 
 
 class AlignedFlowObjective(nn.Module):
     r"""
-    Likelihood of a flow, plus alignment of its hidden states with a frozen teacher's patch features `v`:
+    The likelihood of a flow, plus the alignment of its hidden states with a frozen teacher's patch features `v`:
 
         loss = nll + weight * L_align,   L_align = -mean over places, batch, patches of cos(v, Proj(h^(t, l)))
 
-    The four strategies have the same value and differ in where the gradient of `L_align^(t)` goes:
+    The strategies have the same value. They differ in the blocks that the gradient of `L_align^(t)` reaches:
 
-        "none"     nowhere
-        "forward"  through the likelihood pass: blocks 1..t
-        "detach"   block t alone, whose input is detached; what the paper's Algorithm 2 computes
-        "reverse"  through the generative pass from the detached latents: blocks t..N
+        "none"     no block
+        "forward"  blocks 1..t, through the likelihood pass
+        "detach"   block t only, because its input is detached; what the paper's Algorithm 2 computes
+        "reverse"  blocks t..N, through the generative pass from the detached latents
 
     **Reverse.** The generative pass computes a block's input `u` as the fixed point of `G(u, z) = m(u) + exp(a(u)) z`.
     For a cotangent `g` on `u`, the implicit function theorem gives
@@ -121,29 +131,31 @@ class AlignedFlowObjective(nn.Module):
         v = g + J^T v,  J = dG/du        d/dz = exp(a) v        d/dtheta = (dG/dtheta)^T v
 
     `J` is strictly lower triangular in token order, so the Neumann series `v = sum_k (J^T)^k g` ends after
-    `num_tokens` terms and is then exact: the gradient of the sequential pass, without one. `order` is the number of
-    terms after the first.
+    `num_tokens` terms. It is then the exact gradient of the sequential pass, which is never run. `order` is the number
+    of terms after the first.
 
-    Every block is evaluated once. Where the two gradients part (blocks t for `"detach"`, t..N for `"reverse"`), the
-    block is evaluated on a leaf, and the caller's one `backward()` takes a product of the likelihood's own cotangents
-    down to the blocks before: what the alignment must not reach it does not reach, exactly, in any precision. In units
-    of a block's forward, of which a plain step has 3, `"detach"` costs 1 for each of its blocks and `"reverse"` costs
-    `1 + order`, and `l / num_layers` more for each place: a seventh of a step for the paper's (7, 6) and (8, 6) of 8
-    blocks of 8 layers at order 0.
+    **Cost.** Every block is evaluated once. In the blocks that both gradients reach and that must not pass on the
+    alignment's (block t for `"detach"`, blocks t..N for `"reverse"`), the input is a leaf, and `backward()` computes
+    one more vector-Jacobian product for the blocks before. A plain training step costs 3 forward passes of every
+    block. In units of one block's forward pass, `"detach"` adds 1 for each of its blocks and `"reverse"` adds
+    `1 + order`, and each place adds `l / num_layers`. For the paper's places (7, 6) and (8, 6) in 8 blocks of 8
+    layers, order 0 adds a seventh of a step.
 
-    The flow's weights and the projectors' are this module's parameters: it is what an optimizer, Accelerate and DDP
-    get. The teacher is not part of it. Under `no_grad` the values are computed and no gradient is. Layers may be
-    compiled (`flow.compile_repeated_blocks()`) with `torch._functorch.config.donated_buffer = False`, since several
-    gradients are taken of one graph. A compiled layer computes its parameters' gradients in each of them, which may
-    cost more than compiling gains in the blocks where the gradients part.
+    **Use.** The flow's weights and the projectors' are this module's parameters. Give it to the optimizer, to
+    Accelerate and to DDP. The teacher is not part of it. Under `no_grad`, only values are computed. To compile the
+    layers (`flow.compile_repeated_blocks()`), set `torch._functorch.config.donated_buffer = False`, because several
+    gradients are taken of one graph. A compiled layer computes its parameters' gradients each time. In the blocks with
+    a leaf input, this may cost more than compiling saves.
 
     Args:
         flow ([`TarFlowTransformer2DModel`]): The flow to train.
         strategy (`str`, defaults to `"reverse"`): `"none"`, `"forward"`, `"detach"` or `"reverse"`.
-        places (iterable of `(block, layer)`): Where to align, numbered from 1 and from the image side.
-        order (`int` or `"exact"`, *optional*): For `"reverse"` alone: 0, 1, ... or `num_tokens - 1`. `None` is 0.
+        places (iterable of `(block, layer)`): Where to align. Blocks and layers are numbered from 1, blocks from the
+            image side. Ignored for `"none"`.
+        order (`int` or `"exact"`, *optional*): For `"reverse"` only: 0, 1, ..., or `"exact"`, which is
+            `num_tokens - 1`. `None` is 0.
         weight (`float`, defaults to 0.1): lambda, the weight of the alignment.
-        teacher_dim (`int`): Dimension of the teacher's features.
+        teacher_dim (`int`): Dimension of the teacher's features. Ignored for `"none"`.
         projector_dim (`int`, defaults to 1024): Hidden dimension of the projectors, MLPs of three layers with SiLU.
 
     Raises:
@@ -184,14 +196,14 @@ class AlignedFlowObjective(nn.Module):
         if strategy not in STRATEGIES:
             raise ValueError(f"`strategy` must be one of {STRATEGIES}, but is {strategy!r}.")
         if strategy != "reverse" and order is not None:
-            raise ValueError(f"`order` belongs to the strategy 'reverse' alone, but is {order!r} for {strategy!r}.")
+            raise ValueError(f"`order` is for the strategy 'reverse' only, but is {order!r} for {strategy!r}.")
         self.flow = flow
         self.strategy = strategy
         self.weight = weight
         self.places: list[Place] = []
-        # Where the gradients of likelihood and alignment part: these blocks are evaluated on a leaf, both start from
-        # that one evaluation, and the likelihood's alone goes on to the blocks before.
-        self.parting_blocks: list[int] = []
+        # The blocks whose input is a leaf of the graph. Both gradients reach them, but only the likelihood's gradient
+        # goes on to the blocks before.
+        self.leaf_blocks: list[int] = []
         self.num_neumann_terms = 0
         self.projectors = nn.ModuleDict()
         if strategy == "none":
@@ -200,12 +212,14 @@ class AlignedFlowObjective(nn.Module):
         self.places = check_places(places, [len(block.layers) for block in flow.blocks])
         aligned_blocks = sorted({block for block, _ in self.places})
         if strategy == "detach":
-            self.parting_blocks = aligned_blocks
+            self.leaf_blocks = aligned_blocks
         if strategy == "reverse":
-            self.parting_blocks = list(range(aligned_blocks[0], len(flow.blocks) + 1))
+            self.leaf_blocks = list(range(aligned_blocks[0], len(flow.blocks) + 1))
             self.num_neumann_terms = check_order(flow, order)
         if teacher_dim is None:
-            raise ValueError(f"`teacher_dim` must be given for the strategy {strategy!r}: it is the teacher's width.")
+            raise ValueError(
+                f"`teacher_dim`, the dimension of the teacher's features, must be given for {strategy!r}."
+            )
         self.teacher_dim = teacher_dim
         width = flow.config.num_attention_heads * flow.config.attention_head_dim
         for place in self.places:
@@ -224,12 +238,14 @@ class AlignedFlowObjective(nn.Module):
         teacher_features: torch.Tensor | None = None,
     ) -> AlignedFlowOutput:
         """
+        Compute the loss of a batch.
+
         Args:
             noisy_sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
                 What the flow is trained on: data in [-1, 1] plus noise.
-            class_labels: As in [`TarFlowTransformer2DModel.forward`]; label dropout is the caller's, who writes -1.
+            class_labels: As in [`TarFlowTransformer2DModel.forward`]. To drop a label, set it to -1.
             teacher_features (`torch.Tensor` of shape `(batch_size, num_tokens, teacher_dim)`):
-                Features of the clean images on the flow's token grid, raster order. Not needed for `"none"`.
+                Features of the clean images on the flow's token grid, in raster order. Ignored for `"none"`.
         Returns:
             [`AlignedFlowOutput`].
         Raises:
@@ -241,19 +257,18 @@ class AlignedFlowObjective(nn.Module):
         fixed_points: dict[int, FixedPoint] = {}
         log_scales, hidden_states = [], {}
         for number, block in enumerate(self.flow.blocks, start=1):
-            parts = torch.is_grad_enabled() and number in self.parting_blocks
-            block_input = tokens.detach().requires_grad_() if parts else tokens
-            latents, log_scale, shift, block_hidden_states = block(
-                block_input, class_labels, self._aligned_layers(number)
-            )
-            hidden_states.update({(number, layer): states for layer, states in block_hidden_states.items()})
-            if parts:
-                fixed_points[number] = FixedPoint(block_input, log_scale, shift)
-                tokens, log_scale = LikelihoodGradient.apply(tokens, block_input, latents, log_scale)
+            is_leaf = torch.is_grad_enabled() and number in self.leaf_blocks
+            block_input = tokens.detach().requires_grad_() if is_leaf else tokens
+            output = block(block_input, class_labels, self._aligned_layers(number))
+            hidden_states.update({(number, layer): states for layer, states in output.hidden_states.items()})
+            log_scale = output.log_scale
+            if is_leaf:
+                fixed_points[number] = FixedPoint(block_input, log_scale, output.shift)
+                tokens, log_scale = LikelihoodGradient.apply(tokens, block_input, output.tokens, log_scale)
             else:
-                tokens = latents
+                tokens = output.tokens
             log_scales.append(log_scale)
-        # -log p / D: log|det| is -sum a, and the mean over tokens and values is that sum divided by D.
+        # -log p / D, where log|det| = -sum a. The mean over tokens and values is the sum divided by D.
         nll = 0.5 * (tokens.square().mean() + math.log(2 * math.pi)) + sum(a.mean() for a in log_scales)
         max_log_scale = torch.stack([a.detach().abs().amax() for a in log_scales]).amax()
         if self.strategy == "none":
@@ -280,7 +295,7 @@ class AlignedFlowObjective(nn.Module):
         return [layer for block, layer in self.places if block == number]
 
     def _cosine(self, place: Place, hidden_states: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
-        """Cosine similarity of every patch, `(batch_size, num_tokens)`."""
+        """Return the cosine similarity of every patch, `(batch_size, num_tokens)`."""
         projector = self.projectors[place_name(place)]
         projected = projector(hidden_states.to(projector[0].weight.dtype))
         dtype = torch.promote_types(projected.dtype, torch.float32)
@@ -293,40 +308,43 @@ class AlignedFlowObjective(nn.Module):
         teacher_features: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[Place, torch.Tensor], dict[int, torch.Tensor]]:
         """
-        The alignment, with its gradient through the generative pass.
+        Compute the alignment, with its gradient through the generative pass.
 
-        The cotangents are found here, from the lowest aligned block towards the latents, against the direction of the
-        generative pass: every value they need is at hand. What is left for the caller's `backward()` are the
-        parameters: a block's gradient is that of the inner product of its outputs with their cotangents.
+        This method computes the cotangents of all block outputs, from the lowest aligned block towards the latents,
+        against the direction of the generative pass. The likelihood pass has computed every value it needs. The
+        caller's `backward()` computes the gradients of the parameters: those of the inner product of a block's outputs
+        with their cotangents.
 
         Returns:
-            `tuple`: the alignment, the mean cosine of each place, and the growth of each block's gradient.
+            `tuple`: the alignment, the mean cosine of each place, and `neumann_growth` of [`AlignedFlowOutput`].
         """
         cosines, inner_products, neumann_growth = {}, [], {}
         cotangent = 0.0
         for number, fixed_point in fixed_points.items():
             for layer in self._aligned_layers(number):
                 states = hidden_states[number, layer]
-                # The projector has a graph of its own: its parameters are reached from the cosine, the flow's below.
+                # The projector has its own graph. Its parameters get their gradients from the cosine, those of the
+                # flow from the inner products.
                 detached_states = states.detach().requires_grad_()
                 cosine = self._cosine((number, layer), detached_states, teacher_features)
                 cosines[number, layer] = cosine.mean()
-                # The cotangents are those of a sum over places, batch and patches, which half precision holds better.
+                # Cotangents of the sum over places, batch and patches: those of the mean would be too small for half
+                # precision.
                 states_cotangent = -vector_jacobian_product([cosine], detached_states, [torch.ones_like(cosine)])
                 cotangent = cotangent + vector_jacobian_product([states], fixed_point.block_input, [states_cotangent])
                 dtype = torch.promote_types(states.dtype, torch.float32)
                 inner_products.append((states_cotangent.to(dtype) * states.to(dtype)).sum())
 
-            # v = g + J^T v, one term of the Neumann series at a time
+            # v = g + J^T v, repeated once for each term of the Neumann series
             neumann_cotangent = cotangent
             for _ in range(self.num_neumann_terms):
                 neumann_cotangent = cotangent + fixed_point.transposed_jacobian_product(neumann_cotangent)
             inner_products.append(fixed_point.inner_product(neumann_cotangent))
             neumann_growth[number] = neumann_cotangent.norm() / cotangent.norm()
-            cotangent = torch.exp(fixed_point.log_scale.detach()) * neumann_cotangent  # v on the block's latents
+            cotangent = torch.exp(fixed_point.log_scale.detach()) * neumann_cotangent  # d/dz = exp(a) v
 
         alignment = -torch.stack(list(cosines.values())).mean()
-        # It has the gradient of the alignment with respect to the flow's parameters, and its value is taken off again.
+        # The surrogate has the alignment's gradient with respect to the flow's parameters. Its value is subtracted.
         batch_size, num_tokens, _ = teacher_features.shape
         surrogate = torch.stack(inner_products).sum() / (len(self.places) * batch_size * num_tokens)
         return alignment + (surrogate - surrogate.detach()), cosines, neumann_growth
@@ -339,12 +357,12 @@ class AlignedFlowObjective(nn.Module):
             given = "None" if teacher_features is None else f"of shape {tuple(teacher_features.shape)}"
             raise ValueError(
                 f"`teacher_features` must have shape {expected}, (batch_size, num_tokens, teacher_dim), but are"
-                f" {given}. RepresentationTeacher makes them, with `grid_size=sample_size // patch_size`."
+                f" {given}. RepresentationTeacher computes them, with `grid_size=sample_size // patch_size`."
             )
 
 
 def check_order(flow: TarFlowTransformer2DModel, order: int | str | None) -> int:
-    """The number of Neumann terms after the first. Raises ValueError for an order that is neither that nor "exact"."""
+    """Return the number of Neumann terms after the first. Raise ValueError if `order` is not one."""
     if order == "exact":
         return (flow.config.sample_size // flow.config.patch_size) ** 2 - 1
     if order is None:

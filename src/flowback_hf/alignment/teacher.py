@@ -1,4 +1,5 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+"""Teachers: frozen vision encoders from transformers, whose patch features a flow is aligned with."""
 
 import os
 from dataclasses import dataclass
@@ -12,19 +13,20 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 
+# The teacher where none is named, a model on the Hub: DINOv2-B/14, with features of dimension 768.
 DEFAULT_TEACHER = "facebook/dinov2-base"
 
 
 @dataclass(frozen=True)
 class EncoderKind:
     """
-    How patch tokens are read off one of transformers' vision encoders.
+    How to load one kind of vision encoder and where to find its patch tokens.
 
     Args:
-        name: As people say it.
-        model_class: The class of transformers that loads it; of a two-tower model, the vision tower alone.
-        num_prefix_tokens: Tokens before the patches: the class token, without the registers.
-        any_size: Whether it was made for images of other sizes than its config's: its positions are interpolated.
+        name (`str`): Its usual name, for messages.
+        model_class (`str`): The class of transformers that loads it. For a two-tower model, only the vision tower.
+        num_prefix_tokens (`int`): Tokens before the patches, not counting registers.
+        any_size (`bool`): Whether it interpolates its positions to take images of any size.
     """
 
     name: str
@@ -33,7 +35,7 @@ class EncoderKind:
     any_size: bool = False
 
 
-# By the `model_type` of a config. Two-tower models have one type as a whole and another as a vision tower.
+# By the `model_type` of the config. A two-tower model and its vision tower have different types.
 ENCODER_KINDS = {
     "dinov2": EncoderKind("DINOv2", "Dinov2Model", num_prefix_tokens=1, any_size=True),
     "dinov2_with_registers": EncoderKind(
@@ -49,20 +51,21 @@ ENCODER_KINDS = {
 
 class RepresentationTeacher(nn.Module):
     """
-    A frozen vision encoder whose patch features lie on a flow's token grid: DINOv2, with registers or without, the
-    vision towers of CLIP and SigLIP, or ViT-MAE.
+    A frozen vision encoder that computes patch features on a flow's token grid.
 
-    Images are resized to what the encoder takes. DINOv2 takes any size, so that its patches form the flow's grid:
-    DINOv2-B/14 and a grid of 16 make 224 pixels. The others get the size of their config, and where their patches form
-    another grid, its features are resampled to the flow's, bilinearly (`align_corners=False`).
+    The encoder is DINOv2 (with or without registers), the vision tower of CLIP or SigLIP, or ViT-MAE. Images are
+    resized to what it takes. DINOv2 takes any size, so its images are chosen to have one patch per token: a grid of 16
+    and DINOv2-B/14 give 224 pixels. The others take the size in their config. If their patches form another grid, the
+    features are resampled bilinearly to the flow's (`align_corners=False`).
 
     Args:
         encoder ([`~transformers.PreTrainedModel`]): The encoder. It is frozen and put into eval mode.
         grid_size (`int`): Height and width of the flow's token grid, `sample_size // patch_size`.
-        image_mean, image_std (`list[float]`): What the encoder's images are normalized with, for images in [0, 1].
+        image_mean, image_std (`tuple[float, float, float]`):
+            Mean and standard deviation for normalizing images in [0, 1]. Default: those of ImageNet.
 
     Raises:
-        ValueError: if the encoder is of none of these kinds.
+        ValueError: if the encoder is not one of these kinds.
 
     Example:
         ```py
@@ -96,7 +99,7 @@ class RepresentationTeacher(nn.Module):
         self.image_size = grid_size * config.patch_size if kind.any_size else config.image_size
         self.num_prefix_tokens = kind.num_prefix_tokens + getattr(config, "num_register_tokens", 0)
         if config.model_type == "vit_mae":
-            # It hides three patches of four and, whatever it hides, sorts the patches by this noise.
+            # By default it masks three patches of four. Even if it masks none, it sorts the patches by this noise.
             config.mask_ratio = 0.0
             num_patches = (config.image_size // config.patch_size) ** 2
             self.register_buffer("patch_order", torch.arange(num_patches).unsqueeze(0), persistent=False)
@@ -112,16 +115,20 @@ class RepresentationTeacher(nn.Module):
         **kwargs,
     ) -> "RepresentationTeacher":
         """
+        Load an encoder and the normalization of its images.
+
         Args:
             pretrained_model_name_or_path (`str`):
-                A Hub id such as `"facebook/dinov2-base"` or `"openai/clip-vit-base-patch16"`, or a folder. Its config
-                says what it is.
+                A Hub id such as [`DEFAULT_TEACHER`] or `"openai/clip-vit-base-patch16"`, or a folder. The kind of
+                encoder is read from its config.
             grid_size (`int`): Height and width of the flow's token grid.
-            dtype (`torch.dtype`): Of the encoder's weights, and so of the features.
+            dtype (`torch.dtype`): Dtype of the encoder's weights and of the features. Default: float32.
             kwargs: For transformers' `from_pretrained`: `cache_dir`, `revision`, `token`, ...
+        Returns:
+            [`RepresentationTeacher`].
         Raises:
-            ValueError: if the model is no encoder with patch tokens of a kind that is known here, or lacks weights.
-            FileNotFoundError: if it cannot be found; says which files were looked for, and where.
+            ValueError: if the model is not a known kind of encoder, or if weights are missing.
+            FileNotFoundError: if a file is missing. The message names the files and where they were looked for.
         """
         name = str(pretrained_model_name_or_path)
         if Path(name).is_dir() and not (Path(name) / "config.json").exists():
@@ -130,7 +137,7 @@ class RepresentationTeacher(nn.Module):
             config = AutoConfig.from_pretrained(name, **kwargs)
             kind = check_encoder_kind(config.model_type, name)
             processor = AutoImageProcessor.from_pretrained(name, **kwargs)
-            # transformers would warn of every weight of a text tower; what matters is that none is missing.
+            # transformers would warn about every weight of a text tower. Only missing weights matter.
             verbosity = transformers.logging.get_verbosity()
             transformers.logging.set_verbosity_error()
             try:
@@ -144,28 +151,30 @@ class RepresentationTeacher(nn.Module):
         if info["missing_keys"]:
             raise ValueError(
                 f"The teacher {name!r} must hold every weight of its encoder, but {len(info['missing_keys'])} are"
-                f" missing, among them {min(info['missing_keys'])!r}: it was saved by another architecture."
+                f" missing, such as {min(info['missing_keys'])!r}: it was saved by another architecture."
             )
         return cls(encoder, grid_size, processor.image_mean, processor.image_std)
 
     @property
     def feature_dim(self) -> int:
-        """Dimension of the features: what [`AlignedFlowObjective`] calls `teacher_dim`."""
+        """The dimension of the features, which [`AlignedFlowObjective`] takes as `teacher_dim`."""
         return self.encoder.config.hidden_size
 
     def train(self, mode: bool = True) -> "RepresentationTeacher":
-        """Stays in eval mode: a teacher is frozen."""
+        """Stay in eval mode, whatever `mode` is: a teacher is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
+        Compute the patch features of images.
+
         Args:
             images (`torch.Tensor` of shape `(batch_size, 1 or 3, height, width)`):
-                Clean images in [-1, 1], of any size. Grey ones are repeated over the three channels.
+                Clean images in [-1, 1], of any size. Grey images are repeated over three channels.
         Returns:
-            `torch.Tensor` of shape `(batch_size, grid_size^2, feature_dim)`: the features of the last layer's patch
-            tokens in raster order, in the dtype of the encoder's weights.
+            `torch.Tensor` of shape `(batch_size, grid_size^2, feature_dim)`: the last layer's patch tokens in raster
+            order, in the dtype of the encoder's weights.
         """
         images = F.interpolate(
             images.float().expand(-1, 3, -1, -1), size=self.image_size, mode="bicubic", antialias=True
@@ -178,7 +187,7 @@ class RepresentationTeacher(nn.Module):
         return self._resample(hidden_states[:, self.num_prefix_tokens :])
 
     def _resample(self, features: torch.Tensor) -> torch.Tensor:
-        """From the encoder's grid of patches to the flow's of tokens."""
+        """Resample features from the encoder's grid of patches to the flow's grid of tokens."""
         encoder_grid_size = self.image_size // self.encoder.config.patch_size
         if encoder_grid_size == self.grid_size:
             return features
@@ -188,7 +197,7 @@ class RepresentationTeacher(nn.Module):
 
 
 def check_encoder_kind(model_type: str, name: str) -> EncoderKind:
-    """Raises ValueError for a model that has no patch tokens, or whose tokens are not known here."""
+    """Return the kind of an encoder. Raise ValueError if it is not one of [`ENCODER_KINDS`]."""
     if model_type not in ENCODER_KINDS:
         known = ", ".join(dict.fromkeys(kind.name for kind in ENCODER_KINDS.values()))
         raise ValueError(
@@ -199,15 +208,16 @@ def check_encoder_kind(model_type: str, name: str) -> EncoderKind:
 
 
 def not_found_message(name: str, cache_dir: str | os.PathLike | None) -> str:
+    """Say which files a teacher needs and where they were looked for."""
     files = ["config.json", "preprocessor_config.json", "model.safetensors"]
     if Path(name).is_dir():
         missing = [file for file in files if not (Path(name) / file).exists()]
         return (
             f"The teacher's folder {name!r} must hold {', '.join(files)}, but {' and '.join(missing) or 'one of them'}"
-            " cannot be read: save the encoder and its image processor there."
+            " cannot be read. Save the encoder and its image processor there."
         )
     folder = Path(cache_dir or HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     return (
-        f"The teacher {name!r} is not an existing folder, and {', '.join(files)} were looked for on the Hub and in its"
-        f" cache, {folder}, in vain: check the name, or download it where there is a network (hf download {name})."
+        f"The teacher {name!r} is not an existing folder, and {', '.join(files)} were found neither on the Hub nor in"
+        f" its cache, {folder}. Check the name, or download it on a machine with a network (hf download {name})."
     )

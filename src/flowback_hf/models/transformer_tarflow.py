@@ -1,6 +1,10 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
-#
-# This file is uploaded with the weights of a model that loads without the package: it needs torch and diffusers only.
+"""
+TARFlow, a normalizing flow of images: its layers, its inversion, its flow block and the model, in this order.
+
+This file is uploaded together with the weights of a model that loads without the package. It needs torch and diffusers
+only.
+"""
 
 import math
 from collections.abc import Collection, Iterable
@@ -17,136 +21,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, logging
 
 
-GUIDANCE_RULES = ("linear", "product")
-GUIDANCE_SCHEDULES = ("constant", "linear")
-NOISE_TYPES = ("gaussian", "uniform")
 ACTIVATION_FNS = ("gelu", "swiglu")
 POSITION_EMBEDDINGS = ("learned", "rope")
+NOISE_TYPES = ("gaussian", "uniform")
 ROTARY_BASE = 10_000.0
 
-SOLVERS = ("auto", "sequential", "jacobi")
-INITIAL_GUESSES = ("latents", "zeros")
-DEFAULT_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
-# A value that a sweep changes by no more than this share of the tolerance counts as unchanged: later tokens and flow
-# blocks amplify what is left of its error. Rounding alone changes it by a few units of its last place.
-SETTLED_SHARE = 0.01
-SETTLED_UNITS = 8
 
-
-class StepCosts(NamedTuple):
-    """
-    What a solver's steps take, in units of one more row of a sweep: a token of one branch of one sample.
-
-    Args:
-        token, sweep (`float`): A token's step and a window's sweep, whatever they evaluate: reading weights, kernels.
-        token_row (`float`): One more row of a token's step. It reads a cache that a sweep reads for a window of rows.
-    """
-
-    token: float
-    token_row: float
-    sweep: float
-
-
-# By device; then if they are compiled. The CPU's are measured, CUDA's estimated from how many operations it does while
-# it reads a byte.
-STEP_COSTS = {
-    "cpu": {False: StepCosts(18, 2.2, 37), True: StepCosts(6, 2.2, 20)},
-    "cuda": {False: StepCosts(2048, 10, 3072), True: StepCosts(512, 10, 768)},
-}
-# "auto" sweeps only where that promises to save a quarter: the promise is an estimate.
-JACOBI_MUST_SAVE = 0.25
-PROBE_SWEEPS = 6
-# A sweep of no more rows than this takes too little memory to be divided.
-UNDIVIDED_ROWS = 512
-PROFILE_WINDOW_SIZES = (4, 16, 64, 256)
-
-
-@dataclass
-class TarFlowOutput(BaseOutput):
-    """
-    The output of [`TarFlowTransformer2DModel`].
-
-    Args:
-        sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
-            Latents, or with `inverse=True` data. float32, or float64 for a float64 model or sample.
-        log_abs_det (`torch.Tensor` of shape `(batch_size,)`):
-            `log |det d output / d input|` of the map that was applied, in nats, summed over all dimensions.
-        hidden_states (`dict` of `(block, layer)` to `torch.Tensor` of shape `(batch_size, num_tokens, width)`):
-            The hidden states that `output_hidden_states` asked for, in raster order; `None` if it asked for none.
-        report ([`TarFlowInverseReport`]): What `output_report` asked for; `None` if it did not.
-    """
-
-    sample: torch.Tensor | None = None
-    log_abs_det: torch.Tensor | None = None
-    hidden_states: dict[tuple[int, int], torch.Tensor] | None = None
-    report: "TarFlowInverseReport | None" = None
-
-
-@dataclass
-class TarFlowInverseReport:
-    """
-    How an inverse was found, and how exact it is.
-
-    Args:
-        solvers (`dict` of block to `str`):
-            `"sequential"` or `"jacobi"`, the one that the block was begun with: `"auto"` without a profile may go on
-            from Jacobi sweeps token by token.
-        sweeps (`dict` of block to `torch.LongTensor` of shape `(batch_size,)`):
-            Network evaluations that each sample took part in, both branches of guidance counted as one; a sequential
-            block has `num_tokens - 1`.
-        network_evaluations (`dict` of block to `int`): Those of the whole batch: the largest of `sweeps`.
-        residual (`torch.Tensor` of shape `(batch_size,)`):
-            Certified after the fact by one parallel pass: the largest `|f(x) - z|` of a sample, where `x` is the data
-            returned, `z` the latents given and `f` the flow, guided as it was inverted. Not finite for a sample that
-            overflowed.
-    """
-
-    solvers: dict[int, str]
-    sweeps: dict[int, torch.Tensor]
-    network_evaluations: dict[int, int]
-    residual: torch.Tensor
-
-
-@dataclass(frozen=True)
-class InverseOptions:
-    """How [`TarFlowBlock`] inverts: guidance as in [`TarFlowTransformer2DModel.forward`], and a solver's settings.
-
-    Args:
-        window_size (`int`): Tokens of a sweep; 0 is the sequential solver.
-        initial_guess (`str`): What tokens are before their first sweep: their `"latents"` or `"zeros"`.
-        tolerance (`float`): As in [`TarFlowTransformer2DModel.forward`].
-        least_pace (`float`): Sweeps that settle fewer tokens than this give way to single tokens after a few.
-    """
-
-    guidance_scale: float = 1.0
-    guidance_rule: str = "linear"
-    guidance_schedule: str = "constant"
-    guidance_temperature: float = 1.0
-    window_size: int = 0
-    initial_guess: str = "latents"
-    tolerance: float = 0.0
-    least_pace: float = 0.0
-
-
-class KeyValueCache(NamedTuple):
-    """
-    Keys and values of the tokens so far in one layer, and where a window of tokens has its place among them.
-
-    Args:
-        states (`torch.Tensor` of shape `(num_rows, 2, heads, num_tokens, head_dim)`):
-            Finite everywhere, also where nothing has been written yet; those of the window are written into it.
-        positions (`torch.LongTensor` of shape `(num_rows or 1, window_size)`): 0-based numbers of the window's tokens.
-        attention_mask (`torch.BoolTensor` of shape `(num_rows or 1, 1, window_size, length)`):
-            True where a token of the window sees one of the first `length` tokens.
-    """
-
-    states: torch.Tensor
-    positions: torch.Tensor
-    attention_mask: torch.Tensor
+# Layers
 
 
 class TarFlowLayerNorm(nn.LayerNorm):
-    """Layer normalization computed in float32, or wider where its input is, and returned in the input's dtype."""
+    """Normalizes in float32, or in the input's dtype if that is wider, and returns the input's dtype."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -158,9 +43,9 @@ class TarFlowLayerNorm(nn.LayerNorm):
 
 class TarFlowOutputProjection(nn.Linear):
     """
-    Hidden states to log-scales and shifts, computed in float32, or wider where its input is, also under autocast.
+    Projects hidden states to log-scales and shifts in float32, or in the input's dtype if that is wider.
 
-    Both start at zero, weight and bias, so that an untrained flow is the identity.
+    This holds under autocast too. Weight and bias start at zero, so an untrained flow is the identity.
     """
 
     def reset_parameters(self):
@@ -175,11 +60,17 @@ class TarFlowOutputProjection(nn.Linear):
 
 def rotary_embedding(grid_size: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     r"""
-    Cosines and sines of how much each token turns each pair of a head's values: `(2, num_tokens, head_dim / 2)`, in
-    raster order.
+    Compute the cosines and sines of the angles by which each token rotates the pairs of values in a head.
 
-    The first half of a head turns with the token's row, the second with its column, both counted from 0: pair `k` of
-    the `head_dim / 4` in a half by `position * theta^(-4 k / head_dim)` radians, theta = 10^4.
+    The first half of a head is rotated by the token's row, the second half by its column, both counted from 0. Each
+    half has `head_dim / 4` pairs. Pair `k` is rotated by `position * theta^(-4 k / head_dim)` radians, theta = 10^4.
+
+    Args:
+        grid_size (`int`): Height and width of the token grid.
+        head_dim (`int`): Values in a head, a multiple of 4.
+        device (`torch.device`), dtype (`torch.dtype`): Of the result.
+    Returns:
+        `torch.Tensor` of shape `(2, grid_size^2, head_dim / 2)`: cosines, then sines, of all tokens in raster order.
 
     Reference: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding,
     https://arxiv.org/abs/2104.09864
@@ -192,19 +83,39 @@ def rotary_embedding(grid_size: int, head_dim: int, device: torch.device, dtype:
 
 
 def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """Turns pairs of neighbours in `(batch_size, num_tokens, 2, heads, head_dim)`, queries and keys in one go."""
+    """Rotate neighbouring pairs of values of queries and keys, `(batch_size, num_tokens, 2, heads, head_dim)`."""
     cosine, sine = rotary[..., None, None, :]
     first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     return rotated.flatten(-2).to(states.dtype)
 
 
+class KeyValueCache(NamedTuple):
+    """
+    Holds one layer's keys and values, and says which tokens a window consists of.
+
+    Args:
+        states (`torch.Tensor` of shape `(num_rows, 2, heads, num_tokens, head_dim)`):
+            Keys and values of all tokens; the layer writes those of the window. Entries that have not been written
+            must be finite: the mask multiplies them by 0.
+        positions (`torch.LongTensor` of shape `(num_rows or 1, window_size)`):
+            Positions of the window's tokens in the sequence, counted from 0.
+        attention_mask (`torch.BoolTensor` of shape `(num_rows or 1, 1, window_size, length)`):
+            True where a token of the window may attend to one of the first `length` tokens.
+    """
+
+    states: torch.Tensor
+    positions: torch.Tensor
+    attention_mask: torch.Tensor
+
+
 def attend_from_one_token(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
     """
-    What `F.scaled_dot_product_attention` returns for a single query, written out for a compiler, which makes of it two
-    passes over the cache: a kernel for many queries takes longer to call than one query takes to answer.
+    Compute `F.scaled_dot_product_attention` for a single query, in operations that a compiler can fuse.
+
+    The fused code reads the cache twice. That takes less time than calling a kernel made for many queries.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     logits = (query.to(dtype) * keys.to(dtype)).sum(dim=-1) / math.sqrt(query.shape[-1])
@@ -213,7 +124,7 @@ def attend_from_one_token(
 
 
 class TarFlowAttnProcessor:
-    """Causal self-attention, over a whole sequence or of a window of its tokens to those in a key/value cache."""
+    """Computes causal self-attention over a whole sequence, or from a window of tokens to a key/value cache."""
 
     _attention_backend = None
     _parallel_config = None
@@ -251,16 +162,17 @@ class TarFlowAttnProcessor:
         self, query: torch.Tensor, keys_and_values: torch.Tensor, key_value_cache: KeyValueCache
     ) -> torch.Tensor:
         cached, positions, attention_mask = key_value_cache
-        # A token alone overflows for good. In a window it may for the time being, and must not reach the tokens before
-        # it: what a mask hides is still multiplied by 0, which makes NaN of infinity.
+        # The overflow of a single token is final. A token of a window may overflow in one sweep and recover in the
+        # next, so it must not reach the tokens before it: the mask multiplies it by 0, and 0 times infinity is NaN.
         in_window = positions.shape[1] > 1
         if in_window:
             is_finite = keys_and_values.isfinite().flatten(2).all(dim=2)[..., None, None]
             keys_and_values = torch.where(is_finite[..., None], keys_and_values, 0.0)
         rows = torch.arange(len(query), device=query.device).unsqueeze(1)
         cached[rows, :, :, positions] = keys_and_values.to(cached.dtype)
-        # A causal kernel would line the window up with the start of the cache. Backends made for long sequences have
-        # nothing to gain here, and choosing one takes as long as a small product.
+        # A causal kernel would align the window with the start of the cache, so this needs a mask. The backends of
+        # `dispatch_attention_fn` do not help here: they are made for long sequences, and choosing one takes as long
+        # as a small product.
         keys, values = cached[:, :, :, : attention_mask.shape[-1]].unbind(dim=1)
         is_compiled_step = torch.compiler.is_compiling() and not in_window
         attend = attend_from_one_token if is_compiled_step else F.scaled_dot_product_attention
@@ -269,11 +181,11 @@ class TarFlowAttnProcessor:
 
 
 class TarFlowAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head self-attention. Queries, keys and values are one product: rows of `to_qkv` in this order."""
+    """Multi-head self-attention. The rows of `to_qkv` give queries, then keys, then values, in one product."""
 
     _default_processor_cls = TarFlowAttnProcessor
     _available_processors = [TarFlowAttnProcessor]
-    _supports_qkv_fusion = False  # they are fused as they are
+    _supports_qkv_fusion = False  # they are always fused
     fused_projections = True
 
     def __init__(self, heads: int, head_dim: int):
@@ -300,14 +212,9 @@ class TarFlowLayer(nn.Module):
     A pre-norm causal transformer layer.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, width)`):
-            All tokens of the sequence, or a window of them where a `key_value_cache` is given.
-        rotary (`torch.Tensor` of shape `(2, num_tokens, head_dim / 2)`, *optional*):
-            What [`rotary_embedding`] gives for the tokens of `hidden_states`, in their order; of shape
-            `(2, batch_size, num_tokens, head_dim / 2)` where they differ from sample to sample.
-        temperature (`torch.Tensor` of shape `(batch_size, 1, 1, 1)`, *optional*):
-            Divides the attention logits, sample by sample.
-        key_value_cache ([`KeyValueCache`], *optional*): Of this layer; the window's keys and values are added to it.
+        heads (`int`), head_dim (`int`): Attention heads, and values in each. Their product is the width.
+        mlp_ratio (`float`): Hidden width of the feed-forward layers, relative to the width.
+        activation_fn (`str`): `"gelu"` or `"swiglu"`, as in [`TarFlowTransformer2DModel`].
     """
 
     def __init__(self, heads: int, head_dim: int, mlp_ratio: float, activation_fn: str):
@@ -315,7 +222,7 @@ class TarFlowLayer(nn.Module):
         width = heads * head_dim
         inner_dim = int(mlp_ratio * width)
         if activation_fn == "swiglu":
-            # Two thirds, since its gate is a third matrix; kernels like multiples of 64.
+            # Two thirds, because the gate is a third matrix. Multiples of 64 suit the kernels.
             inner_dim = 64 * math.ceil(2 * mlp_ratio * width / (3 * 64))
         self.norm1 = TarFlowLayerNorm(width)
         self.attn = TarFlowAttention(heads, head_dim)
@@ -329,30 +236,182 @@ class TarFlowLayer(nn.Module):
         temperature: torch.Tensor | None = None,
         key_value_cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
+        """
+        Compute the layer's hidden states.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, width)`):
+                All tokens of the sequence or, with a `key_value_cache`, a window of them.
+            rotary (`torch.Tensor` of shape `(2, num_tokens, head_dim / 2)`, *optional*):
+                The [`rotary_embedding`] of these tokens, in their order. If samples have different windows, it has
+                shape `(2, batch_size, num_tokens, head_dim / 2)`.
+            temperature (`torch.Tensor` of shape `(batch_size, 1, 1, 1)`, *optional*):
+                Divides the attention logits of each sample.
+            key_value_cache ([`KeyValueCache`], *optional*):
+                The cache of this layer. The window's keys and values are written to it.
+        Returns:
+            `torch.Tensor` of the shape of `hidden_states`.
+        """
         attended = self.attn(self.norm1(hidden_states), rotary, temperature, key_value_cache)
         hidden_states = hidden_states + attended
         return hidden_states + self.ff(self.norm2(hidden_states))
 
 
+# Inversion
+#
+# A flow block is inverted by finding the one `u` with `u = m(u) + exp(a(u)) z`. Token `i` depends on the tokens before
+# it, so a solver either decodes one token after another ("sequential") or sweeps over a window of tokens until they no
+# longer change ("jacobi"). Everything a solver remembers is in an `InverseState`, which is local to one call.
+
+
+GUIDANCE_RULES = ("linear", "product")
+GUIDANCE_SCHEDULES = ("constant", "linear")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """
+    How a block is guided. The fields mean what the `guidance_*` arguments of [`TarFlowTransformer2DModel`] mean.
+
+    Args:
+        scale (`float`, defaults to 1.0): 1.0 is off.
+        rule (`str`, defaults to `"linear"`): `"linear"` or `"product"`, see [`apply_guidance`].
+        schedule (`str`, defaults to `"constant"`): `"constant"` or `"linear"`, see [`guidance_weights`].
+        temperature (`float`, defaults to 1.0): Divides the attention logits of the weak branch.
+    """
+
+    scale: float = 1.0
+    rule: str = "linear"
+    schedule: str = "constant"
+    temperature: float = 1.0
+
+    @property
+    def is_on(self) -> bool:
+        return self.scale != 1.0
+
+    @property
+    def num_branches(self) -> int:
+        """Network evaluations per sample: conditional and weak, or conditional only."""
+        return 2 if self.is_on else 1
+
+
+def check_guidance(guidance: Guidance, inverse: bool, is_conditional: bool):
+    """Raise ValueError for values out of range, for guidance of the forward pass, and for guidance without effect."""
+    if not guidance.scale >= 1.0:  # also refuses NaN
+        raise ValueError(f"`guidance_scale` must be at least 1.0, which is off, but is {guidance.scale}.")
+    if guidance.rule not in GUIDANCE_RULES:
+        raise ValueError(f"`guidance_rule` must be one of {GUIDANCE_RULES}, but is {guidance.rule!r}.")
+    if guidance.schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"`guidance_schedule` must be one of {GUIDANCE_SCHEDULES}, but is {guidance.schedule!r}.")
+    if not guidance.temperature > 0:
+        raise ValueError(f"`guidance_temperature` must be positive, but is {guidance.temperature}.")
+    if not guidance.is_on:
+        return
+    if not inverse:
+        raise ValueError(
+            f"`guidance_scale` must be 1.0 with `inverse=False`, but is {guidance.scale}: guidance changes how latents"
+            " become data, not the density of the data."
+        )
+    if not is_conditional and guidance.temperature == 1.0:
+        raise ValueError(
+            f"`guidance_scale` is {guidance.scale} and `guidance_temperature` 1.0, but this model is unconditional:"
+            " both of its branches would be the same. Set another `guidance_temperature`."
+        )
+
+
+def guidance_weights(guidance: Guidance, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    Return the guidance weight `w` of each token, `(num_tokens, 1)`, in the block's own order; 0 is off.
+
+    It is `scale - 1` for every token, or with the schedule `"linear"` grows to that from 0 at the first token.
+    """
+    num_tokens = tokens.shape[1]
+    weight = tokens.new_full((num_tokens, 1), guidance.scale - 1.0)
+    if guidance.schedule == "linear":
+        weight = weight * torch.arange(num_tokens, device=weight.device).unsqueeze(1) / max(num_tokens - 1, 1)
+    return weight
+
+
+def apply_guidance(
+    log_scale: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, rule: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Combine the predictions of the conditional branch (`c`) and the weak branch (`u`) with weight `w` (0 is off).
+
+        linear:  a = a_c + w (a_c - a_u),  m = m_c + w (m_c - m_u)
+        product: p_c^(1+w) / p_u^w of the Gaussians N(m, exp(a)^2), clipped at sigma_c = sigma_u so that it stays a
+                 density: with s = min(sigma_c / sigma_u, 1)^2 and q = 1 + w - w s,
+                 sigma = sigma_c / sqrt(q),  m = ((1 + w) m_c - w s m_u) / q
+
+    Args:
+        log_scale, shift (`torch.Tensor` of shape `(batch_size, 2, num_tokens, token_dim)`):
+            `a` and `m` of the conditional branch, then of the weak branch.
+        weight (`torch.Tensor` of shape `(num_tokens, 1)`):
+            `w >= 0` of each token: diffusers' `guidance_scale` minus 1.
+        rule (`str`):
+            `"linear"` (TARFlow, https://arxiv.org/abs/2412.06329) or `"product"` (STARFlow,
+            https://arxiv.org/abs/2506.06276).
+    Returns:
+        `tuple` of two `torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`: guided log-scale and shift.
+
+    Example:
+        ```py
+        >>> import torch
+        >>> from flowback_hf.models.transformer_tarflow import apply_guidance
+
+        >>> log_scale = torch.tensor([0.5, 0.25]).view(1, 2, 1, 1)
+        >>> log_scale, shift = apply_guidance(log_scale, 2 * log_scale, torch.ones(1, 1), "linear")
+        >>> log_scale.item(), shift.item()
+        (0.75, 1.5)
+        ```
+    """
+    log_scale_c, log_scale_u = log_scale.unbind(dim=1)
+    shift_c, shift_u = shift.unbind(dim=1)
+    if rule == "linear":
+        return log_scale_c + weight * (log_scale_c - log_scale_u), shift_c + weight * (shift_c - shift_u)
+    # The formulas above without differences of large numbers: expm1 gives 1 - s, and m is m_c plus a change.
+    log_variance_ratio = 2 * (log_scale_c - log_scale_u).clamp(max=0)
+    precision_ratio = 1 - weight * torch.expm1(log_variance_ratio)
+    pull = weight * torch.exp(log_variance_ratio) / precision_ratio
+    return log_scale_c - 0.5 * torch.log(precision_ratio), shift_c + pull * (shift_c - shift_u)
+
+
+def guide_prediction(
+    block: "TarFlowBlock", tokens: torch.Tensor, log_scale: torch.Tensor, shift: torch.Tensor, guidance: Guidance
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Guide the conditional log-scale and shift of all `tokens` at once, which are in the block's own order."""
+    temperature = None
+    if guidance.temperature != 1.0:
+        temperature = block.proj_in.weight.new_full((1, 1, 1, 1), guidance.temperature)
+    weak_log_scale, weak_shift, _ = block.predict(tokens, None, (), temperature)
+    return apply_guidance(
+        torch.stack([log_scale, weak_log_scale], dim=1),
+        torch.stack([shift, weak_shift], dim=1),
+        guidance_weights(guidance, tokens),
+        guidance.rule,
+    )
+
+
 class InverseState(NamedTuple):
     """
-    What the solvers of one block's inverse read and write, in the block's own token order. Local to a call.
+    What the solvers of one block read and write. Local to a call, and in the block's own token order.
 
-    Under guidance a sample has two branches, the conditional one before its weak one; else one. The network evaluates
-    rows: the branches of the first sample, then those of the next.
+    A guided sample has two branches, the conditional one and then the weak one; an unguided sample has one. The
+    network evaluates rows: the branches of the first sample, then those of the second, and so on.
 
     Args:
         latents, tokens, log_scale, shift (`torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`):
-            `z`, and `u`, `a` and `m` as far as they are known. Contiguous: of tokens that do not lie in memory one
-            after another, Inductor (torch 2.13) made wrong values.
-        class_embedding (`torch.Tensor` of shape `(batch_size, branches, 1, width)`)
-        position_embedding (`torch.Tensor` of shape `(num_tokens, width)`, *optional*)
-        rotary (`torch.Tensor` of shape `(2, num_tokens, head_dim / 2)`, *optional*)
-        temperature (`torch.Tensor` of shape `(batch_size, branches, 1, 1, 1)`, *optional*)
+            `z`, and what is known so far of `u`, `a` and `m`. They must be contiguous: Inductor (torch 2.13) computed
+            wrong values for tokens in another memory order.
+        class_embedding (`torch.Tensor` of shape `(batch_size, branches, 1, width)`):
+            Of every sample and branch.
+        position_embedding (`torch.Tensor` of shape `(num_tokens, width)`, *optional*): `None` for rotary positions.
+        rotary (`torch.Tensor` of shape `(2, num_tokens, head_dim / 2)`, *optional*): `None` for learned positions.
+        temperature (`torch.Tensor` of shape `(batch_size, branches, 1, 1, 1)`, *optional*): `None` is 1.
         guidance_weight (`torch.Tensor` of shape `(num_tokens, 1)`, *optional*): `w` of each token; `None` is off.
-        guidance_rule (`str`)
+        guidance_rule (`str`): As in [`apply_guidance`].
         key_value_caches (`tuple` of `torch.Tensor` of shape
-            `(batch_size, branches, 2, heads, num_tokens, head_dim)`): By layer.
+            `(batch_size, branches, 2, heads, num_tokens, head_dim)`): One for each layer.
     """
 
     latents: torch.Tensor
@@ -371,8 +430,8 @@ class InverseState(NamedTuple):
     def branches(self) -> int:
         return 1 if self.guidance_weight is None else 2
 
-    def view(self, samples: slice) -> "InverseState":
-        """Some of the samples, in the same memory."""
+    def select(self, samples: slice) -> "InverseState":
+        """Return the state of some of the samples. It shares this state's memory."""
         return self._replace(
             latents=self.latents[samples],
             tokens=self.tokens[samples],
@@ -385,30 +444,119 @@ class InverseState(NamedTuple):
 
     def mark_batch_dynamic(self, *others: torch.Tensor):
         """
-        Lets one graph of a compiled step serve all batch sizes but 1. On a CPU that also makes its products oneDNN's:
-        a size that is fixed gets MKL's, which take twice as long on CPUs of another maker.
+        Let one graph of a compiled step serve every batch size above 1.
+
+        On a CPU this also makes Inductor use oneDNN for the products. For a fixed batch size it uses MKL, which takes
+        twice as long on CPUs that are not Intel's.
         """
         batched = (self.latents, self.tokens, self.log_scale, self.shift, self.class_embedding, self.temperature)
         for values in (*batched, *self.key_value_caches, *others):
             if values is not None and len(values) > 1:
                 torch._dynamo.maybe_mark_dynamic(values, 0)
 
-    def retire(self, sample: int, last: int):
-        """A sample that is done changes places with the last one at work, and leaves what only work needs to it."""
-        if sample == last:
+    def swap_out(self, finished: int, last_active: int):
+        """
+        Swap a finished sample with the last active one.
+
+        The active sample keeps its class embedding and its caches. Those of the finished sample are overwritten: it
+        no longer needs them.
+        """
+        if finished == last_active:
             return
         for values in (self.latents, self.tokens, self.log_scale, self.shift):
-            values[[sample, last]] = values[[last, sample]]
+            values[[finished, last_active]] = values[[last_active, finished]]
         for values in (self.class_embedding, *self.key_value_caches):
-            values[sample] = values[last]
+            values[finished] = values[last_active]
+
+
+INITIAL_GUESSES = ("latents", "zeros")
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """
+    How a block is inverted.
+
+    Args:
+        window_size (`int`, defaults to 0): Tokens in a Jacobi sweep; 0 is the sequential solver.
+        initial_guess (`str`, defaults to `"latents"`):
+            What the tokens are before the first sweep: `"latents"` or `"zeros"`.
+        tolerance (`float`, defaults to 0.0): As in [`TarFlowTransformer2DModel.forward`].
+        min_tokens_per_sweep (`float`, defaults to 0.0):
+            If the first [`TRIAL_SWEEPS`] sweeps settle fewer tokens than this on average, the block is finished
+            token by token. 0 never switches.
+    """
+
+    window_size: int = 0
+    initial_guess: str = "latents"
+    tolerance: float = 0.0
+    min_tokens_per_sweep: float = 0.0
+
+
+def allocate_state(
+    block: "TarFlowBlock",
+    latents: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    guidance: Guidance,
+    settings: SolverSettings,
+) -> InverseState:
+    """Create the state from which a solver starts: the first token is known, all others are a guess."""
+    batch_size, num_tokens, _ = latents.shape
+    branches = [class_labels, None] if guidance.is_on else [class_labels]
+    class_embedding = torch.stack([block.embed_classes(each).expand(batch_size, -1, -1) for each in branches], 1)
+    temperature = guidance_weight = None
+    if guidance.is_on:
+        guidance_weight = guidance_weights(guidance, latents)
+        if guidance.temperature != 1.0:
+            temperature = class_embedding.new_ones(batch_size, 2, 1, 1, 1)
+            temperature[:, 1] = guidance.temperature
+    latents = latents.clone(memory_format=torch.contiguous_format)
+    tokens = torch.zeros_like(latents)
+    if settings.window_size > 0 and settings.initial_guess == "latents":
+        tokens = latents.clone()
+    tokens[:, 0] = latents[:, 0]
+    return InverseState(
+        latents=latents,
+        tokens=tokens,
+        log_scale=torch.zeros_like(latents),
+        shift=torch.zeros_like(latents),
+        class_embedding=class_embedding,
+        # Detached, so that it is not a parameter: to a compiled step a parameter is another type.
+        position_embedding=None if block.pos_embed is None else block.position_embedding().detach(),
+        rotary=block.rotary(),
+        temperature=temperature,
+        guidance_weight=guidance_weight,
+        guidance_rule=guidance.rule,
+        key_value_caches=allocate_key_value_caches(block, class_embedding, num_tokens),
+    )
+
+
+def allocate_key_value_caches(
+    block: "TarFlowBlock", class_embedding: torch.Tensor, num_tokens: int
+) -> tuple[torch.Tensor, ...]:
+    """Create caches of zeros in the dtype in which the layers compute keys and values."""
+    device_type, dtype = class_embedding.device.type, class_embedding.dtype
+    if torch.is_autocast_enabled(device_type) and dtype == torch.float32:  # autocast does not change float64
+        dtype = torch.get_autocast_dtype(device_type)
+    branches = class_embedding.shape[:2]
+    shapes = [(*branches, 2, each.attn.heads, num_tokens, each.attn.head_dim) for each in block.layers]
+    return tuple(class_embedding.new_zeros(shape, dtype=dtype) for shape in shapes)
 
 
 def evaluate_window(
     block: "TarFlowBlock", state: InverseState, positions: torch.Tensor, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    One evaluation of a block's network: guided log-scale and shift of the tokens that follow those at `positions`,
-    `(batch_size or 1, window_size)`, none of which is at `length` or beyond. Writes keys and values of `positions`.
+    Evaluate the block's network once, on a window of tokens.
+
+    Args:
+        block ([`TarFlowBlock`]): The block to invert.
+        state ([`InverseState`]): Keys and values of the window are written to its caches.
+        positions (`torch.LongTensor` of shape `(batch_size or 1, window_size)`): The tokens of the window.
+        length (`int`): How many tokens of the cache to attend to; larger than all `positions`.
+    Returns:
+        `tuple` of two `torch.Tensor` of shape `(batch_size, window_size, token_dim)`: guided log-scale and shift of
+        the tokens that follow those of the window.
     """
     samples = torch.arange(len(state.tokens), device=positions.device).unsqueeze(1)
     tokens = state.tokens[samples, positions].to(block.proj_in.weight.dtype)
@@ -433,53 +581,463 @@ def evaluate_window(
     return log_scale, shift
 
 
-def take_token(block: "TarFlowBlock", state: InverseState, position: torch.Tensor, length: int):
+def round_up_length(length: int, num_tokens: int) -> int:
     """
-    The sequential solver's step: from token `position`, `(1, 1)` and the same for all samples, the one after it.
+    Round up how many tokens of the cache to attend to, to one of at most eight lengths.
 
-    Shapes and addresses stay the same from token to token, and nothing is read back: it compiles into one graph, which
-    a CUDA graph can replay. `position` counts itself up.
+    A compiled step has a graph for each length.
+    """
+    multiple = max(32, math.ceil(num_tokens / 8))
+    return min(num_tokens, multiple * math.ceil(length / multiple))
+
+
+def decode_token(block: "TarFlowBlock", state: InverseState, position: torch.Tensor, length: int):
+    """
+    Decode the token after `position`: one step of the sequential solver.
+
+    Shapes and addresses are the same for every token, and no value is read back. So the step compiles into one graph,
+    which a CUDA graph can replay.
+
+    Args:
+        block, state, length: As in [`evaluate_window`].
+        position (`torch.LongTensor` of shape `(1, 1)`): The last decoded token of all samples. Increased by 1.
     """
     log_scale, shift = evaluate_window(block, state, position, length)
-    following = position[0] + 1
-    latents = state.latents.index_select(1, following)
-    state.log_scale.index_copy_(1, following, log_scale)
-    state.shift.index_copy_(1, following, shift)
-    state.tokens.index_copy_(1, following, shift + torch.exp(log_scale) * latents)
+    next_position = position[0] + 1
+    latents = state.latents.index_select(1, next_position)
+    state.log_scale.index_copy_(1, next_position, log_scale)
+    state.shift.index_copy_(1, next_position, shift)
+    state.tokens.index_copy_(1, next_position, shift + torch.exp(log_scale) * latents)
     position += 1
+
+
+def run_sequential_solver(block: "TarFlowBlock", state: InverseState, last: int):
+    """Decode the tokens after position `last` one by one. Each is exact to rounding."""
+    num_tokens = state.tokens.shape[1]
+    if block.steps_are_compiled:
+        state.mark_batch_dynamic()
+    position = torch.full((1, 1), last, device=state.tokens.device)
+    for length in range(last + 1, num_tokens):
+        block.decode_token(block, state, position, round_up_length(length, num_tokens))
+
+
+# A sweep leaves a value unchanged if it changes it by at most this share of the tolerance. The share is small because
+# later tokens and flow blocks amplify the remaining error.
+UNCHANGED_SHARE_OF_TOLERANCE = 0.01
+# Rounding alone changes a value by a few units in its last place, so smaller changes count as none.
+UNCHANGED_EPSILONS = 8
 
 
 def sweep_window(
     block: "TarFlowBlock", state: InverseState, last: torch.Tensor, window_size: int, length: int, tolerance: float
 ) -> torch.Tensor:
     """
-    The Jacobi solver's step: one sweep `u <- m(u) + exp(a(u)) z` over the window after each sample's `last` settled
-    token, `(batch_size,)`. Returns the last one that is settled then, at least one further.
+    Sweep once over a window of each sample, `u <- m(u) + exp(a(u)) z`: one step of the Jacobi solver.
+
+    Args:
+        block, state, length: As in [`evaluate_window`].
+        last (`torch.LongTensor` of shape `(batch_size,)`): The last settled token of each sample.
+        window_size (`int`): Tokens in the window, which follows the last settled token where there are that many.
+        tolerance (`float`): As in [`TarFlowTransformer2DModel.forward`].
+    Returns:
+        `torch.LongTensor` of shape `(batch_size,)`: the last token that is settled now, at least one more than before.
     """
     num_tokens = state.tokens.shape[1]
-    begin = last.clamp(max=num_tokens - 1 - window_size)
-    positions = begin.unsqueeze(1) + torch.arange(window_size, device=last.device)
-    following = positions + 1
+    start = last.clamp(max=num_tokens - 1 - window_size)
+    positions = start.unsqueeze(1) + torch.arange(window_size, device=last.device)
+    next_positions = positions + 1
     samples = torch.arange(len(last), device=last.device).unsqueeze(1)
     log_scale, shift = evaluate_window(block, state, positions, length)
-    old_tokens = state.tokens[samples, following]
-    tokens = shift + torch.exp(log_scale) * state.latents[samples, following]
+    old_tokens = state.tokens[samples, next_positions]
+    tokens = shift + torch.exp(log_scale) * state.latents[samples, next_positions]
 
-    is_open = following > last.unsqueeze(1)
-    # Everything before the first open token is settled, so that it is exact now, whatever it is. A later one that is
-    # not finite keeps its last finite value until its turn comes.
-    is_first = following == last.unsqueeze(1) + 1
-    is_new = (is_open & (tokens.isfinite().all(dim=2) | is_first)).unsqueeze(2)
-    state.tokens[samples, following] = torch.where(is_new, tokens, old_tokens)
-    state.log_scale[samples, following] = torch.where(is_new, log_scale, state.log_scale[samples, following])
-    state.shift[samples, following] = torch.where(is_new, shift, state.shift[samples, following])
+    is_unsettled = next_positions > last.unsqueeze(1)
+    # The first unsettled token was computed from settled ones, so it is exact now, finite or not. A later token that
+    # is not finite keeps its last finite value for the next sweep.
+    is_first = next_positions == last.unsqueeze(1) + 1
+    is_new = (is_unsettled & (tokens.isfinite().all(dim=2) | is_first)).unsqueeze(2)
+    state.tokens[samples, next_positions] = torch.where(is_new, tokens, old_tokens)
+    state.log_scale[samples, next_positions] = torch.where(is_new, log_scale, state.log_scale[samples, next_positions])
+    state.shift[samples, next_positions] = torch.where(is_new, shift, state.shift[samples, next_positions])
 
-    # Up to the first token that has changed: it saw only such as have not, so that it is settled, too. Those after it
-    # saw what it was before.
+    # Tokens are settled up to and including the first that has changed: it was computed from tokens that have not.
+    # Those after it were computed from its old value.
     change = ((tokens - old_tokens).abs() / tokens.abs().clamp(min=1)).amax(dim=2)
-    largest_change = tolerance and max(SETTLED_SHARE * tolerance, SETTLED_UNITS * torch.finfo(tokens.dtype).eps)
-    has_changed = is_open & ~(change <= largest_change)  # NaN has
-    return torch.where(has_changed, following, num_tokens).amin(dim=1).minimum(following[:, -1])
+    largest_change = tolerance and max(
+        UNCHANGED_SHARE_OF_TOLERANCE * tolerance, UNCHANGED_EPSILONS * torch.finfo(tokens.dtype).eps
+    )
+    has_changed = is_unsettled & ~(change <= largest_change)  # NaN counts as changed
+    return torch.where(has_changed, next_positions, num_tokens).amin(dim=1).minimum(next_positions[:, -1])
+
+
+# After this many sweeps "auto" decides whether a block without a profile goes on token by token.
+TRIAL_SWEEPS = 6
+# A sweep of no more rows than this takes too little memory to be worth dividing.
+MAX_UNDIVIDED_ROWS = 512
+
+
+def max_samples_per_sweep(block: "TarFlowBlock", state: InverseState, window_size: int) -> int:
+    """
+    Return how many samples a sweep takes at a time.
+
+    A row of a sweep has activations of about 14 widths, and a token's keys and values are 2 widths per layer. The
+    limit keeps the activations below a fifth of the cache.
+    """
+    batch_size, num_tokens, _ = state.tokens.shape
+    undivided = MAX_UNDIVIDED_ROWS // (window_size * state.branches)
+    return max(1, undivided, batch_size * num_tokens * len(block.layers) // (35 * window_size))
+
+
+def run_jacobi_solver(
+    block: "TarFlowBlock", state: InverseState, settings: SolverSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Sweep over a window of each sample until all of its tokens are settled: Jacobi in a window, Gauss-Seidel between
+    windows.
+
+    The window of a sample moves past the tokens that a sweep has settled. Their keys and values stay in the cache. A
+    sweep settles at least one token, so `num_tokens - 1` sweeps suffice.
+
+    Returns:
+        `tuple` of two `torch.LongTensor` of shape `(batch_size,)`: the row of `state` that holds each sample, and the
+        sweeps of each sample.
+    """
+    batch_size, num_tokens, _ = state.tokens.shape
+    device = state.tokens.device
+    window_size = min(settings.window_size, num_tokens - 1)
+    max_samples = max_samples_per_sweep(block, state, window_size)
+    # Active samples are kept in the first rows, so that selecting them copies nothing.
+    order = list(range(batch_size))  # the sample in each row
+    settled = [0] * batch_size  # the last settled token of each row
+    sweeps = [0] * batch_size  # of each sample
+    num_active, num_sweeps = batch_size, 0
+    while num_active > 0:
+        length = round_up_length(max(settled[:num_active]) + window_size, num_tokens)
+        for start in range(0, num_active, max_samples):
+            rows = slice(start, min(start + max_samples, num_active))
+            last = torch.tensor(settled[rows], device=device)
+            selected = state.select(rows)
+            if block.steps_are_compiled:
+                selected.mark_batch_dynamic(last)
+            last = block.sweep_window(block, selected, last, window_size, length, settings.tolerance)
+            settled[rows] = last.tolist()
+        num_sweeps += 1
+        for row in reversed(range(num_active)):
+            if settled[row] == num_tokens - 1:
+                sweeps[order[row]] = num_sweeps
+                num_active -= 1
+                state.swap_out(row, num_active)
+                for each in (order, settled):
+                    each[row], each[num_active] = each[num_active], each[row]
+        tokens_per_sweep = sum(settled) / (num_sweeps * batch_size)
+        if num_sweeps == TRIAL_SWEEPS and num_active > 0 and tokens_per_sweep < settings.min_tokens_per_sweep:
+            slowest = min(settled[:num_active])
+            run_sequential_solver(block, state.select(slice(num_active)), slowest)
+            for sample in order[:num_active]:
+                sweeps[sample] = num_sweeps + num_tokens - 1 - slowest
+            break
+    return torch.tensor(order, device=device).argsort(), torch.tensor(sweeps)
+
+
+@torch.no_grad()
+def invert_block(
+    block: "TarFlowBlock",
+    latents: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    guidance: Guidance,
+    settings: SolverSettings,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return data, log-scale and shift, each in the block's own order, and the sweeps of each sample."""
+    batch_size, num_tokens, _ = latents.shape
+    state = allocate_state(block, latents, class_labels, guidance, settings)
+    if settings.window_size == 0 or num_tokens == 1:
+        run_sequential_solver(block, state, 0)
+        return state.tokens, state.log_scale, state.shift, torch.full((batch_size,), num_tokens - 1)
+    rows, sweeps = run_jacobi_solver(block, state, settings)
+    return state.tokens[rows], state.log_scale[rows], state.shift[rows], sweeps
+
+
+SOLVERS = ("auto", "sequential", "jacobi")
+DEFAULT_TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+class StepCosts(NamedTuple):
+    """
+    The time that a solver's steps take. One unit is one more row in a sweep: a token of one branch of one sample.
+
+    Args:
+        token (`float`): Fixed time of decoding a token: reading the weights, launching kernels.
+        token_row (`float`):
+            Time of one more row when decoding a token. It exceeds 1 because a row reads the cache for itself, where
+            the rows of a sweep's window share that.
+        sweep (`float`): Fixed time of a sweep.
+    """
+
+    token: float
+    token_row: float
+    sweep: float
+
+
+# By device type, and by whether the steps are compiled. The CPU's times are measured. CUDA's are estimated from how
+# many operations it does in the time in which it reads a byte.
+STEP_COSTS = {
+    "cpu": {False: StepCosts(18, 2.2, 37), True: StepCosts(6, 2.2, 20)},
+    "cuda": {False: StepCosts(2048, 10, 3072), True: StepCosts(512, 10, 768)},
+}
+# "auto" sweeps only if it expects to save a quarter of the time, because the costs are estimates.
+MIN_JACOBI_SAVING = 0.25
+
+
+def check_solver(
+    solver: str,
+    tolerance: float | None,
+    window_size: int | None,
+    output_report: bool,
+    inverse: bool,
+    num_tokens: int,
+):
+    """Raise ValueError for values out of range, and for solver arguments of the forward pass."""
+    if solver not in SOLVERS:
+        raise ValueError(f"`solver` must be one of {SOLVERS}, but is {solver!r}.")
+    is_number = isinstance(tolerance, (int, float))
+    if tolerance is not None and not (is_number and 0 <= tolerance < math.inf):  # also refuses NaN
+        raise ValueError(
+            f"`tolerance` must be None or a finite number of at least 0, which is exact, but is {tolerance!r}."
+        )
+    if window_size is not None and not 1 <= window_size <= num_tokens:
+        raise ValueError(f"`window_size` must be from 1 to this model's {num_tokens} tokens, but is {window_size}.")
+    if window_size is not None and solver == "sequential":
+        raise ValueError(
+            "`window_size` needs `solver='jacobi'` or `'auto'`, but `solver` is 'sequential' and `window_size` is"
+            f" {window_size}."
+        )
+    if not inverse and (solver, tolerance, window_size, output_report) != ("auto", None, None, False):
+        raise ValueError(
+            "`solver`, `tolerance`, `window_size` and `output_report` need `inverse=True`, but `inverse` is False."
+        )
+
+
+class BlockProfile(NamedTuple):
+    """
+    What was measured for one block.
+
+    Args:
+        initial_guess (`str`): The better one.
+        sweeps (`dict` of `int` to `float`): Mean sweeps of a sample, by window size.
+    """
+
+    initial_guess: str
+    sweeps: dict[int, float]
+
+
+def profile_of_block(profile: dict[str, Any] | None, number: int) -> BlockProfile | None:
+    """Return what `inverse_profile` says of block `number`, counted from 1."""
+    if profile is None:
+        return None
+    sweeps = zip(profile["window_sizes"], profile["sweeps"][number - 1])
+    return BlockProfile(profile["initial_guesses"][number - 1], dict(sweeps))
+
+
+def choose_settings(
+    block: "TarFlowBlock",
+    profile: BlockProfile | None,
+    latents: torch.Tensor,
+    guidance: Guidance,
+    solver: str,
+    tolerance: float | None,
+    window_size: int | None,
+) -> SolverSettings:
+    """
+    Choose how to invert a block.
+
+    `"auto"` compares the expected times of both solvers. With a profile it knows how many sweeps a window size needs.
+    Without one it starts with sweeps if that can pay, and sets `min_tokens_per_sweep`.
+
+    Args:
+        block ([`TarFlowBlock`]): The block to invert.
+        profile ([`BlockProfile`], *optional*): Of this block.
+        latents (`torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`): Their shape, dtype and device matter.
+        guidance ([`Guidance`]): Whether it is on matters.
+        solver, tolerance, window_size: As in [`TarFlowTransformer2DModel.forward`].
+    """
+    settings = SolverSettings(tolerance=DEFAULT_TOLERANCES[latents.dtype] if tolerance is None else tolerance)
+    num_steps = latents.shape[1] - 1
+    if solver == "sequential" or num_steps < 2:
+        return settings
+    rows = len(latents) * guidance.num_branches
+    costs = STEP_COSTS.get(latents.device.type, STEP_COSTS["cpu"])[block.steps_are_compiled]
+    token_cost = costs.token + rows * costs.token_row
+
+    if profile is not None:
+        settings = replace(settings, initial_guess=profile.initial_guess)
+    if profile is not None and window_size is None:
+        block_costs = {size: sweeps * (costs.sweep + size * rows) for size, sweeps in profile.sweeps.items()}
+        best = min(block_costs, key=block_costs.get)
+        pays = block_costs[best] <= (1 - MIN_JACOBI_SAVING) * num_steps * token_cost
+        return replace(settings, window_size=best) if pays or solver == "jacobi" else settings
+
+    if window_size is None:
+        window_size = max(4, 2 ** round(math.log2(max(costs.sweep / rows, 1))))
+    settings = replace(settings, window_size=min(window_size, num_steps))
+    if solver == "jacobi":
+        return settings
+    # A sweep has to settle as many tokens as are decoded in the time it takes. At best it settles half of its window:
+    # if that is too few, there is nothing to try.
+    min_tokens = (costs.sweep + settings.window_size * rows) / token_cost / (1 - MIN_JACOBI_SAVING)
+    tries = min_tokens <= settings.window_size / 2
+    return replace(settings, min_tokens_per_sweep=min_tokens) if tries else replace(settings, window_size=0)
+
+
+@dataclass
+class TarFlowInverseReport:
+    """
+    How an inverse was found, and how exact it is.
+
+    Args:
+        solvers (`dict` of block to `str`):
+            The solver that each block started with, `"sequential"` or `"jacobi"`. Without a profile, `"auto"` may
+            switch from Jacobi sweeps to single tokens within a block.
+        sweeps (`dict` of block to `torch.LongTensor` of shape `(batch_size,)`):
+            Network evaluations of each sample; the two branches of guidance count as one. The sequential solver takes
+            `num_tokens - 1`.
+        network_evaluations (`dict` of block to `int`): Network evaluations of the batch: the largest of `sweeps`.
+        residual (`torch.Tensor` of shape `(batch_size,)`):
+            The largest `|f(x) - z|` of each sample, where `x` is the returned data, `z` the given latents and `f` the
+            flow with the same guidance. It is measured in one forward pass after the inversion. It is not finite for
+            a sample that overflowed.
+    """
+
+    solvers: dict[int, str]
+    sweeps: dict[int, torch.Tensor]
+    network_evaluations: dict[int, int]
+    residual: torch.Tensor
+
+
+def invert_flow(
+    blocks: dict[int, "TarFlowBlock"],
+    settings: dict[int, SolverSettings],
+    latents: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    guidance: Guidance,
+    output_report: bool,
+) -> tuple[torch.Tensor, torch.Tensor, TarFlowInverseReport | None]:
+    """
+    Invert flow blocks, from the last to the first.
+
+    Args:
+        blocks (`dict` of `int` to [`TarFlowBlock`]): The blocks by number, ascending.
+        settings (`dict` of `int` to [`SolverSettings`]): Of each block.
+        latents (`torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`): In raster order.
+        class_labels, output_report: As in [`TarFlowTransformer2DModel.forward`].
+        guidance ([`Guidance`]): Of all blocks.
+    Returns:
+        `tuple`: data, shaped as `latents`; `log |det d data / d latents|` of shape `(batch_size,)`, in nats; and the
+        report, if it was asked for.
+    """
+    tokens, log_abs_det, sweeps = latents, latents.new_zeros(len(latents)), {}
+    for number, block in reversed(blocks.items()):
+        output = block(tokens, class_labels, inverse=True, guidance=guidance, settings=settings[number])
+        tokens, sweeps[number] = output.tokens, output.sweeps
+        log_abs_det = log_abs_det + output.log_scale.sum(dim=(1, 2))
+    if not output_report:
+        return tokens, log_abs_det, None
+    report = TarFlowInverseReport(
+        solvers={number: "jacobi" if settings[number].window_size else "sequential" for number in sweeps},
+        sweeps=sweeps,
+        network_evaluations={number: max(each.tolist(), default=0) for number, each in sweeps.items()},
+        residual=measure_residual(blocks.values(), tokens, latents, class_labels, guidance),
+    )
+    return tokens, log_abs_det, report
+
+
+@torch.no_grad()
+def measure_residual(
+    blocks: Iterable["TarFlowBlock"],
+    data: torch.Tensor,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    guidance: Guidance,
+) -> torch.Tensor:
+    """Return the largest `|f(data) - latents|` of each sample, `(batch_size,)`, where `f` is the guided flow."""
+    tokens = data
+    for block in blocks:
+        tokens = block(tokens, class_labels, guidance=guidance).tokens
+    return (tokens - latents).abs().amax(dim=(1, 2))
+
+
+PROFILE_WINDOW_SIZES = (4, 16, 64, 256)
+
+
+@torch.no_grad()
+def measure_sweeps(
+    blocks: Iterable["TarFlowBlock"],
+    latents: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    guidance: Guidance,
+    tolerance: float,
+) -> dict[str, list]:
+    """
+    Invert each block with every window size and initial guess, and count the sweeps.
+
+    Args:
+        blocks (iterable of [`TarFlowBlock`]): All blocks, from the image side.
+        latents (`torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`): In raster order.
+        class_labels, tolerance: As in [`TarFlowTransformer2DModel.forward`].
+        guidance ([`Guidance`]): Of all blocks.
+    Returns:
+        `dict`: `window_sizes`; and from block 1 on, `initial_guesses`, the better one of each block, and `sweeps`, its
+        mean sweeps for each window size.
+    """
+    window_sizes = sorted({min(size, max(latents.shape[1] - 1, 1)) for size in PROFILE_WINDOW_SIZES})
+    tokens, initial_guesses, all_sweeps = latents, [], []
+    for block in logging.tqdm(list(reversed(list(blocks))), desc="Profiling the inverse"):
+        sweeps = {initial_guess: [] for initial_guess in INITIAL_GUESSES}
+        for initial_guess in INITIAL_GUESSES:
+            for window_size in window_sizes:
+                settings = SolverSettings(window_size, initial_guess, tolerance)
+                output = block(tokens, class_labels, inverse=True, guidance=guidance, settings=settings)
+                sweeps[initial_guess].append(output.sweeps.float().mean().item())
+        tokens = output.tokens
+        best = min(INITIAL_GUESSES, key=lambda initial_guess: sum(sweeps[initial_guess]))
+        initial_guesses.insert(0, best)
+        all_sweeps.insert(0, sweeps[best])
+    return {"window_sizes": window_sizes, "initial_guesses": initial_guesses, "sweeps": all_sweeps}
+
+
+def check_inverse_profile(profile: dict[str, Any] | None, num_tokens: int, num_layers: list[int]):
+    """Raise ValueError if a profile was measured on another architecture."""
+    if profile is None:
+        return
+    found = (profile.get("num_tokens"), profile.get("num_layers"))
+    if found != (num_tokens, num_layers):
+        raise ValueError(
+            f"`inverse_profile` must be of this architecture, {num_tokens} tokens and {num_layers} layers in the"
+            f" blocks, but is of {found[0]} tokens and {found[1]} layers. Measure one with `profile_inverse`, or leave"
+            " it out."
+        )
+
+
+# Block
+
+
+class TarFlowBlockOutput(NamedTuple):
+    """
+    The output of [`TarFlowBlock`]. All tensors but `sweeps` are in raster order.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`): Latents, or with `inverse=True` data.
+        log_scale, shift (`torch.Tensor` of the shape of `tokens`): `a` and `m`; zero at the first token.
+        hidden_states (`dict` of layer to `torch.Tensor` of shape `(batch_size, num_tokens, width)`):
+            The requested ones. Empty with `inverse=True`.
+        sweeps (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Network evaluations of each sample, on the CPU. Only with `inverse=True`.
+    """
+
+    tokens: torch.Tensor
+    log_scale: torch.Tensor
+    shift: torch.Tensor
+    hidden_states: dict[int, torch.Tensor]
+    sweeps: torch.Tensor | None
 
 
 class TarFlowBlock(nn.Module):
@@ -491,7 +1049,28 @@ class TarFlowBlock(nn.Module):
         z_i = (u_i - m_i(u_<i)) exp(-a_i(u_<i))        log |det dz/du| = -sum a        (data to latents, parallel)
         u_i = m_i(u_<i) + exp(a_i(u_<i)) z_i                                           (latents to data, sequential)
 
-    What goes in and what comes out is in raster order, whatever the block's own order is.
+    Inputs and outputs are in raster order, whatever the block's own order is.
+
+    Args:
+        grid_size (`int`): Height and width of the token grid.
+        token_dim (`int`): Values in a token.
+        num_layers, num_attention_heads, attention_head_dim, mlp_ratio, activation_fn, position_embedding, num_classes:
+            As in [`TarFlowTransformer2DModel`].
+        reverse_order (`bool`): Whether the block's own order is the reverse of the raster order.
+
+    Example:
+        ```py
+        >>> import torch
+        >>> from flowback_hf.models.transformer_tarflow import TarFlowBlock
+
+        >>> block = TarFlowBlock(
+        ...     grid_size=4, token_dim=3, num_layers=2, num_attention_heads=2, attention_head_dim=16, mlp_ratio=4.0,
+        ...     activation_fn="gelu", position_embedding="learned", num_classes=10, reverse_order=False,
+        ... )
+        >>> output = block(torch.randn(2, 16, 3), torch.tensor([3, 1]), output_hidden_states=[2])
+        >>> output.tokens.shape, output.hidden_states[2].shape
+        (torch.Size([2, 16, 3]), torch.Size([2, 16, 32]))
+        ```
 
     Reference: Zhai et al., Normalizing Flows are Capable Generative Models, 2024, https://arxiv.org/abs/2412.06329
     """
@@ -525,19 +1104,19 @@ class TarFlowBlock(nn.Module):
             TarFlowLayer(num_attention_heads, attention_head_dim, mlp_ratio, activation_fn) for _ in range(num_layers)
         )
         self.proj_out = TarFlowOutputProjection(width, 2 * token_dim)
-        self.take_token = take_token
+        self.decode_token = decode_token
         self.sweep_window = sweep_window
         self.steps_are_compiled = False
 
     def compile_steps(self, *args, **kwargs):
-        """Compiles the steps that the solvers repeat, each whole; takes the arguments of `torch.compile`."""
-        self.take_token = torch.compile(take_token, *args, **kwargs)
+        """Compile the steps that the solvers repeat, each as a whole. Takes the arguments of `torch.compile`."""
+        self.decode_token = torch.compile(decode_token, *args, **kwargs)
         self.sweep_window = torch.compile(sweep_window, *args, **kwargs)
         self.steps_are_compiled = True
 
     def __getstate__(self) -> dict[str, Any]:
-        # Compiled functions are left behind, as a module leaves its compiled forward.
-        steps = {"take_token": take_token, "sweep_window": sweep_window, "steps_are_compiled": False}
+        # A copy starts without compiled functions, as a copied module starts without its compiled forward.
+        steps = {"decode_token": decode_token, "sweep_window": sweep_window, "steps_are_compiled": False}
         return super().__getstate__() | steps
 
     def forward(
@@ -546,50 +1125,58 @@ class TarFlowBlock(nn.Module):
         class_labels: torch.Tensor | None = None,
         output_hidden_states: Collection[int] = (),
         inverse: bool = False,
-        options: InverseOptions = InverseOptions(),
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, torch.Tensor] | torch.Tensor]:
+        guidance: Guidance = Guidance(),
+        settings: SolverSettings = SolverSettings(),
+    ) -> TarFlowBlockOutput:
         """
+        Map the block's input to its latents in one parallel pass or, with `inverse=True`, latents to data.
+
         Args:
             tokens (`torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`):
                 The block's input; with `inverse=True` its latents.
             class_labels: As in [`TarFlowTransformer2DModel.forward`].
-            output_hidden_states (collection of `int`): 1-based layers whose outputs are returned. Forward only.
-            inverse (`bool`): Latents to data. No gradient flows through it.
-            options ([`InverseOptions`]): Of the inverse. Guided forward, the latents are those of the guided map.
+            output_hidden_states (collection of `int`):
+                Layers, numbered from 1, whose hidden states are returned. Ignored with `inverse=True`.
+            inverse (`bool`, defaults to `False`): Map latents to data. No gradient flows through it.
+            guidance ([`Guidance`]): Of the inverse. Without `inverse`, the map is the one whose inverse is guided so.
+            settings ([`SolverSettings`]): How to invert. Ignored without `inverse`.
         Returns:
-            `tuple`: latents (data with `inverse=True`), log-scale `a` and shift `m`, each in raster order and shaped
-            as `tokens`, then a `dict` of layer to hidden states `(batch_size, num_tokens, width)`, in raster order;
-            with `inverse=True` the sweeps of each sample instead, `(batch_size,)`.
+            [`TarFlowBlockOutput`].
         """
         tokens = self._permute(tokens)
+        hidden_states, sweeps = {}, None
         if inverse:
-            tokens, log_scale, shift, details = self._invert(tokens, class_labels, options)
+            tokens, log_scale, shift, sweeps = invert_block(self, tokens, class_labels, guidance, settings)
         else:
-            log_scale, shift, hidden_states = self._predict(tokens, class_labels, output_hidden_states)
-            if options.guidance_scale != 1.0:
-                log_scale, shift = self._guide(tokens, log_scale, shift, options)
+            log_scale, shift, hidden_states = self.predict(tokens, class_labels, output_hidden_states)
+            if guidance.is_on:
+                log_scale, shift = guide_prediction(self, tokens, log_scale, shift, guidance)
             tokens = (tokens - shift) * torch.exp(-log_scale)
-            details = {layer: self._permute(states) for layer, states in hidden_states.items()}
-        return self._permute(tokens), self._permute(log_scale), self._permute(shift), details
+            hidden_states = {layer: self._permute(states) for layer, states in hidden_states.items()}
+        return TarFlowBlockOutput(
+            self._permute(tokens), self._permute(log_scale), self._permute(shift), hidden_states, sweeps
+        )
 
     def _permute(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Raster order to the block's own order, and back: reversal is its own inverse."""
+        """Change from raster order to the block's own order, or back: reversal is its own inverse."""
         return tokens.flip(-2) if self.reverse_order else tokens
 
-    def _rotary(self) -> torch.Tensor | None:
-        """Cosines and sines of all tokens, in the block's own order; `None` where positions are learned."""
+    # The methods below serve `forward` and the solvers. Nothing else may call them: hooks wrap `__call__` only.
+
+    def rotary(self) -> torch.Tensor | None:
+        """Return the [`rotary_embedding`] in the block's own order, or `None` if positions are learned."""
         if self.pos_embed is not None:
             return None
         weight = self.proj_in.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return self._permute(rotary_embedding(self.grid_size, self.attention_head_dim, weight.device, dtype))
 
-    def _position_embedding(self) -> torch.Tensor | None:
-        """`(num_tokens, width)`, in the block's own order; `None` for rotary positions."""
+    def position_embedding(self) -> torch.Tensor | None:
+        """Return `(num_tokens, width)` in the block's own order, or `None` if positions are rotary."""
         return None if self.pos_embed is None else self._permute(self.pos_embed)
 
-    def _class_embedding(self, class_labels: torch.Tensor | None) -> torch.Tensor:
-        """`(1 or batch_size, 1, width)`: zeros for an unconditional model."""
+    def embed_classes(self, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """Return `(1 or batch_size, 1, width)`: the mean of the table for no class, zeros without a table."""
         weight = self.proj_in.weight
         if self.class_embed is None:
             return weight.new_zeros(1, 1, self.proj_in.out_features)
@@ -597,7 +1184,7 @@ class TarFlowBlock(nn.Module):
         if class_labels is None:
             class_embedding = no_class
         elif class_labels.is_floating_point():
-            # in full precision: what classification differentiates must agree with the rows of the table
+            # In full precision: one-hot weights must give the very rows of the table.
             dtype = torch.promote_types(torch.promote_types(class_labels.dtype, self.class_embed.dtype), torch.float32)
             with torch.autocast(class_labels.device.type, enabled=False):
                 class_embedding = class_labels.to(dtype) @ self.class_embed.to(dtype)
@@ -606,19 +1193,24 @@ class TarFlowBlock(nn.Module):
             class_embedding = torch.where(has_class, self.class_embed[class_labels.clamp(min=0).long()], no_class)
         return class_embedding.to(weight.dtype).unsqueeze(1)
 
-    def _predict(
+    def predict(
         self,
         tokens: torch.Tensor,
         class_labels: torch.Tensor | None,
         output_hidden_states: Collection[int],
         temperature: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
-        """Log-scale and shift of every token at once, each from the tokens before it."""
-        conditioning = self._class_embedding(class_labels)
+        """
+        Predict log-scale and shift of every token in one pass, each from the tokens before it.
+
+        Returns:
+            `tuple`: log-scale, shift and the requested hidden states by layer, all in the block's own order.
+        """
+        conditioning = self.embed_classes(class_labels)
         if self.pos_embed is not None:
-            conditioning = self._position_embedding() + conditioning
+            conditioning = self.position_embedding() + conditioning
         hidden_states = self.proj_in(tokens.to(self.proj_in.weight.dtype)) + conditioning
-        rotary = self._rotary()
+        rotary = self.rotary()
         collected = {}
         for number, layer in enumerate(self.layers, start=1):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -627,184 +1219,35 @@ class TarFlowBlock(nn.Module):
                 hidden_states = layer(hidden_states, rotary, temperature)
             if number in output_hidden_states:
                 collected[number] = hidden_states
-        # What is read off token i belongs to token i + 1: shifted right by one, so that the first token gets zeros.
+        # The output at token i predicts token i + 1, so outputs are shifted right by one. The first token gets zeros.
         prediction = F.pad(self.proj_out(hidden_states)[:, :-1], (0, 0, 1, 0)).to(tokens.dtype)
         log_scale, shift = prediction.chunk(2, dim=-1)
         return log_scale, shift, collected
 
-    def _guide(
-        self, tokens: torch.Tensor, log_scale: torch.Tensor, shift: torch.Tensor, options: InverseOptions
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Guided log-scale and shift of every token at once, from the conditional ones."""
-        temperature = None
-        if options.guidance_temperature != 1.0:
-            temperature = self.proj_in.weight.new_full((1, 1, 1, 1), options.guidance_temperature)
-        weak_log_scale, weak_shift, _ = self._predict(tokens, None, (), temperature)
-        return apply_guidance(
-            torch.stack([log_scale, weak_log_scale], dim=1),
-            torch.stack([shift, weak_shift], dim=1),
-            self._guidance_weight(tokens, options),
-            options.guidance_rule,
-        )
 
-    def _guidance_weight(self, tokens: torch.Tensor, options: InverseOptions) -> torch.Tensor:
-        """`w` of the papers for each token, `(num_tokens, 1)`: 0 is off; annealed, it grows from 0 at the first token
-        to the whole at the last."""
-        num_tokens = tokens.shape[1]
-        weight = tokens.new_full((num_tokens, 1), options.guidance_scale - 1.0)
-        if options.guidance_schedule == "linear":
-            weight = weight * torch.arange(num_tokens, device=weight.device).unsqueeze(1) / max(num_tokens - 1, 1)
-        return weight
-
-    @torch.no_grad()
-    def _invert(
-        self, latents: torch.Tensor, class_labels: torch.Tensor | None, options: InverseOptions
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Data, log-scale, shift, each in the block's own order, and each sample's sweeps."""
-        batch_size, num_tokens, _ = latents.shape
-        state = self._allocate_state(latents, class_labels, options)
-        if options.window_size == 0 or num_tokens == 1:
-            self._take_tokens(state, 0)
-            return state.tokens, state.log_scale, state.shift, torch.full((batch_size,), num_tokens - 1)
-        places, sweeps = self._sweep_windows(state, options)
-        return state.tokens[places], state.log_scale[places], state.shift[places], sweeps
-
-    def _allocate_state(
-        self, latents: torch.Tensor, class_labels: torch.Tensor | None, options: InverseOptions
-    ) -> InverseState:
-        batch_size, num_tokens, _ = latents.shape
-        is_guided = options.guidance_scale != 1.0
-        branches = [class_labels, None] if is_guided else [class_labels]
-        class_embedding = torch.stack([self._class_embedding(each).expand(batch_size, -1, -1) for each in branches], 1)
-        temperature = guidance_weight = None
-        if is_guided:
-            guidance_weight = self._guidance_weight(latents, options)
-            if options.guidance_temperature != 1.0:
-                temperature = class_embedding.new_ones(batch_size, 2, 1, 1, 1)
-                temperature[:, 1] = options.guidance_temperature
-        latents = latents.clone(memory_format=torch.contiguous_format)
-        tokens = torch.zeros_like(latents)
-        if options.window_size > 0 and options.initial_guess == "latents":
-            tokens = latents.clone()
-        tokens[:, 0] = latents[:, 0]
-        return InverseState(
-            latents=latents,
-            tokens=tokens,
-            log_scale=torch.zeros_like(latents),
-            shift=torch.zeros_like(latents),
-            class_embedding=class_embedding,
-            # Never a parameter, which would be a type of its own to a compiled step.
-            position_embedding=None if self.pos_embed is None else self._position_embedding().detach(),
-            rotary=self._rotary(),
-            temperature=temperature,
-            guidance_weight=guidance_weight,
-            guidance_rule=options.guidance_rule,
-            key_value_caches=self._allocate_key_value_caches(class_embedding, num_tokens),
-        )
-
-    def _allocate_key_value_caches(self, class_embedding: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, ...]:
-        """Zeros, in the dtype of the layers' projections."""
-        device_type, dtype = class_embedding.device.type, class_embedding.dtype
-        if torch.is_autocast_enabled(device_type) and dtype == torch.float32:  # autocast leaves float64 alone
-            dtype = torch.get_autocast_dtype(device_type)
-        branches = class_embedding.shape[:2]
-        shapes = [(*branches, 2, each.attn.heads, num_tokens, each.attn.head_dim) for each in self.layers]
-        return tuple(class_embedding.new_zeros(shape, dtype=dtype) for shape in shapes)
-
-    def _take_tokens(self, state: InverseState, last: int):
-        """The tokens after number `last`, one after another, each exactly."""
-        num_tokens = state.tokens.shape[1]
-        if self.steps_are_compiled:
-            state.mark_batch_dynamic()
-        position = torch.full((1, 1), last, device=state.tokens.device)
-        for length in range(last + 1, num_tokens):
-            self.take_token(self, state, position, round_up_length(length, num_tokens))
-
-    def _sweep_windows(self, state: InverseState, options: InverseOptions) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Jacobi inside a window of tokens, Gauss-Seidel between windows, every sample at its own pace: what a sweep has
-        settled is left behind, with its keys and values in the cache, and the window moves on.
-
-        A sweep settles at least one token: those before it are, so that it is exact. `num_tokens - 1` sweeps suffice.
-
-        Returns:
-            `tuple`: where in `state` each sample has ended up, and its sweeps.
-        """
-        batch_size, num_tokens, _ = state.tokens.shape
-        device = state.tokens.device
-        window_size = min(options.window_size, num_tokens - 1)
-        # Large windows take a part of the batch at a time, so that what a sweep computes on its way, some 14 widths a
-        # row, stays below a fifth of the cache, 2 widths a token and layer.
-        least_part = UNDIVIDED_ROWS // (window_size * state.branches)
-        part_size = max(1, least_part, batch_size * num_tokens * len(self.layers) // (35 * window_size))
-        # Samples change places, so that those at work are always the first: a view of them costs nothing.
-        order = list(range(batch_size))
-        settled = [0] * batch_size
-        sweeps = [0] * batch_size
-        num_active, num_sweeps = batch_size, 0
-        while num_active > 0:
-            length = round_up_length(max(settled[:num_active]) + window_size, num_tokens)
-            for begin in range(0, num_active, part_size):
-                part = slice(begin, min(begin + part_size, num_active))
-                last = torch.tensor(settled[part], device=device)
-                part_state = state.view(part)
-                if self.steps_are_compiled:
-                    part_state.mark_batch_dynamic(last)
-                last = self.sweep_window(self, part_state, last, window_size, length, options.tolerance)
-                settled[part] = last.tolist()
-            num_sweeps += 1
-            for place in reversed(range(num_active)):
-                if settled[place] == num_tokens - 1:
-                    sweeps[order[place]] = num_sweeps
-                    num_active -= 1
-                    state.retire(place, num_active)
-                    for each in (order, settled):
-                        each[place], each[num_active] = each[num_active], each[place]
-            pace = sum(settled) / (num_sweeps * batch_size)
-            if num_sweeps == PROBE_SWEEPS and num_active > 0 and pace < options.least_pace:
-                slowest = min(settled[:num_active])
-                self._take_tokens(state.view(slice(num_active)), slowest)
-                for sample in order[:num_active]:
-                    sweeps[sample] = num_sweeps + num_tokens - 1 - slowest
-                break
-        return torch.tensor(order, device=device).argsort(), torch.tensor(sweeps)
+# Model
 
 
-def round_up_length(length: int, num_tokens: int) -> int:
-    """Of the cache that is attended to: one of at most eight, since each is a shape of its own to a compiled step."""
-    multiple = max(32, math.ceil(num_tokens / 8))
-    return min(num_tokens, multiple * math.ceil(length / multiple))
-
-
-def apply_guidance(
-    log_scale: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, rule: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""
-    Classifier-free guidance of one affine autoregressive step, weight `w` (0 is off):
-
-        linear:  a = a_c + w (a_c - a_u),  m = m_c + w (m_c - m_u)
-        product: p_c^(1+w) / p_u^w of the Gaussians N(m, exp(a)^2), clipped at sigma_c = sigma_u so that it stays a
-                 density: with s = min(sigma_c / sigma_u, 1)^2 and q = 1 + w - w s,
-                 sigma = sigma_c / sqrt(q),  m = ((1 + w) m_c - w s m_u) / q
+@dataclass
+class TarFlowOutput(BaseOutput):
+    """
+    The output of [`TarFlowTransformer2DModel`].
 
     Args:
-        log_scale, shift (`torch.Tensor` of shape `(batch_size, 2, num_tokens, token_dim)`):
-            `a` and `m` of the conditional branch, then of the weak one.
-        weight (`torch.Tensor` of shape `(num_tokens, 1)`): `w >= 0` of each token, diffusers' `guidance_scale` less 1.
-        rule (`str`): `"linear"` (TARFlow, https://arxiv.org/abs/2412.06329) or `"product"` (STARFlow,
-            https://arxiv.org/abs/2506.06276).
-    Returns:
-        `tuple` of `torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`: guided log-scale and shift.
+        sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
+            Latents, or with `inverse=True` data. float32, or float64 for a float64 model or sample.
+        log_abs_det (`torch.Tensor` of shape `(batch_size,)`):
+            `log |det d output / d input|` of the map that was applied, in nats, summed over all dimensions.
+        hidden_states (`dict` of `(block, layer)` to `torch.Tensor` of shape `(batch_size, num_tokens, width)`):
+            The hidden states that `output_hidden_states` asked for, in raster order. `None` if it asked for none.
+        report ([`TarFlowInverseReport`]): How the inverse was found. `None` without `output_report`.
     """
-    log_scale_c, log_scale_u = log_scale.unbind(dim=1)
-    shift_c, shift_u = shift.unbind(dim=1)
-    if rule == "linear":
-        return log_scale_c + weight * (log_scale_c - log_scale_u), shift_c + weight * (shift_c - shift_u)
-    # 1 - s by expm1 and m rewritten around m_c: the formulas above, without the differences of large numbers
-    log_variance_ratio = 2 * (log_scale_c - log_scale_u).clamp(max=0)
-    precision_ratio = 1 - weight * torch.expm1(log_variance_ratio)
-    pull = weight * torch.exp(log_variance_ratio) / precision_ratio
-    return log_scale_c - 0.5 * torch.log(precision_ratio), shift_c + pull * (shift_c - shift_u)
+
+    # Accelerate rebuilds outputs under mixed precision and needs defaults for that.
+    sample: torch.Tensor | None = None
+    log_abs_det: torch.Tensor | None = None
+    hidden_states: dict[tuple[int, int], torch.Tensor] | None = None
+    report: TarFlowInverseReport | None = None
 
 
 class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
@@ -812,30 +1255,35 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     TARFlow: a normalizing flow of images made of autoregressive transformer blocks.
 
     An image (or a VAE latent) is cut into `(sample_size / patch_size)^2` tokens in raster order. Flow blocks follow
-    one another, block 1 next to the image, the last one next to the noise; every second one sees the tokens reversed.
-    An untrained flow is the identity.
+    one another: block 1 is next to the image, the last block next to the noise. Every second block sees the tokens in
+    reverse order. An untrained flow is the identity.
 
     Args:
-        sample_size (`int`): Height and width of the square sample, in pixels of an image or cells of a latent.
-        patch_size (`int`): Height and width of a token; divides `sample_size`.
-        in_channels (`int`): 3 for RGB images, 4 for the latents of Stable Diffusion's VAE.
-        num_blocks (`int`): Flow blocks.
-        num_layers (`int` or `list[int]`): Transformer layers in every block, or in each, from the image side.
-        num_attention_heads (`int`), attention_head_dim (`int`): Their product is the width.
-        mlp_ratio (`float`): Width of the feed-forward layers over that of the model.
+        sample_size (`int`, defaults to 64): Height and width of the square sample: pixels of an image, cells of a
+            latent.
+        patch_size (`int`, defaults to 4): Height and width of a token. It must divide `sample_size`.
+        in_channels (`int`, defaults to 3): 3 for RGB images, 4 for the latents of Stable Diffusion's VAE.
+        num_blocks (`int`, defaults to 8): Number of flow blocks.
+        num_layers (`int` or `list[int]`, defaults to 8):
+            Transformer layers in every block, or a list with the number for each block, from the image side.
+        num_attention_heads (`int`, defaults to 16), attention_head_dim (`int`, defaults to 64):
+            Their product is the width.
+        mlp_ratio (`float`, defaults to 4.0): Hidden width of the feed-forward layers, relative to the width.
         activation_fn (`str`, defaults to `"gelu"`):
-            Of the feed-forward layers: `"gelu"` or `"swiglu"`, whose hidden width is `2/3 * mlp_ratio * width` rounded
-            up to a multiple of 64, so that it has about as many parameters.
+            Activation of the feed-forward layers: `"gelu"` or `"swiglu"`. The hidden width of `"swiglu"` is
+            `2/3 * mlp_ratio * width`, rounded up to a multiple of 64. That gives about as many parameters.
         position_embedding (`str`, defaults to `"learned"`):
-            `"learned"`, a table in every block, or `"rope"`: queries and keys are turned by the token's row (the first
-            half of each head) and column (the second), whatever the block's order; `attention_head_dim` is then a
-            multiple of 4.
-        num_classes (`int`, *optional*): `None` makes an unconditional model.
-        noise_std (`float`): sigma of the noise the model is trained with, in units of the sample (images are in
-            [-1, 1]); [`FlowBackPipeline`] removes it after sampling.
-        noise_type (`str`): `"gaussian"`, or `"uniform"` for density models, whose samples are never denoised.
+            `"learned"` is a table in every block. `"rope"` rotates queries and keys by the token's row (the first half
+            of each head) and column (the second half), whatever the block's order. It needs an `attention_head_dim`
+            that is a multiple of 4.
+        num_classes (`int`, *optional*, defaults to 1000): Number of classes. `None` makes an unconditional model.
+        noise_std (`float`, defaults to 0.05):
+            sigma of the noise that the model is trained with, in units of the sample (images are in [-1, 1]).
+            [`FlowBackPipeline`] removes this noise after sampling.
+        noise_type (`str`, defaults to `"gaussian"`):
+            `"gaussian"`, or `"uniform"` for density models. Their samples are never denoised.
         inverse_profile (`dict`, *optional*):
-            What [`~TarFlowTransformer2DModel.profile_inverse`] found, by which `solver="auto"` chooses.
+            The result of [`~TarFlowTransformer2DModel.profile_inverse`]. `solver="auto"` chooses by it.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -883,48 +1331,9 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         inverse_profile: dict[str, Any] | None = None,
     ):
         super().__init__()
-        sizes = {
-            "sample_size": sample_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "num_blocks": num_blocks,
-            "num_attention_heads": num_attention_heads,
-            "attention_head_dim": attention_head_dim,
-            "num_classes": 1 if num_classes is None else num_classes,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {size}.")
-        if sample_size % patch_size != 0:
-            raise ValueError(
-                f"`sample_size` must be divisible by `patch_size`, but they are {sample_size} and {patch_size}."
-            )
         layers_per_block = [num_layers] * num_blocks if isinstance(num_layers, int) else list(num_layers)
-        if len(layers_per_block) != num_blocks or min(layers_per_block) < 1:
-            raise ValueError(
-                f"`num_layers` must be a positive integer, or one such for each of the {num_blocks} flow blocks"
-                f" (`num_blocks`), but is {num_layers}."
-            )
-        choices = {
-            "activation_fn": (activation_fn, ACTIVATION_FNS),
-            "position_embedding": (position_embedding, POSITION_EMBEDDINGS),
-            "noise_type": (noise_type, NOISE_TYPES),
-        }
-        for name, (choice, known) in choices.items():
-            if choice not in known:
-                raise ValueError(f"`{name}` must be one of {known}, but is {choice!r}.")
-        if position_embedding == "rope" and attention_head_dim % 4 != 0:
-            raise ValueError(
-                "`attention_head_dim` must be a multiple of 4 for `position_embedding='rope'`, which turns pairs in"
-                f" each half of a head, but is {attention_head_dim}."
-            )
-        if not mlp_ratio > 0:
-            raise ValueError(f"`mlp_ratio` must be positive, but is {mlp_ratio}.")
-        if not noise_std >= 0:
-            raise ValueError(f"`noise_std` must not be negative, but is {noise_std}.")
-
-        self._check_inverse_profile(inverse_profile, (sample_size // patch_size) ** 2, layers_per_block)
-
+        self._check_config(layers_per_block)
+        check_inverse_profile(inverse_profile, (sample_size // patch_size) ** 2, layers_per_block)
         self.blocks = nn.ModuleList(
             TarFlowBlock(
                 grid_size=sample_size // patch_size,
@@ -943,8 +1352,17 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.gradient_checkpointing = False
 
     def patchify(self, sample: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, channels, height, width)` to tokens `(batch_size, num_tokens, token_dim)` in raster order; a
-        token's values are ordered by channel, row and column. Raises ValueError for a sample of another shape."""
+        """
+        Cut samples into tokens.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Data or latents.
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`: tokens in raster order, whose values are
+            ordered by channel, row and column. float32, or float64 for a float64 model or sample.
+        Raises:
+            ValueError: if `sample` has another shape.
+        """
         config = self.config
         expected = (config.in_channels, config.sample_size, config.sample_size)
         if sample.ndim != 4 or tuple(sample.shape[1:]) != expected:
@@ -959,7 +1377,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         return F.pixel_unshuffle(sample.to(dtype), config.patch_size).flatten(2).transpose(1, 2)
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The inverse of [`~TarFlowTransformer2DModel.patchify`]."""
+        """Join tokens into samples: the inverse of [`~TarFlowTransformer2DModel.patchify`]."""
         grid_size = self.config.sample_size // self.config.patch_size
         return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (grid_size, grid_size)), self.config.patch_size)
 
@@ -981,139 +1399,136 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> TarFlowOutput | tuple:
         r"""
-        Data to latents in one parallel pass or, with `inverse=True`, latents to data by one of three solvers.
+        Map data to latents in one parallel pass or, with `inverse=True`, latents to data.
 
-        A flow block is inverted by finding the one `u` that is `m(u) + exp(a(u)) z`. `"sequential"` computes its
-        tokens one after another. `"jacobi"` sweeps over a window of tokens at once, each from what the sweep before
-        made of those before it: after `k` sweeps the first `k` tokens are exact, and as many more as no longer change;
-        the window moves on over those. `"auto"` takes for each block the one that should be faster.
+        To invert a flow block is to find the one `u` with `u = m(u) + exp(a(u)) z`. The solver `"sequential"` computes
+        its tokens one after another. `"jacobi"` computes a window of tokens at once, each from the previous values of
+        the tokens before it, and repeats this. After `k` of these sweeps the first `k` tokens are exact, and so are
+        further ones that no longer change. The window then moves past them. `"auto"` uses the solver that it expects
+        to be faster for each block.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
-                Images in [-1, 1], or VAE latents already multiplied by the VAE's `scaling_factor`; with
-                `inverse=True` the flow's latents.
+                Images in [-1, 1], or VAE latents already multiplied by the VAE's `scaling_factor`. With
+                `inverse=True`, the flow's latents.
             class_labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Class indices; -1 is no class, as is `None` for the whole batch: the mean of the class table. A float
-                tensor of shape `(batch_size, num_classes)` holds class weights instead and receives gradients.
+                Class indices. -1 is no class, as is `None` for the whole batch: it uses the mean of the class table.
+                A float tensor of shape `(batch_size, num_classes)` holds class weights instead and receives gradients.
             output_hidden_states (iterable of `(block, layer)`, *optional*):
-                Places, numbered from 1 and from the image side, whose hidden states are returned. Forward only.
+                Places whose hidden states are returned. Blocks and layers are numbered from 1, blocks from the image
+                side. Not with `inverse=True`.
             blocks (iterable of `int`, *optional*):
-                The flow blocks to apply, numbered from 1, in their own order: ascending forward, descending with
-                `inverse=True`. All by default.
-            inverse (`bool`, defaults to `False`): Latents to data. No gradient flows through it.
+                The flow blocks to apply, numbered from 1. They run in the flow's order, ascending or with
+                `inverse=True` descending. Default: all.
+            inverse (`bool`, defaults to `False`): Map latents to data. No gradient flows through it.
             guidance_scale (`float`, defaults to 1.0):
-                Classifier-free guidance, diffusers' convention: 1.0 is off. Inverse only, as are all that follow.
+                Classifier-free guidance as in diffusers: 1.0 is off. All arguments from here to `output_report` need
+                `inverse=True`.
             guidance_rule (`str`, defaults to `"linear"`): `"linear"` or `"product"`, see [`apply_guidance`].
             guidance_schedule (`str`, defaults to `"constant"`):
-                `"linear"` anneals: token `i` of the block's own order is guided by `w i / (num_tokens - 1)`.
+                `"constant"`, or `"linear"`: guidance grows from nothing at the first token of the block's own order to
+                `guidance_scale` at the last.
             guidance_temperature (`float`, defaults to 1.0):
-                Divides the attention logits of the weak branch. It is what guides an unconditional model.
+                Divides the attention logits of the weak branch. An unconditional model is guided by this difference.
             solver (`str`, defaults to `"auto"`):
-                `"sequential"`: exact to rounding, `num_tokens - 1` network evaluations a block. `"jacobi"`: exact to
-                `tolerance`, at most as many evaluations, each of a whole window. `"auto"`: by batch size, device, the
-                number of tokens and the config's `inverse_profile`; without one it sweeps where that can pay and goes
-                on token by token where the first sweeps do not settle enough.
+                `"sequential"`: exact to rounding, with `num_tokens - 1` network evaluations a block. `"jacobi"`: exact
+                to `tolerance`, with at most as many evaluations, each of a whole window. `"auto"`: chooses by batch
+                size, device, number of tokens and the config's `inverse_profile`. Without a profile it tries sweeps
+                where they can pay, and continues token by token if the first ones settle too few tokens.
             tolerance (`float`, *optional*):
-                A sweep settles the tokens up to the first that it changes in any value by more than
-                `0.01 * tolerance * max(1, |u|)`, and that one, which was computed from those before it. Default: 1e-5
-                in float32, 1e-10 in float64. On trained flows the sample is then within `tolerance` of the sequential
-                one. That cannot be promised: what is left of an error, and rounding, are multiplied by later tokens
-                and blocks, without bound in a flow that is ill-conditioned. 0 can: tokens are then settled when a
-                sweep repeats all before them to the bit, which `num_tokens - 1` sweeps bring about on any flow.
+                A sweep leaves a value `u` unchanged if it changes it by at most `0.01 * tolerance * max(1, |u|)`. It
+                settles the tokens up to and including the first that changed. Default: 1e-5 in float32, 1e-10 in
+                float64. On trained flows the sample is then within `tolerance` of the sequential one. This is not
+                guaranteed: later tokens and blocks multiply remaining errors and rounding, without bound if the flow
+                is ill-conditioned. 0 is guaranteed: then a sweep has to repeat values to the bit, which takes at most
+                `num_tokens - 1` sweeps on any flow.
             window_size (`int`, *optional*):
-                Tokens of a Jacobi sweep, from 1 to `num_tokens`. Default: by the profile, or what doubles the time of
-                a sweep of one.
-            output_report (`bool`, defaults to `False`): Return a [`TarFlowInverseReport`], at the cost of one forward.
+                Tokens in a Jacobi sweep, from 1 to `num_tokens`. Default: by the profile; without one, the window
+                that doubles the time of a sweep.
+            output_report (`bool`, defaults to `False`): Return a [`TarFlowInverseReport`]. It costs one forward pass.
             return_dict (`bool`, defaults to `True`):
-                Otherwise a tuple `(sample, log_abs_det[, hidden_states][, report])`.
+                Whether to return a [`TarFlowOutput`] instead of a tuple `(sample, log_abs_det[, hidden_states][,
+                report])`.
         Returns:
-            [`TarFlowOutput`] or `tuple`. All in float32, or float64 for a float64 model or sample.
+            [`TarFlowOutput`] or `tuple`. Tensors are float32, or float64 for a float64 model or sample.
         Raises:
-            ValueError: for a shape, a number or a name that does not fit the model. Labels themselves are not looked
-                at, so that the whole model compiles into one graph: [`FlowBackPipeline`] checks them.
+            ValueError: if a shape, a number or a name does not fit the model. The values of labels are not checked, so
+                that the whole model compiles into one graph. [`FlowBackPipeline`] checks them.
         """
         self._check_class_labels(class_labels, len(sample))
         numbers = self._check_blocks(blocks)
-        options = InverseOptions(guidance_scale, guidance_rule, guidance_schedule, guidance_temperature)
-        self._check_guidance(options, inverse)
-        self._check_solver(solver, tolerance, window_size, output_report, inverse)
+        guidance = Guidance(guidance_scale, guidance_rule, guidance_schedule, guidance_temperature)
+        check_guidance(guidance, inverse, is_conditional=self.config.num_classes is not None)
+        check_solver(solver, tolerance, window_size, output_report, inverse, self._num_tokens)
         places = [] if output_hidden_states is None else self._check_places(output_hidden_states, numbers, inverse)
 
-        tokens = latents = self.patchify(sample)
-        log_abs_det = tokens.new_zeros(len(tokens))
-        hidden_states, solvers, sweeps = {}, {}, {}
+        tokens, hidden_states, report = self.patchify(sample), None, None
         if inverse:
-            tolerance = DEFAULT_TOLERANCES[tokens.dtype] if tolerance is None else tolerance
-            options = replace(options, tolerance=tolerance)
-            for number in reversed(numbers):
-                block_options = self._choose_solver(number, options, solver, window_size, tokens)
-                tokens, log_scale, _, sweeps[number] = self.blocks[number - 1](
-                    tokens, class_labels, inverse=True, options=block_options
+            chosen = {number: self.blocks[number - 1] for number in numbers}
+            settings = {
+                number: choose_settings(
+                    block,
+                    profile_of_block(self.config.inverse_profile, number),
+                    tokens,
+                    guidance,
+                    solver,
+                    tolerance,
+                    window_size,
                 )
-                solvers[number] = "jacobi" if block_options.window_size else "sequential"
-                log_abs_det = log_abs_det + log_scale.sum(dim=(1, 2))
+                for number, block in chosen.items()
+            }
+            tokens, log_abs_det, report = invert_flow(chosen, settings, tokens, class_labels, guidance, output_report)
         else:
-            for number in numbers:
-                layers = [layer for block, layer in places if block == number]
-                tokens, log_scale, _, block_hidden_states = self.blocks[number - 1](tokens, class_labels, layers)
-                log_abs_det = log_abs_det - log_scale.sum(dim=(1, 2))
-                hidden_states.update({(number, layer): states for layer, states in block_hidden_states.items()})
-
-        report = None
-        if output_report:
-            evaluations = {number: max(each.tolist(), default=0) for number, each in sweeps.items()}
-            residual = self._certify(tokens, latents, class_labels, numbers, options)
-            report = TarFlowInverseReport(solvers, sweeps, evaluations, residual)
+            tokens, log_abs_det, hidden_states = self._apply_blocks(tokens, class_labels, numbers, places)
         output = TarFlowOutput(self.unpatchify(tokens), log_abs_det, hidden_states or None, report)
         return output if return_dict else output.to_tuple()
 
-    @torch.no_grad()
-    def _certify(
+    def _apply_blocks(
         self,
         tokens: torch.Tensor,
-        latents: torch.Tensor,
         class_labels: torch.Tensor | None,
-        numbers: Iterable[int],
-        options: InverseOptions,
-    ) -> torch.Tensor:
-        """The largest `|f(x) - z|` of each sample, `f` guided."""
+        numbers: list[int],
+        places: list[tuple[int, int]],
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[tuple[int, int], torch.Tensor]]:
+        """Return latents, the log-determinant of each sample, and the hidden states at `places`."""
+        log_abs_det, hidden_states = tokens.new_zeros(len(tokens)), {}
         for number in numbers:
-            tokens = self.blocks[number - 1](tokens, class_labels, options=options)[0]
-        return (tokens - latents).abs().amax(dim=(1, 2))
+            layers = [layer for block, layer in places if block == number]
+            output = self.blocks[number - 1](tokens, class_labels, layers)
+            tokens = output.tokens
+            log_abs_det = log_abs_det - output.log_scale.sum(dim=(1, 2))
+            hidden_states.update({(number, layer): states for layer, states in output.hidden_states.items()})
+        return tokens, log_abs_det, hidden_states
 
-    def _choose_solver(
-        self, number: int, options: InverseOptions, solver: str, window_size: int | None, tokens: torch.Tensor
-    ) -> InverseOptions:
-        """The options with which a block is inverted."""
-        num_steps = tokens.shape[1] - 1
-        if solver == "sequential" or num_steps < 2:
-            return options
-        rows = len(tokens) * (1 if options.guidance_scale == 1.0 else 2)
-        costs = STEP_COSTS.get(tokens.device.type, STEP_COSTS["cpu"])[self.blocks[number - 1].steps_are_compiled]
-        token_cost = costs.token + rows * costs.token_row
+    def log_prob(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        r"""
+        Compute the exact log-density of `sample`: `log N(z; 0, I) + log |det dz/dsample|`, where `z` are its latents.
 
-        profile = self.config.inverse_profile
-        if profile is not None:
-            options = replace(options, initial_guess=profile["initial_guesses"][number - 1])
-        if profile is not None and window_size is None:
-            block_costs = {
-                size: sweeps * (costs.sweep + size * rows)
-                for size, sweeps in zip(profile["window_sizes"], profile["sweeps"][number - 1])
-            }
-            best = min(block_costs, key=block_costs.get)
-            pays = block_costs[best] <= (1 - JACOBI_MUST_SAVE) * num_steps * token_cost
-            return replace(options, window_size=best) if pays or solver == "jacobi" else options
+        Args:
+            sample, class_labels: As in [`~TarFlowTransformer2DModel.forward`].
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`: nats, summed (not averaged) over the `D = in_channels *
+            sample_size^2` dimensions; float32, or float64 for a float64 model. The model is trained on data with
+            noise, and this is the density of noisy data, not of clean images.
+        Raises:
+            ValueError: as [`~TarFlowTransformer2DModel.forward`].
 
-        if window_size is None:
-            window_size = max(4, 2 ** round(math.log2(max(costs.sweep / rows, 1))))
-        options = replace(options, window_size=min(window_size, num_steps))
-        if solver == "jacobi":
-            return options
-        # As many tokens have to be settled in a sweep as can be taken one by one in its time. A sweep settles half of
-        # its window at best: where that is too few, there is nothing to try.
-        least_pace = (costs.sweep + options.window_size * rows) / token_cost / (1 - JACOBI_MUST_SAVE)
-        tries = least_pace <= options.window_size / 2
-        return replace(options, least_pace=least_pace) if tries else replace(options, window_size=0)
+        Example:
+            ```py
+            >>> import torch
+            >>> from flowback_hf import TarFlowTransformer2DModel
+
+            >>> model = TarFlowTransformer2DModel(
+            ...     sample_size=8, patch_size=2, in_channels=1, num_blocks=2, num_layers=1, num_attention_heads=2,
+            ...     attention_head_dim=16, num_classes=10,
+            ... )
+            >>> model.log_prob(torch.zeros(4, 1, 8, 8), torch.tensor([3, 1, 4, -1])).shape
+            torch.Size([4])
+            ```
+        """
+        output = self(sample, class_labels)
+        latents = output.sample.flatten(1)
+        return -0.5 * (latents.square() + math.log(2 * math.pi)).sum(dim=1) + output.log_abs_det
 
     @torch.no_grad()
     def profile_inverse(
@@ -1129,17 +1544,17 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         r"""
         Measure how many Jacobi sweeps each flow block needs, by window size and initial guess, for `solver="auto"`.
 
-        What it finds is a property of the flow and its guidance, not of the device: it is registered as the config's
-        `inverse_profile`, saved with the model, and weighed against the costs of whatever device samples.
+        The profile depends on the flow and its guidance, not on the device. It is registered as the config's
+        `inverse_profile` and saved with the model. `"auto"` combines it with the costs of the device that samples.
 
         Args:
             latents (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
-                Noise; four samples are plenty.
+                Noise. Four samples are enough.
             class_labels, guidance_scale, guidance_rule, guidance_schedule, guidance_temperature, tolerance:
-                As in [`~TarFlowTransformer2DModel.forward`], and as they will be in use.
+                As in [`~TarFlowTransformer2DModel.forward`]. Use those that you will sample with.
         Returns:
-            `dict`: `num_tokens` and `num_layers`, which tell whose profile it is; `window_sizes`; from block 1 on
-            `initial_guesses` and the mean `sweeps` for each window size; the guidance and tolerance measured with.
+            `dict`: `num_tokens` and `num_layers`, which identify the architecture; `window_sizes`; from block 1 on,
+            `initial_guesses` and the mean `sweeps` for each window size; guidance and tolerance of the measurement.
         Raises:
             ValueError: as [`~TarFlowTransformer2DModel.forward`].
 
@@ -1160,34 +1575,15 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             ```
         """
         self._check_class_labels(class_labels, len(latents))
-        options = InverseOptions(guidance_scale, guidance_rule, guidance_schedule, guidance_temperature)
-        self._check_guidance(options, inverse=True)
-        self._check_solver("jacobi", tolerance, None, output_report=False, inverse=True)
+        guidance = Guidance(guidance_scale, guidance_rule, guidance_schedule, guidance_temperature)
+        check_guidance(guidance, inverse=True, is_conditional=self.config.num_classes is not None)
+        check_solver("jacobi", tolerance, None, output_report=False, inverse=True, num_tokens=self._num_tokens)
         tokens = self.patchify(latents)
         tolerance = DEFAULT_TOLERANCES[tokens.dtype] if tolerance is None else tolerance
-        num_tokens = tokens.shape[1]
-        window_sizes = sorted({min(size, max(num_tokens - 1, 1)) for size in PROFILE_WINDOW_SIZES})
-        initial_guesses, sweeps = [], []
-        for block in logging.tqdm(list(reversed(self.blocks)), desc="Profiling the inverse"):
-            found = {}
-            for initial_guess in INITIAL_GUESSES:
-                found[initial_guess] = []
-                for window_size in window_sizes:
-                    block_options = replace(
-                        options, tolerance=tolerance, window_size=window_size, initial_guess=initial_guess
-                    )
-                    data, _, _, block_sweeps = block(tokens, class_labels, inverse=True, options=block_options)
-                    found[initial_guess].append(block_sweeps.float().mean().item())
-            tokens = data
-            best = min(INITIAL_GUESSES, key=lambda initial_guess: sum(found[initial_guess]))
-            initial_guesses.insert(0, best)
-            sweeps.insert(0, found[best])
         profile = {
-            "num_tokens": num_tokens,
+            "num_tokens": self._num_tokens,
             "num_layers": [len(block.layers) for block in self.blocks],
-            "window_sizes": window_sizes,
-            "initial_guesses": initial_guesses,
-            "sweeps": sweeps,
+            **measure_sweeps(self.blocks, tokens, class_labels, guidance, tolerance),
             "guidance_scale": guidance_scale,
             "guidance_rule": guidance_rule,
             "guidance_schedule": guidance_schedule,
@@ -1199,32 +1595,60 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     def compile_repeated_blocks(self, *args, **kwargs):
         """
-        Compile what runs again and again: the layers, and the steps of the inverse's solvers, each of them whole.
+        Compile the layers and the steps of the solvers, each as a whole. Takes the arguments of `torch.compile`.
 
-        Takes the arguments of `torch.compile`. On a CPU sampling is fastest with `freezing` and `max_autotune` set in
-        `torch._inductor.config` (as `options` of a call they come too late for `freezing`); every flow block then has
-        graphs of its own, for which `torch._dynamo.config.recompile_limit` has to make room.
+        On a CPU, sampling is fastest with `freezing` and `max_autotune` set in `torch._inductor.config`. (`freezing`
+        has no effect as an option of this call.) Each flow block then has its own graphs, so raise
+        `torch._dynamo.config.recompile_limit`.
         """
         super().compile_repeated_blocks(*args, **kwargs)
         for block in self.blocks:
             block.compile_steps(*args, **kwargs)
 
-    def log_prob(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        r"""
-        Exact log-density of `sample`: `log N(z; 0, I) + log |det dz/dsample|`, where `z` are its latents.
+    @property
+    def _num_tokens(self) -> int:
+        return (self.config.sample_size // self.config.patch_size) ** 2
 
-        Args:
-            sample, class_labels: As in [`~TarFlowTransformer2DModel.forward`].
-        Returns:
-            `torch.Tensor` of shape `(batch_size,)`: nats, summed (not averaged) over the `D = in_channels *
-            sample_size^2` dimensions; float32, or float64 for a float64 model. The model is trained on noised data,
-            and this is the density of that, not of clean images.
-        Raises:
-            ValueError: as [`~TarFlowTransformer2DModel.forward`].
-        """
-        output = self(sample, class_labels)
-        latents = output.sample.flatten(1)
-        return -0.5 * (latents.square() + math.log(2 * math.pi)).sum(dim=1) + output.log_abs_det
+    def _check_config(self, layers_per_block: list[int]):
+        config = self.config
+        for name in (
+            "sample_size",
+            "patch_size",
+            "in_channels",
+            "num_blocks",
+            "num_attention_heads",
+            "attention_head_dim",
+            "num_classes",
+        ):
+            if config[name] is not None and config[name] < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {config[name]}.")
+        if config.sample_size % config.patch_size != 0:
+            raise ValueError(
+                f"`sample_size` must be divisible by `patch_size`, but they are {config.sample_size} and"
+                f" {config.patch_size}."
+            )
+        if len(layers_per_block) != config.num_blocks or min(layers_per_block) < 1:
+            raise ValueError(
+                f"`num_layers` must be a positive integer, or a list of one for each of the {config.num_blocks} flow"
+                f" blocks (`num_blocks`), but is {config.num_layers}."
+            )
+        choices = {
+            "activation_fn": ACTIVATION_FNS,
+            "position_embedding": POSITION_EMBEDDINGS,
+            "noise_type": NOISE_TYPES,
+        }
+        for name, known in choices.items():
+            if config[name] not in known:
+                raise ValueError(f"`{name}` must be one of {known}, but is {config[name]!r}.")
+        if config.position_embedding == "rope" and config.attention_head_dim % 4 != 0:
+            raise ValueError(
+                "`attention_head_dim` must be a multiple of 4 for `position_embedding='rope'`, which rotates pairs of"
+                f" values in each half of a head, but is {config.attention_head_dim}."
+            )
+        if not config.mlp_ratio > 0:
+            raise ValueError(f"`mlp_ratio` must be positive, but is {config.mlp_ratio}.")
+        if not config.noise_std >= 0:
+            raise ValueError(f"`noise_std` must not be negative, but is {config.noise_std}.")
 
     def _check_class_labels(self, class_labels: torch.Tensor | None, batch_size: int):
         if class_labels is None:
@@ -1255,7 +1679,10 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     ) -> list[tuple[int, int]]:
         places = list(places)
         if inverse and places:
-            raise ValueError("`output_hidden_states` cannot be combined with `inverse=True`: ask the forward.")
+            raise ValueError(
+                "`output_hidden_states` cannot be combined with `inverse=True`. The forward pass of the data has the"
+                " same hidden states."
+            )
         for block, layer in places:
             if block not in numbers or not 1 <= layer <= len(self.blocks[block - 1].layers):
                 raise ValueError(
@@ -1263,61 +1690,3 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                     f" {numbers}, with {[len(self.blocks[number - 1].layers) for number in numbers]} layers."
                 )
         return places
-
-    @staticmethod
-    def _check_inverse_profile(profile: dict[str, Any] | None, num_tokens: int, num_layers: list[int]):
-        if profile is None:
-            return
-        found = (profile.get("num_tokens"), profile.get("num_layers"))
-        if found != (num_tokens, num_layers):
-            raise ValueError(
-                f"`inverse_profile` must be of this architecture, {num_tokens} tokens and {num_layers} layers in the"
-                f" blocks, but is of {found[0]} tokens and {found[1]} layers. Measure it with `profile_inverse`, or"
-                " leave it out."
-            )
-
-    def _check_solver(
-        self, solver: str, tolerance: float | None, window_size: int | None, output_report: bool, inverse: bool
-    ):
-        if solver not in SOLVERS:
-            raise ValueError(f"`solver` must be one of {SOLVERS}, but is {solver!r}.")
-        is_number = isinstance(tolerance, (int, float))
-        if tolerance is not None and not (is_number and 0 <= tolerance < math.inf):  # NaN is refused too
-            raise ValueError(f"`tolerance` must be a number from 0, which is exact, or None, but is {tolerance!r}.")
-        num_tokens = (self.config.sample_size // self.config.patch_size) ** 2
-        if window_size is not None and not 1 <= window_size <= num_tokens:
-            raise ValueError(
-                f"`window_size` must be from 1 to this model's {num_tokens} tokens, but is {window_size}."
-            )
-        if window_size is not None and solver == "sequential":
-            raise ValueError(
-                f"`window_size` is of `solver='jacobi'` and `'auto'`, but is {window_size} with `'sequential'`."
-            )
-        if not inverse and (solver, tolerance, window_size, output_report) != ("auto", None, None, False):
-            raise ValueError(
-                "`solver`, `tolerance`, `window_size` and `output_report` are of an inverse, but `inverse` is False."
-            )
-
-    def _check_guidance(self, options: InverseOptions, inverse: bool):
-        guidance_scale, guidance_rule = options.guidance_scale, options.guidance_rule
-        guidance_schedule, guidance_temperature = options.guidance_schedule, options.guidance_temperature
-        if not guidance_scale >= 1.0:  # NaN is refused too
-            raise ValueError(f"`guidance_scale` must be at least 1.0, which is off, but is {guidance_scale}.")
-        if guidance_rule not in GUIDANCE_RULES:
-            raise ValueError(f"`guidance_rule` must be one of {GUIDANCE_RULES}, but is {guidance_rule!r}.")
-        if guidance_schedule not in GUIDANCE_SCHEDULES:
-            raise ValueError(f"`guidance_schedule` must be one of {GUIDANCE_SCHEDULES}, but is {guidance_schedule!r}.")
-        if not guidance_temperature > 0:
-            raise ValueError(f"`guidance_temperature` must be positive, but is {guidance_temperature}.")
-        if guidance_scale == 1.0:
-            return
-        if not inverse:
-            raise ValueError(
-                f"`guidance_scale` must be 1.0 with `inverse=False`, but is {guidance_scale}: guidance changes how"
-                " latents become data, not the density of the data."
-            )
-        if self.config.num_classes is None and guidance_temperature == 1.0:
-            raise ValueError(
-                f"`guidance_scale` is {guidance_scale} and `guidance_temperature` 1.0, but this model is unconditional"
-                " and guides itself: give its weak branch another temperature."
-            )

@@ -32,20 +32,20 @@ def compile_layers(accelerator: Accelerator, objective: AlignedFlowObjective, ba
     torch._functorch.config.donated_buffer = False
     flow = objective.flow
     flow.compile_repeated_blocks()
-    if not objective.parting_blocks:
+    if not objective.leaf_blocks:
         return
     every_layer = seconds_per_step(accelerator, objective, batch_size)
-    parting_layers = [layer for number in objective.parting_blocks for layer in flow.blocks[number - 1].layers]
-    for layer in parting_layers:
+    leaf_layers = [layer for number in objective.leaf_blocks for layer in flow.blocks[number - 1].layers]
+    for layer in leaf_layers:
         layer._compiled_call_impl = None
-    but_parting = seconds_per_step(accelerator, objective, batch_size)
-    (compile_all,) = broadcast_object_list([every_layer < but_parting])
+    but_leaf_blocks = seconds_per_step(accelerator, objective, batch_size)
+    (compile_all,) = broadcast_object_list([every_layer < but_leaf_blocks])
     if compile_all:
-        for layer in parting_layers:
+        for layer in leaf_layers:
             layer.compile()
     logger.info(
-        f"A step takes {every_layer:.3f} s with every layer compiled and {but_parting:.3f} s without those of the flow"
-        f" blocks {objective.parting_blocks}: compiled {'every layer' if compile_all else 'the others'}."
+        f"A step takes {every_layer:.3f} s with every layer compiled and {but_leaf_blocks:.3f} s without those of the"
+        f" flow blocks {objective.leaf_blocks}: compiled {'every layer' if compile_all else 'the others'}."
     )
 
 

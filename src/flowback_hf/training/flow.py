@@ -129,7 +129,8 @@ def add_classes(pipeline: FlowBackPipeline, class_names: list[str] | None) -> La
 
 def extend_class_tables(old: TarFlowTransformer2DModel, num_new: int) -> TarFlowTransformer2DModel:
     """A copy of a flow with so many more classes, each at the mean of those that were there."""
-    flow = TarFlowTransformer2DModel.from_config({**old.config, "num_classes": old.config.num_classes + num_new})
+    config = {name: value for name, value in old.config.items() if not name.startswith("_")}
+    flow = TarFlowTransformer2DModel(**{**config, "num_classes": old.config.num_classes + num_new})
     state_dict = old.state_dict()
     for name, table in state_dict.items():
         if name.endswith("class_embed"):

@@ -132,7 +132,7 @@ class Trainer:
         # A copy holds the averaged weights when they are looked at: the trained ones are never touched, and compiled
         # layers never run token by token.
         device = self.accelerator.device
-        self.evaluated_flow = TarFlowTransformer2DModel.from_config(self.flow.config).to(device).eval()
+        self.evaluated_flow = untrained_copy(self.flow).to(device).eval()
         self.evaluated_flow.requires_grad_(False)
         self.pipeline.register_modules(transformer=self.evaluated_flow)
         self.classifier = FlowBackClassificationPipeline(self.evaluated_flow)
@@ -406,6 +406,12 @@ class Trainer:
             logger.info(f"Saved the pipeline in {self.folder}{skipped}.")
         self.accelerator.wait_for_everyone()
         return self.pipeline
+
+
+def untrained_copy(flow: TarFlowTransformer2DModel) -> TarFlowTransformer2DModel:
+    """A flow of the same configuration."""
+    # The config also says which values are defaults, and diffusers counts positional arguments among them.
+    return TarFlowTransformer2DModel(**{name: flow.config[name] for name in flow.config if name[0] != "_"})
 
 
 def scalars_of(output: AlignedFlowOutput) -> dict[str, torch.Tensor]:

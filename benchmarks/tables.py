@@ -1,0 +1,447 @@
+#!/usr/bin/env python
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+"""
+Write the tables of README.md and docs/ from what was measured, `benchmarks/results`.
+
+    python benchmarks/tables.py           # rewrite the tables
+    python benchmarks/tables.py --check   # change nothing; exit with 1 and name the tables that differ
+
+A page names a table between two comments, and what stands between them is replaced:
+
+    <!-- table: sampling-speed -->
+    <!-- end table -->
+
+Below each table stand the file, the command and the machine its figures come from.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = Path("benchmarks", "results")
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- end table -->)", re.DOTALL)
+
+TABLES: dict[str, Callable[[], "Table"]] = {}
+
+
+@dataclass
+class Table:
+    """
+    A table and where its figures come from.
+
+    Args:
+        header (`list[str]`): The titles of its columns.
+        rows (`list[list[str]]`): Its cells.
+        reports (`list[str]`): The files in `benchmarks/results`, without `.json`, that hold its figures.
+        command (`str`, *optional*): What computes the figures, for a table that no report belongs to.
+    """
+
+    header: list[str]
+    rows: list[list[str]]
+    reports: list[str] = field(default_factory=list)
+    command: str | None = None
+
+    def markdown(self, page: Path) -> str:
+        """The table and its sources, linked as seen from a page of the repository."""
+        from flowback_hf.reporting import markdown_table
+
+        lines = [markdown_table(self.header, self.rows), ""]
+        if self.command is not None:
+            lines.append(f"Computed by `{self.command}`.")
+        else:
+            summary = f"Measured on {', '.join(dict.fromkeys(map(describe_machine, self.reports)))}: the commands"
+            sources = [describe_source(report, page) for report in self.reports]
+            lines += [f"<details><summary>{summary}</summary>", "", *sources, "", "</details>"]
+        return "\n".join(lines)
+
+
+def table(name: str) -> Callable[[Callable[[], Table]], Callable[[], Table]]:
+    """Register the function that makes the table of this name."""
+
+    def register(make: Callable[[], Table]) -> Callable[[], Table]:
+        TABLES[name] = make
+        return make
+
+    return register
+
+
+@cache
+def read(report: str) -> dict[str, Any]:
+    """A file of `benchmarks/results`: the command, the commit, the machine and the results."""
+    return json.loads((REPOSITORY / RESULTS / f"{report}.json").read_text())
+
+
+def describe_machine(report: str) -> str:
+    machine = read(report)["machine"]
+    return machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
+
+
+def describe_source(report: str, page: Path) -> str:
+    """A line of Markdown: the file, linked as seen from the page, the command, the threads and the commit."""
+    content = read(report)
+    threads = content["machine"]["threads"]
+    link = os.path.relpath(RESULTS / f"{report}.json", page.parent)
+    return (
+        f"- [`{report}.json`]({link}): `{content['command']}`, with {threads} thread{'s' * (threads > 1)},"
+        f" torch {content['machine']['torch']}, at commit {content['commit']}"
+    )
+
+
+# How figures are written
+
+
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s"
+
+
+def mebibytes(value: float) -> str:
+    return f"{value / 2**20:,.1f} MiB"
+
+
+def mean_and_error(figure: dict[str, Any] | None, digits: int, factor: float = 1, num_seeds: int | None = None) -> str:
+    """`mean ± standard error`; names the seeds behind it where fewer than `num_seeds` have the figure."""
+    if figure is None:
+        return ""
+    text = f"{factor * figure['mean']:.{digits}f}"
+    if figure["standard_error"] is not None:
+        text += f" ± {factor * figure['standard_error']:.{digits}f}"
+    if num_seeds is not None and figure["num_seeds"] < num_seeds:
+        text += f" ({figure['num_seeds']} of {num_seeds} seeds)"
+    return text
+
+
+# Sampling
+
+SAMPLERS = ["published loop", "GS-Jacobi", "SeJD", "auto", "auto, compiled"]
+
+
+def sampling_table(report: str) -> Table:
+    rows = []
+    for case in sorted(read(report)["results"]["sampling"], key=lambda case: case["guidance_scale"]):
+        row = [str(case["batch_size"]), f"{case['guidance_scale']:g}"]
+        for name in SAMPLERS:
+            sampler = case["samplers"][name]
+            times = sampler["times_faster_than_published_loop"]
+            text = seconds(sampler["median_seconds"])
+            row.append(text if name == "published loop" else f"{text} ({times:.1f}×)")
+        limit = max(case["floor"], key=case["floor"].get)
+        rows.append([*row, f"{seconds(case['floor'][limit])} ({limit})"])
+    columns = [f"`{name}`" if name == "auto" else name for name in SAMPLERS]
+    return Table(["batch", "guidance", *columns, "floor"], rows, [report])
+
+
+@table("sampling-speed")
+def sampling_speed() -> Table:
+    return sampling_table("sampling")
+
+
+@table("sampling-batch-1")
+def sampling_batch_1() -> Table:
+    return sampling_table("sampling_batch_1")
+
+
+@table("sampling-memory")
+def sampling_memory() -> Table:
+    rows, reports = [], ["sampling", "sampling_batch_1"]
+    for report in reports:
+        memory = read(report)["results"]["memory"]
+        for solver, peak in memory["peak_bytes"].items():
+            cache_bytes, batch = mebibytes(memory["cache_bytes"]), str(memory["batch_size"])
+            rows.append([batch, solver, mebibytes(peak), cache_bytes])
+    return Table(["batch", "solver", "peak memory", "of which keys and values"], rows, reports)
+
+
+# Alignment
+
+
+@table("alignment-orders")
+def alignment_orders() -> Table:
+    columns = [("detach", None), *(("reverse", order) for order in (0, 1, 3, 8, "exact"))]
+    rows = []
+    for flow in read("reverse_orders")["results"]:
+        gradients = {(gradient["strategy"], gradient["order"]): gradient for gradient in flow["gradients"]}
+        row = [flow["flow"].replace("_", " "), str(flow["num_tokens"])]
+        for column in columns:
+            error, cosine = gradients[column]["relative_error"], gradients[column]["worst_block_cosine"]
+            row.append(f"{percent(error, 0)} ({cosine:.2f})" if error > 5e-3 else f"{error:.0e}")
+        rows.append(row)
+    titles = [strategy if order is None else f"order {order}" for strategy, order in columns]
+    titles[-1] = "exact"
+    return Table(["flow", "tokens", *titles], rows, ["reverse_orders"])
+
+
+def step_rows(report: str) -> list[dict[str, Any]]:
+    return read(report)["results"]["steps"]
+
+
+@table("alignment-cost")
+def alignment_cost() -> Table:
+    rows = []
+    for step in step_rows("train_step"):
+        time = f"{step['times_none']:.2f} ({step['min_times_none']:.2f} to {step['max_times_none']:.2f})"
+        rows.append([f"`{step['step']}`", seconds(step["median_seconds"]), time, f"{step['memory_times_none']:.3f}"])
+    return Table(["step", "time", "time / `none`", "peak memory / `none`"], rows, ["train_step"])
+
+
+@table("alignment-cost-compiled")
+def alignment_cost_compiled() -> Table:
+    modes = {
+        "eager": "no layer",
+        "compiled": "every layer",
+        "compiled below": "every layer below the aligned blocks",
+    }
+    rows = []
+    for step in step_rows("train_step_compiled"):
+        row = [modes[step["mode"]], f"`{step['step']}`", seconds(step["median_seconds"]), f"{step['times_none']:.2f}"]
+        rows.append(row)
+    return Table(["compiled", "step", "time", "time / `none`"], rows, ["train_step_compiled"])
+
+
+# The ablation: (title, metric, factor, digits)
+
+COLUMNS = [
+    ("nll", "nll", 1, 4),
+    ("accuracy, one gradient, %", "accuracy_gradient", 100, 1),
+    ("accuracy, Bayes, %", "accuracy_bayes", 100, 1),
+    ("linear probe, %", "linear_probe_aligned", 100, 1),
+    ("FD, unguided", "frechet_distance_unguided", 1, 2),
+    ("FD, guided", "frechet_distance_guided", 1, 2),
+]
+DIGITS_REPORTS = ["ablation_digits", "ablation_digits_exact", "ablation_digits_places", "ablation_digits_teachers"]
+DIGITS_REPORTS = [f"{report}/results" for report in DIGITS_REPORTS]
+
+
+def ablation_table(reports: list[str], columns: list[tuple[str, str, int, int]]) -> Table:
+    rows = []
+    for report in reports:
+        for name, variant in read(report)["variants"].items():
+            num_seeds = variant["num_done"]
+            row = [f"`{name}`", str(num_seeds)]
+            for _, metric, factor, digits in columns:
+                row.append(mean_and_error(variant["metrics"].get(metric), digits, factor, num_seeds))
+            rows.append(row)
+    return Table(["variant", "seeds", *(title for title, *_ in columns)], rows, reports)
+
+
+@table("ablation-digits")
+def ablation_digits() -> Table:
+    return ablation_table(DIGITS_REPORTS, COLUMNS)
+
+
+@table("ablation-shapes")
+def ablation_shapes() -> Table:
+    return ablation_table(["ablation_shapes/results"], COLUMNS)
+
+
+@table("ablation-steps")
+def ablation_steps() -> Table:
+    columns = [
+        ("× fewer steps to the baseline's accuracy", "times_fewer_steps_accuracy", 1, 2),
+        ("× fewer steps to its FD", "times_fewer_steps_distance", 1, 2),
+    ]
+    return ablation_table(DIGITS_REPORTS[:1], columns)
+
+
+@table("ablation-differences")
+def ablation_differences() -> Table:
+    """Each variant less another of the same seed: what the seed does to both cancels."""
+    metrics = {}
+    for report in DIGITS_REPORTS:
+        for cell in read(report)["cells"]:
+            if cell["status"] == "done":
+                metrics.setdefault(cell["variant"], {})[cell["seed"]] = cell["metrics"]
+    pairs = [(name, "none") for name in metrics if name != "none"]
+    pairs += [("reverse-0", "forward"), ("reverse-1", "forward"), ("reverse-0", "detach"), ("reverse-1", "detach")]
+    pairs += [("reverse-1", "reverse-0"), ("reverse-exact", "reverse-0"), ("reverse-early-middle", "reverse-0")]
+    pairs += [("reverse-random-teacher", "reverse-0")]
+    rows = []
+    for name, other in pairs:
+        seeds = sorted(metrics[name].keys() & metrics[other].keys())
+        row = [f"`{name}` − `{other}`", str(len(seeds))]
+        for _, metric, factor, digits in COLUMNS:
+            differences = [factor * (metrics[name][seed][metric] - metrics[other][seed][metric]) for seed in seeds]
+            text = f"{statistics.mean(differences):+.{digits}f}"
+            if len(seeds) > 1:
+                text += f" ± {statistics.stdev(differences) / len(seeds) ** 0.5:.{digits}f}"
+            row.append(text)
+        rows.append(row)
+    return Table(["difference", "seeds", *(title for title, *_ in COLUMNS)], rows, DIGITS_REPORTS)
+
+
+# Classification
+
+
+@table("classification-cost")
+def classification_cost() -> Table:
+    rows = []
+    for case in read("classification")["results"]:
+        gradient, kept, bayes = case["gradient_median_ms"], case["gradient_kib"], case["bayes_ms"]
+        row = [str(case["num_classes"]), f"{gradient:.1f} ms", f"{kept / 1024:.1f} MiB", f"{bayes / 1000:,.2f} s"]
+        rows.append([*row, f"{case['bayes_times_slower']:.1f}×"])
+    header = ["classes", "one gradient", "kept for its backward", "Bayes", "Bayes / one gradient"]
+    return Table(header, rows, ["classification"])
+
+
+@table("classification-accuracy")
+def classification_accuracy() -> Table:
+    methods = {"gradient": "one gradient", "ascent": "ascent", "shortlist": "shortlist", "bayes": "Bayes"}
+    rows, header = [], []
+    reports = [f"classification_accuracy_{name}" for name in ("digits", "shapes_none", "shapes_reverse")]
+    for report in reports:
+        results = read(report)["results"]
+        header = [methods["gradient"], f"ascent, {results['num_steps']} steps"]
+        header += [f"shortlist of {results['shortlist_size']}", methods["bayes"]]
+        cases: dict[tuple[str, int], dict[str, float]] = {}
+        for case in results["methods"]:
+            cases.setdefault((case["flow"], case["num_noise_draws"]), {})[case["method"]] = case["accuracy"]
+        for (flow, draws), accuracy in cases.items():
+            row = [flow.replace("_", ", "), str(results["num_images"]), str(draws)]
+            rows.append([*row, *(percent(accuracy[method]) for method in methods)])
+    return Table(["flow", "images", "noise draws", *header], rows, reports)
+
+
+# Sizes
+
+
+@table("model-sizes")
+def model_sizes() -> Table:
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    try:
+        import model_sizes
+    finally:
+        sys.path.pop(0)
+    header, _, *rows = [line.strip("| ").split(" | ") for line in model_sizes.table().splitlines()]
+    return Table(header, rows, command="python benchmarks/model_sizes.py")
+
+
+@table("latent-memory")
+def latent_memory() -> Table:
+    reports = ["latent_train_step", "latent_train_step_checkpointing"]
+    plain, checkpointed = ({case["config"]: case["predicted"] for case in read(name)["results"]} for name in reports)
+    rows = []
+    for config, counted in plain.items():
+        sizes = [counted["states_gib"], counted["memory_gib"], checkpointed[config]["memory_gib"]]
+        rows.append([f"`{config}`", *(f"{size:.1f} GiB" for size in sizes)])
+    header = ["config", "weights, gradients, Adam, EMA", "all, batch of 32", "all, with `--gradient_checkpointing`"]
+    return Table(header, rows, reports)
+
+
+# The README
+
+
+@table("measured")
+def measured() -> Table:
+    cases = read("sampling")["results"]["sampling"]
+    (guided,) = (case for case in cases if case["guidance_scale"] > 1 and case["batch_size"] == 1)
+    loop, ours = (guided["samplers"][name]["median_seconds"] for name in ("published loop", "auto, compiled"))
+    steps = {step["step"]: step["times_none"] for step in step_rows("train_step")}
+    ten, thousand = read("classification")["results"]
+    variants = read(DIGITS_REPORTS[0])["variants"]
+    distance = {
+        name: mean_and_error(variants[name]["metrics"]["frechet_distance_unguided"], 1)
+        for name in ("none", "reverse-0")
+    }
+    rows = [
+        [
+            "one guided sample of 256 tokens",
+            f"{seconds(loop)} (published loop)",
+            f"{seconds(ours)} (compiled)",
+            "sampling",
+            "sampling",
+        ],
+        [
+            "a training step with reverse alignment, over one without",
+            f"{steps['reverse exact, sequential graph']:.1f}× (sequential graph)",
+            f"{steps['reverse 0']:.2f}× (order 0)",
+            "train_step",
+            "alignment",
+        ],
+        [
+            f"classify an image, {thousand['num_classes']} classes",
+            f"{thousand['bayes_ms'] / 1000:.1f} s (Bayes)",
+            f"{thousand['gradient_median_ms'] / 1000:.2f} s (one gradient)",
+            "classification",
+            "classification",
+        ],
+        [
+            "Fréchet distance of digit samples, three seeds",
+            f"{distance['none']} (not aligned)",
+            f"{distance['reverse-0']} (aligned, order 0)",
+            DIGITS_REPORTS[0],
+            "ablation",
+        ],
+    ]
+    reports = list(dict.fromkeys(row[3] for row in rows))
+    rows = [[*row[:3], f"[docs/{row[4]}.md](docs/{row[4]}.md)"] for row in rows]
+    return Table(["", "baseline", "here", "details"], rows, reports)
+
+
+# Pages
+
+
+def pages() -> list[Path]:
+    """The pages that may hold tables, relative to the repository."""
+    files = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+    return [file.relative_to(REPOSITORY) for file in files]
+
+
+def render(page: Path, text: str) -> tuple[str, list[str]]:
+    """
+    The text of a page with its tables written anew, and the names of those that changed.
+
+    Raises:
+        ValueError: if the page names a table that does not exist.
+    """
+    changed = []
+
+    def replace(match: re.Match) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"{page} names a table {name!r}, but there are only {', '.join(sorted(TABLES))}.")
+        written = f"{TABLES[name]().markdown(page)}\n"
+        if written != match["table"]:
+            changed.append(name)
+        return f"{match[1]}{written}{match[4]}"
+
+    return MARKED.sub(replace, text), changed
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="Compare only, and exit with 1 if a table differs.")
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> int:
+    different = []
+    for page in pages():
+        text = (REPOSITORY / page).read_text()
+        rendered, changed = render(page, text)
+        different += [f"{page}: {name}" for name in changed]
+        if changed and not args.check:
+            (REPOSITORY / page).write_text(rendered)
+    report(different, args.check)
+    return int(args.check and bool(different))
+
+
+def report(different: Iterable[str], check: bool):
+    for name in different:
+        print(f"{name} {'differs; run `python benchmarks/tables.py`' if check else 'is written anew'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

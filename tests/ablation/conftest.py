@@ -1,1 +1,0 @@
-from ..training.conftest import images, teacher  # noqa: F401
