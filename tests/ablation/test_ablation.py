@@ -1,6 +1,5 @@
 import argparse
 import fcntl
-import importlib.util
 import json
 import os
 import signal
@@ -35,6 +34,8 @@ from flowback_hf.ablation.runner import error_message, save_checkpoint_pipeline
 from flowback_hf.data import DataSource, HoldOut
 from flowback_hf.files import read_json_lines
 
+from ..conftest import load_script
+
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -67,14 +68,6 @@ SETTINGS = {
     "checkpoint_guidance_scale": 2.0,
 }
 FAILING_WEIGHT = 1e39  # overflows float32
-
-
-def load_script(path: Path):
-    """A script as a module: starting a process for each case would take minutes."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from flowback_hf.models.transformer_tarflow import GUIDANCE_RULES, GUIDANCE_SCHE
 from flowback_hf.pipelines.pipeline_flowback_classification import METHODS
 from flowback_hf_cli import evaluation
 
+from ..conftest import load_script
+
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = {
@@ -61,11 +63,7 @@ def test_defaults_of_the_flags_are_those_of_the_arguments():
 
 
 def test_choices_are_the_librarys():
-    sys.path.insert(0, str(REPOSITORY / "pipelines"))
-    try:
-        import sample
-    finally:
-        sys.path.pop(0)
+    sample = load_script(REPOSITORY / "pipelines" / "sample.py")
     assert evaluation.METHODS == METHODS
     assert evaluation.GUIDANCE_RULES == sample.GUIDANCE_RULES == GUIDANCE_RULES
     assert sample.GUIDANCE_SCHEDULES == GUIDANCE_SCHEDULES and sample.SOLVERS == SOLVERS

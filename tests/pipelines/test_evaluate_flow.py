@@ -319,7 +319,7 @@ def test_labels_that_do_not_match_the_flows_raise(options, tmp_path, labels, fea
         ({"image_column": "photo"}, "`--image_column` must be a column .* but is 'photo'"),
         ({"label_column": "kind"}, "`--label_column` must be a column .* but is 'kind'"),
         ({"features": "./nowhere"}, "`--features` './nowhere' cannot be loaded"),
-        ({"reference": "nowhere.npz"}, "'nowhere.npz' is no reference that flowback_hf has saved"),
+        ({"reference": "nowhere.npz"}, "'nowhere.npz' is not a reference saved by flowback_hf"),
     ],
 )
 def test_bad_arguments_leave_nothing(options, tmp_path, changed, message):
