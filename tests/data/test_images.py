@@ -20,6 +20,13 @@ def test_an_item_is_in_range_cropped_and_replaces_a_broken_one():
     assert torch.equal(item["images"], torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, 4, 4))
 
 
+def test_a_row_without_an_image_is_replaced_by_the_next():
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"image": [None, PIL.Image.new("RGB", (4, 4))], "label": [0, 1]}, features)
+    item = ImageDataset(rows, "image", "label", [5, 7], sample_size=4, in_channels=3)[0]
+    assert item["skipped"] == ["row 0"] and item["class_labels"] == 7
+
+
 def test_only_broken_images_raise():
     rows = datasets.Dataset.from_dict(
         {"image": [{"bytes": b"broken", "path": "bad.png"}] * 2, "label": [0, 1]},

@@ -36,8 +36,10 @@ def decode_image(file: dict[str, Any] | None, mode: str) -> PIL.Image.Image:
     Returns:
         `PIL.Image.Image`: at its own size.
     Raises:
-        One of `UNREADABLE`: if the file is not an image, or is damaged.
+        One of `UNREADABLE`: if there is no file, or if it is not an image or is damaged.
     """
+    if file is None:
+        raise ValueError("There is no image in this row.")
     return datasets.Image().decode_example(file).convert(mode)
 
 
