@@ -33,13 +33,14 @@ def add_flow_sizes(
     add("attention_head_dim", 64, "Width of an attention head. The flow is heads times this wide.")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, output: str, device: bool = True):
+def add_run_arguments(parser: argparse.ArgumentParser, output: str, device: bool = True, threads: bool = True):
     """Add the flags that say where a benchmark runs and which file it writes."""
     if device:
         parser.add_argument(
             "--device", default="cpu", help="The device to measure, cpu or cuda. Default: %(default)s."
         )
-    parser.add_argument("--threads", type=int, help="Threads of the CPU. Default: torch's own choice.")
+    if threads:
+        parser.add_argument("--threads", type=int, help="Threads of the CPU. Default: torch's own choice.")
     parser.add_argument(
         "--output",
         type=Path,

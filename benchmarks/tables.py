@@ -43,25 +43,20 @@ class Table:
         header (`list[str]`): The titles of its columns.
         rows (`list[list[str]]`): Its cells.
         reports (`list[str]`): The files in `benchmarks/results`, without `.json`, that hold its figures.
-        command (`str`, *optional*): What computes the figures, for a table that no report belongs to.
     """
 
     header: list[str]
     rows: list[list[str]]
     reports: list[str] = field(default_factory=list)
-    command: str | None = None
 
     def markdown(self, page: Path) -> str:
         """The table and its sources, linked as seen from a page of the repository."""
         from flowback_hf.reporting import markdown_table
 
+        summary = f"Measured on {', '.join(dict.fromkeys(map(describe_machine, self.reports)))}: the commands"
+        sources = [describe_source(report, page) for report in self.reports]
         lines = [markdown_table(self.header, self.rows), ""]
-        if self.command is not None:
-            lines.append(f"Computed by `{self.command}`.")
-        else:
-            summary = f"Measured on {', '.join(dict.fromkeys(map(describe_machine, self.reports)))}: the commands"
-            sources = [describe_source(report, page) for report in self.reports]
-            lines += [f"<details><summary>{summary}</summary>", "", *sources, "", "</details>"]
+        lines += [f"<details><summary>{summary}</summary>", "", *sources, "", "</details>"]
         return "\n".join(lines)
 
 
@@ -319,13 +314,11 @@ def classification_accuracy() -> Table:
 
 @table("model-sizes")
 def model_sizes() -> Table:
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    try:
-        import model_sizes
-    finally:
-        sys.path.pop(0)
-    header, _, *rows = [line.strip("| ").split(" | ") for line in model_sizes.table().splitlines()]
-    return Table(header, rows, command="python benchmarks/model_sizes.py")
+    from model_sizes import table as size_table
+
+    sizes = size_table(read("model_sizes")["results"])
+    header, _, *rows = [line.strip("| ").split(" | ") for line in sizes.splitlines()]
+    return Table(header, rows, ["model_sizes"])
 
 
 @table("latent-memory")

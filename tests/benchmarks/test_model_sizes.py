@@ -3,10 +3,23 @@ import json
 import pytest
 import torch
 
+from ..conftest import REPOSITORY
+
 
 @pytest.fixture
 def benchmarks(benchmark_script):
     return {name: benchmark_script(name) for name in ("flow_costs", "latent_train_step")}
+
+
+def test_the_committed_sizes_are_counted_ones(benchmark_script):
+    report = json.loads((REPOSITORY / "benchmarks" / "results" / "model_sizes.json").read_text())
+    sizes = {result["config"]: result for result in report["results"]}
+    model_sizes, flow_costs = benchmark_script("model_sizes"), benchmark_script("flow_costs")
+    assert sizes.keys() == {path.stem for path in flow_costs.CONFIGS.glob("*.json")}
+    for name, result in sizes.items():
+        if name.startswith("demo"):
+            assert model_sizes.count(name) == result
+        assert flow_costs.count_parameters(flow_costs.load_config(name)) == result["parameters"]
 
 
 def test_flops_are_those_of_the_products_written_out(benchmarks):
