@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,14 @@ def load_script(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+def end_of_command(path: Path, line: list[str], monkeypatch) -> str:
+    """What a script prints last when it ends with an error, run in this process: starting one takes ten seconds."""
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, line)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    return end.value.code
 
 
 def command_line(**options) -> list[str]:

@@ -70,8 +70,14 @@ class Run:
         return self.args.get("alignment", "none") != "none"
 
     @property
-    def teacher(self) -> str:
-        """The teacher's Hub id or folder. Stored features name theirs; without a name it is the default teacher."""
+    def teacher(self) -> str | None:
+        """
+        The teacher's Hub id or folder. Stored features name theirs; without a name it is the default teacher.
+
+        It is `None` for a run that was started from Python, which does not record it.
+        """
+        if "teacher_model_name_or_path" not in self.args:
+            return None
         for option, file in {"teacher_features": "features.json", "latents": "latents.json"}.items():
             if self.args.get(option) is not None:
                 teacher = (read_json(Path(self.args[option], file)) or {}).get("teacher")
@@ -80,11 +86,16 @@ class Run:
         return self.args.get("teacher_model_name_or_path") or DEFAULT_TEACHER
 
     @property
-    def data(self) -> str:
-        """The data set's Hub id or folder. For latents, it is the data set that they were computed from."""
+    def data(self) -> str | None:
+        """
+        The data set's Hub id or folder. For latents, it is the data set that they were computed from.
+
+        It is `None` for a run that was started from Python, which does not record it.
+        """
         if self.args.get("latents") is not None:
             return self.latents_settings.get("data", self.args["latents"])
-        return self.args["dataset_name"] or os.path.abspath(self.args["train_data_dir"])
+        folder = self.args.get("train_data_dir")
+        return self.args.get("dataset_name") or (None if folder is None else os.path.abspath(folder))
 
     @property
     def latents_settings(self) -> dict[str, Any]:
@@ -239,9 +250,9 @@ def results_table(results: dict[str, Any]) -> str:
 # Names that mean something on other machines
 
 
-def hub_id(source: str) -> str | None:
-    """Return the id of a data set or model on the Hub; `None` if the source is a folder or a file."""
-    if os.path.exists(source) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+def hub_id(source: str | None) -> str | None:
+    """Return the id of a data set or model on the Hub; `None` if the source is a folder, a file or not known."""
+    if source is None or os.path.exists(source) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         return None
     return source
 
@@ -367,11 +378,11 @@ def training_settings(run: Run) -> dict[str, Any]:
         "augmentation": f"{flips}; {args['label_dropout']:.0%} of the labels dropped",
     }
     if run.is_aligned:
-        order = f", order {args['alignment_order'] or 0}" if args["alignment"] == "reverse" else ""
+        order = f", order {args.get('alignment_order') or 0}" if args["alignment"] == "reverse" else ""
         places = {place for record in run.metrics for place in cosine_similarities(record)}
         settings["alignment"] = f"{args['alignment']}{order}, weight {args['alignment_weight']:g}"
         settings["aligned places"] = ", ".join(f"block {block} layer {layer}" for block, layer in sorted(places))
-        settings["teacher"] = public_name(run.teacher)
+        settings["teacher"] = public_name(run.teacher) if run.teacher is not None else "not recorded"
     accumulation = args["gradient_accumulation_steps"]
     return settings | {
         "steps": max((record["step"] for record in run.metrics), default=args["max_train_steps"]),
@@ -389,6 +400,8 @@ def training_settings(run: Run) -> dict[str, Any]:
 
 
 def describe_data(run: Run) -> str:
+    if run.data is None:
+        return "not recorded"
     text = public_name(run.data)
     if run.args.get("latents") is not None:
         latents = run.latents_settings

@@ -12,7 +12,7 @@ from flowback_hf.models.transformer_tarflow import GUIDANCE_RULES, GUIDANCE_SCHE
 from flowback_hf.pipelines.pipeline_flowback_classification import METHODS
 from flowback_hf_cli import evaluation
 
-from ..conftest import load_script
+from ..conftest import end_of_command, load_script
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,7 +45,15 @@ def test_help_imports_the_standard_library_only(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_wrong_value_ends_with_one_line(script, tmp_path):
+def test_a_wrong_value_ends_the_script_with_a_message(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = end_of_command(REPOSITORY / script, SCRIPTS[script], monkeypatch)
+    assert message.startswith(f"{Path(script).name}: error: `--") and "nowhere" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_message_is_all_that_is_printed(tmp_path):
+    script = "training/ablate.py"
     done = run_script(script, SCRIPTS[script], tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ import pytest
 
 from flowback_hf.pipelines import pipeline_flowback_classification
 
-from ..conftest import REPOSITORY, command_line
+from ..conftest import REPOSITORY, command_line, end_of_command
 from .conftest import CLASS_NAMES
 
 
@@ -89,11 +89,10 @@ def test_the_choices_are_the_packages(script):
     ],
     ids=COMMANDS,
 )
-def test_bad_input_ends_in_one_line(name, options, message):
-    run = start(name, command_line(**options))
-    assert run.returncode == 1 and not run.stdout
-    assert run.stderr.splitlines()[-1].startswith(f"{name}.py: error: {message}")
-    assert "Traceback" not in run.stderr
+def test_bad_input_ends_in_one_line(name, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    end = end_of_command(REPOSITORY / "pipelines" / f"{name}.py", command_line(**options), monkeypatch)
+    assert end.startswith(f"{name}.py: error: {message}") and not list(tmp_path.iterdir())
 
 
 # The demo's report

@@ -8,6 +8,7 @@ import torch
 from flowback_hf import AlignedFlowObjective, FlowBackPipeline, RepresentationTeacher, TarFlowTransformer2DModel
 from flowback_hf.data import ImageSource, Splits
 from flowback_hf.files import read_json_lines
+from flowback_hf.hub import write_repository
 from flowback_hf.training import Trainer, TrainingArguments
 
 from ..conftest import image_rows
@@ -55,6 +56,14 @@ def test_it_goes_on_where_it_was_and_refuses_other_arguments(make_trainer, tmp_p
     trainer = make_trainer(resume_from_checkpoint="latest")
     trainer.fit()
     assert trainer.global_step == 4 and (tmp_path / "run" / "checkpoint-4").exists()
+
+
+def test_what_it_trains_can_be_published(make_trainer, tmp_path):
+    pipeline = make_trainer(max_train_steps=1).fit()
+    write_repository(pipeline, tmp_path / "repository", "flow", tmp_path / "run")
+    card = (tmp_path / "repository" / "README.md").read_text()
+    assert "| alignment | reverse, order 0, weight 0.1 |" in card and "| teacher | not recorded |" in card
+    assert "| data | not recorded |" in card and "| steps | 1 |" in card
 
 
 @pytest.mark.parametrize("random_flip, label_dropout", [(False, 0.0), (True, 0.5), (True, 1.0)])

@@ -72,7 +72,7 @@ class Trainer:
         teacher ([`RepresentationTeacher`], *optional*): Not needed for the strategy `"none"` or with stored features.
         id2label (`dict[int, str]`, *optional*): The flow's class names, which the pipeline keeps.
         settings (`dict`, *optional*):
-            What `training_args.json` holds; a resumed run must have the same. Default: `arguments`.
+            What `training_args.json` holds; a resumed run must have the same. Default: `arguments` and the alignment.
         accelerator ([`~accelerate.Accelerator`], *optional*): Default: [`make_accelerator`] of `arguments`.
     Raises:
         ValueError: before anything is written, if the output folder holds another run, a validation label is unknown,
@@ -120,7 +120,7 @@ class Trainer:
         self.teacher = teacher
         self.accelerator = make_accelerator(arguments) if accelerator is None else accelerator
         self.folder = Path(arguments.output_dir)
-        self.settings = asdict(arguments) if settings is None else settings
+        self.settings = describe_run(arguments, objective) if settings is None else settings
         self.holds_run = check_run_folder(self.folder, self.settings, arguments.resume_from_checkpoint)
         self.flow = objective.flow
         self.pipeline = FlowBackPipeline(self.flow, source.vae, id2label=id2label)
@@ -406,6 +406,13 @@ class Trainer:
             logger.info(f"Saved the pipeline in {self.folder}{skipped}.")
         self.accelerator.wait_for_everyone()
         return self.pipeline
+
+
+def describe_run(arguments: TrainingArguments, objective: AlignedFlowObjective) -> dict[str, Any]:
+    """What tells a run from others, as far as a trainer knows it."""
+    order = objective.num_neumann_terms if objective.strategy == "reverse" else None
+    alignment = {"alignment": objective.strategy, "alignment_weight": objective.weight, "alignment_order": order}
+    return asdict(arguments) | alignment
 
 
 def untrained_copy(flow: TarFlowTransformer2DModel) -> TarFlowTransformer2DModel:
