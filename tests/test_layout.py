@@ -96,6 +96,17 @@ def test_no_circles():
         visit(module)
 
 
+def test_the_one_import_by_name_is_the_pipelines_of_the_hub():
+    """Publishing needs the package, and loading a pipeline must not."""
+    by_name = {}
+    for path in MODULES:
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        for call in calls:
+            if ast.unparse(call.func).endswith("import_module") and isinstance(call.args[0], ast.Constant):
+                by_name.setdefault(module_name(path), []).append(call.args[0].value)
+    assert by_name == {"flowback_hf.pipelines.pipeline_flowback": ["flowback_hf.hub"]}
+
+
 def test_the_light_package_imports_the_standard_library_only():
     for path in (SOURCES / "flowback_hf_cli").glob("*.py"):
         outside = {name.split(".")[0] for name in imports_of(path)} - sys.stdlib_module_names
