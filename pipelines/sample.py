@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """
-Sample from a trained flow: any number of images, of all classes in turn or of the named ones.
+Sample images from a trained flow: of all classes in turn, or of the classes that you name.
 
     python pipelines/sample.py --model outputs/flow --class_labels dog 3 --num_images 100 --output_dir outputs/samples
 
@@ -30,7 +30,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         help="Names or numbers of the classes to sample in turn. -1 is no class. Default: all classes.",
     )
-    parser.add_argument("--num_images", type=int, default=64, help="Images in the folder. Default: %(default)s.")
+    parser.add_argument(
+        "--num_images", type=int, default=64, help="Images that the folder holds in the end. Default: %(default)s."
+    )
     parser.add_argument("--guidance_scale", type=float, help="Guidance scale. 1.0 is off. Default: the pipeline's.")
     parser.add_argument("--guidance_rule", choices=GUIDANCE_RULES, help="Guidance rule. Default: the pipeline's.")
     parser.add_argument(

@@ -36,7 +36,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default="stabilityai/sd-vae-ft-ema",
         help="The VAE: its id on the Hub or a folder. Default: %(default)s.",
     )
-    parser.add_argument("--vae_subfolder", help="The subfolder of the VAE, if it is part of a pipeline: vae.")
+    parser.add_argument("--vae_subfolder", help="The folder of the VAE inside a pipeline, usually vae.")
     parser.add_argument(
         "--resolution",
         type=int,

@@ -131,12 +131,12 @@ def add_data_arguments(parser: argparse.ArgumentParser):
         " contains images that training held out. Default: %(default)s.",
     )
     data.add_argument("--cache_dir", help="Folder where data sets and encoders are cached.")
-    data.add_argument("--max_images", type=int, help="Largest number of images of --split. Default: all.")
+    data.add_argument("--max_images", type=int, help="Use at most this many images of --split. Default: all.")
     data.add_argument(
         "--max_reference_images",
         type=int,
         default=defaults.max_reference_images,
-        help="Largest number of images of --reference_split for the samples. Default: %(default)s.",
+        help="Compare samples with at most this many images of --reference_split. Default: %(default)s.",
     )
     data.add_argument("--strict", action="store_true", help="Refuse images of another size instead of resizing them.")
 
@@ -207,7 +207,7 @@ def add_part_arguments(parser: argparse.ArgumentParser):
         "--max_probe_images",
         type=int,
         default=defaults.max_probe_images,
-        help="Largest number of images of --reference_split that the probe is fitted to. Default: %(default)s.",
+        help="Fit the probe to at most this many images of --reference_split. Default: %(default)s.",
     )
 
 

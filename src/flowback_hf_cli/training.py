@@ -122,7 +122,10 @@ def add_latents_arguments(group: argparse._ArgumentGroup):
         help="The VAE to save with the pipeline: its id on the Hub or a folder. Default: the one that made the"
         " latents.",
     )
-    group.add_argument("--vae_subfolder", help="The subfolder of the VAE, if it is part of a pipeline: vae.")
+    group.add_argument(
+        "--vae_subfolder",
+        help="The folder of the VAE inside a pipeline, usually vae. Default: the VAE is a model of its own.",
+    )
 
 
 def add_loading_arguments(group: argparse._ArgumentGroup):
@@ -193,7 +196,8 @@ def add_alignment_arguments(group: argparse._ArgumentGroup):
         "--alignment",
         choices=STRATEGIES,
         default="reverse",
-        help="Which pass carries the gradient of the alignment; none trains without a teacher. Default: %(default)s.",
+        help="How the gradient of the alignment reaches the flow: forward, detach or reverse. none trains without"
+        " alignment and without a teacher. Default: %(default)s.",
     )
     group.add_argument(
         "--teacher_model_name_or_path",
@@ -225,7 +229,8 @@ def add_alignment_arguments(group: argparse._ArgumentGroup):
     group.add_argument(
         "--alignment_order",
         type=order_type,
-        help="Neumann terms after the first in the gradient of reverse: 0, 1, 2, ... or exact. Default: 0.",
+        help="How many terms of its series after the first the gradient of reverse has: 0, 1, 2, ... or exact."
+        " Default: 0.",
     )
     group.add_argument(
         "--projector_dim", type=int, default=1024, help="Hidden width of the projectors. Default: %(default)s."
@@ -267,7 +272,8 @@ def add_optimization_arguments(group: argparse._ArgumentGroup):
     group.add_argument(
         "--torch_compile",
         action="store_true",
-        help="Compile the transformer layers. A few steps at the start decide whether all of them are worth it.",
+        help="Compile the transformer layers. Training first times a few steps with all layers compiled and with some,"
+        " and keeps the faster.",
     )
     add("learning_rate", "Largest learning rate, reached after the warm-up.", type=float)
     group.add_argument(
@@ -342,7 +348,8 @@ def add_run_arguments(group: argparse._ArgumentGroup):
         "--validation_guidance_scale",
         type=float,
         default=defaults.validation_guidance_scale,
-        help="Guidance of the sample grids, which becomes the pipeline's own; 1.0 is off. Default: %(default)s.",
+        help="Guidance scale of the sample grids and, by default, of the saved pipeline; 1.0 is off."
+        " Default: %(default)s.",
     )
     group.add_argument(
         "--report_to",

@@ -106,7 +106,7 @@ class HoldOut:
         share (`float`): Of the rows, between 0 and 1.
         seed (`int`): Decides which ones.
         num_images (`int`, *optional*): Rows before the share was taken. `None` is not known.
-        checksum (`int`, *optional*): Of the files that were held out. `None` is not known.
+        checksum (`int`, *optional*): Of the contents of the images that were held out. `None` is not known.
     """
 
     share: float
@@ -150,18 +150,23 @@ class HoldOut:
             raise ValueError(
                 "The images that training held out cannot be told from the others: this data set is not the one that"
                 f" the flow was trained on, which had {self.num_images} images, or it has changed since. It has"
-                f" {len(rows)} images. Evaluate on all of them with --split all."
+                f" {len(rows)} images. --split all evaluates on all of them, those that it was trained on included."
             )
 
 
 def checksum_of_files(rows: datasets.Dataset, image_column: str) -> int:
-    """A checksum of which images rows hold: their contents if the data set has them, else their names."""
+    """
+    A checksum of the contents of images, of which `datasets` holds the bytes or the path.
+
+    Of images in an archive it is a checksum of their names in the archive.
+    """
     checksum = 0
     for row in rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False)):
         file = row[image_column] or {}
         content = file.get("bytes")
         if content is None:
-            content = "/".join(Path(file.get("path") or "").parts[-2:]).encode()
+            path = file.get("path") or ""
+            content = Path(path).read_bytes() if Path(path).is_file() else path.partition("::")[0].encode()
         checksum = zlib.crc32(content, checksum)
     return checksum
 
@@ -288,7 +293,7 @@ def load_split(source: DataSource, split: str, image_column: str, hold_out: Hold
         raise ValueError(
             f"The data set has no split {split!r}, and --model has no record of images that its training held out of"
             f" this data set ({HOLD_OUT_FILE} in the output folder of training/train_rra.py; a flow trained on latents"
-            " has none). Evaluate on all images with --split all."
+            " has none). --split all evaluates on all images, those that it was trained on included."
         )
     train_rows, held_out = hold_out.split(splits["train"])
     hold_out.check(splits["train"], held_out, image_column)

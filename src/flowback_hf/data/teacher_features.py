@@ -46,7 +46,9 @@ def load_teacher(
             name or DEFAULT_TEACHER, grid_size=grid_size, dtype=dtype, cache_dir=cache_dir
         )
     except OSError as error:
-        raise ValueError(f"`--teacher_model_name_or_path` cannot be loaded. {error}") from error
+        raise ValueError(
+            f"`--teacher_model_name_or_path` cannot be loaded. {error} Training without a teacher: --alignment none."
+        ) from error
     return teacher.to(accelerator.device)
 
 

@@ -159,8 +159,9 @@ def match_labels(rows: datasets.Dataset, label_column: str, pipeline: FlowBackPi
         unknown = sorted(set(names) - set(known))
         if unknown:
             raise ValueError(
-                f"The data set's classes {unknown[:5]} are not among this flow's, which are {list(known)[:5]}, ...:"
-                " evaluate it on the classes that it was trained on."
+                f"The data set's classes {unknown[:5]} are not among this flow's, which are"
+                f" {', '.join(map(repr, list(known)[:5]))}{', ...' if len(known) > 5 else ''}: evaluate it on the"
+                " classes that it was trained on."
             )
         return [known[name] for name in names]
     if isinstance(feature, datasets.ClassLabel) and feature.num_classes != num_classes:
