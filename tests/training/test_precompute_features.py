@@ -13,7 +13,7 @@ from flowback_hf import RepresentationTeacher
 from flowback_hf.data import ImageDataset, ImageSource, Splits, load_splits, load_teacher_features
 from flowback_hf.training import flow
 
-from ..conftest import REPOSITORY, image_rows, load_script, start_two_processes
+from ..conftest import REPOSITORY, command_line, image_rows, load_script, start_two_processes
 from .test_train_rra import read_metrics
 
 
@@ -38,7 +38,7 @@ def features_arguments(images, teacher, tmp_path):
             "output_dir": tmp_path / "features",
             **options,
         }
-        return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        return command_line(**options)
 
     return build
 

@@ -16,7 +16,7 @@ from flowback_hf.data import DataSource, LatentDataset, LatentSource, Splits, lo
 from flowback_hf.data.latent_encoding import LatentEncoder, columns_of, describe_latents, encode_split, open_streams
 from flowback_hf.data.latents import draw_latents, hash_weights, load_vae
 
-from ..conftest import REPOSITORY, load_script, write_images
+from ..conftest import REPOSITORY, command_line, load_script, write_images
 from .test_train_rra import read_metrics
 
 
@@ -45,8 +45,7 @@ def latents_arguments(images, vae_dir, tmp_path):
             "output_dir": tmp_path / "latents",
             **options,
         }
-        options = {name: value for name, value in options.items() if value is not None}
-        return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        return command_line(**options)
 
     return build
 

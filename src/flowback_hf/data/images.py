@@ -112,6 +112,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.label_column = label_column
         self.label_ids = label_ids
         self.sample_size = sample_size
+        self.in_channels = in_channels
         self.mode = image_mode(in_channels)
         self.teacher_features = teacher_features
 

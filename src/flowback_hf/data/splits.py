@@ -226,7 +226,8 @@ def load_splits(args: argparse.Namespace) -> Splits:
         splits = encode_labels(splits, args.label_column)
 
     train_rows, hold_out = splits["train"], None
-    held_out = next((splits[name] for name in HELD_OUT_SPLITS if name in splits), None)
+    name = held_out_split(splits)
+    held_out = None if name is None else splits[name]
     if held_out is None and len(train_rows) > 1:
         hold_out = HoldOut(args.train_val_split, args.seed)
         rows = train_rows

@@ -61,7 +61,7 @@ def describe_features(
         "feature_dim": teacher.feature_dim,
         "grid_size": teacher.grid_size,
         "resolution": dataset.sample_size,
-        "in_channels": {"L": 1, "RGB": 3}[dataset.mode],
+        "in_channels": dataset.in_channels,
         "num_images": len(dataset),
         "images_per_shard": images_per_shard,
         "num_shards": -(-len(dataset) // images_per_shard),
