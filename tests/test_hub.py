@@ -61,6 +61,15 @@ def test_what_belongs_goes_up_and_nothing_else(the_hub, run_dir):
     assert (run_dir / "README.md").read_text() == card_of(the_hub)
 
 
+def test_the_card_recommends_the_commit_of_the_code(the_hub, run_dir):
+    FlowBackPipeline.from_pretrained(run_dir).push_to_hub("flow")
+    code_and_weights, card_only = the_hub.repositories["tester/flow"].commits
+    card = card_of(the_hub)
+    assert card.count(f'revision="{code_and_weights}"') == 2 and card_only not in card
+    assert "trust_remote_code=True" in card and "dtype=torch.float32" in card
+    assert is_as_written(card) and (run_dir / "README.md").read_text() == card
+
+
 LOAD = """
 import sys, torch
 torch.set_num_threads(1)

@@ -102,7 +102,7 @@ def push_to_hub(
         elif run_dir is not None:
             write_text(run_dir / "README.md", card.read_text(encoding="utf-8"))
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
+        commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message=commit_message or f"Upload {type(pipeline).__name__}",
@@ -110,6 +110,17 @@ def push_to_hub(
             # Otherwise, weight shards and pictures of an earlier upload would remain beside the new ones.
             delete_patterns=["transformer/*", "vae/*", "samples/*"],
         )
+        if card.exists() and is_as_written(card.read_text(encoding="utf-8")) and not create_pr:
+            # A commit cannot name itself, so the card gets the revision of the code and weights in a commit of its own.
+            write_text(card, render_model_card(pipeline, repo_id, run_dir, license, revision=commit.oid))
+            api.upload_file(
+                path_or_fileobj=card,
+                path_in_repo=card.name,
+                repo_id=repo_id,
+                commit_message="Recommend this revision in the card",
+            )
+            if run_dir is not None:
+                shutil.copyfile(card, run_dir / card.name)
     return str(url)
 
 

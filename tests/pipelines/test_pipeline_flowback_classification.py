@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
-from flowback_hf.pipelines.pipeline_flowback_classification import apply_noise, fit_image
+from flowback_hf.pipelines.pipeline_flowback import fit_image
+from flowback_hf.pipelines.pipeline_flowback_classification import apply_noise
 
 
 METHODS = ("gradient", "ascent", "bayes", "shortlist")
@@ -390,7 +391,7 @@ def test_preprocessing_is_that_of_training(randomised_model, size, channels):
     pipeline = make_pipe(randomised_model(in_channels=channels))
     (image,) = pil_images(1, size=size)
     with pytest.warns(UserWarning, match="Images that are not 4x4 pixels are resized and center-cropped"):
-        sample = pipeline.preprocess(image)
+        sample = pipeline.encode(image)
     fitted = PIL.ImageOps.fit(image.convert({1: "L", 3: "RGB"}[channels]), (4, 4), PIL.Image.Resampling.BICUBIC)
     expected = torch.from_numpy(np.array(fitted)).view(4, 4, channels).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(sample[0], expected.double(), rtol=0, atol=1e-6)
@@ -433,10 +434,10 @@ def test_grey_flows_take_coloured_images_and_the_other_way_round(randomised_mode
     grey = make_pipe(randomised_model(in_channels=1))
     image = PIL.Image.new("RGB", (4, 4), (90, 90, 90))
     expected = torch.full((1, 1, 4, 4), 90 / 127.5 - 1, dtype=torch.float64)
-    torch.testing.assert_close(grey.preprocess(image), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(pipe.preprocess(image.convert("L")), expected.expand(1, 3, 4, 4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(grey.encode(image), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(pipe.encode(image.convert("L")), expected.expand(1, 3, 4, 4), rtol=0, atol=1e-6)
     tensor = torch.full((1, 3, 4, 4), 90, dtype=torch.uint8)
-    torch.testing.assert_close(grey.preprocess(tensor), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(grey.encode(tensor), expected, rtol=0, atol=1e-6)
 
 
 def test_images_of_the_right_size_are_not_warned_about(pipe):

@@ -10,8 +10,8 @@ import PIL.Image
 from flowback_hf.data.images import UNREADABLE, decode_image, image_mode, name_of_file
 from flowback_hf.data.splits import check_column
 from flowback_hf.evaluation.parts import Arrays
-from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
-from flowback_hf.pipelines.pipeline_flowback_classification import FlowBackClassificationPipeline, fit_image
+from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline, fit_image
+from flowback_hf.pipelines.pipeline_flowback_classification import FlowBackClassificationPipeline
 
 
 class ImageBatch(NamedTuple):

@@ -46,7 +46,7 @@ def evaluate_linear_probe(
             if not pictures:
                 return {}
             generators = [make_generator(seed, number) for number in numbers]
-            (noisy_sample,) = classifier.add_noise(classifier.preprocess(pictures), generator=generators)
+            (noisy_sample,) = classifier.add_noise(classifier.encode(pictures), generator=generators)
             pooled = pooled_hidden_states(classifier.transformer, noisy_sample)
             features = {place_name(place): states.numpy() for place, states in pooled.items()}
             return {"labels": np.array(labels), **features}

@@ -7,15 +7,18 @@ import difflib
 import importlib
 import operator
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import PIL.Image
+import PIL.ImageOps
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL, ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils import logging
+from diffusers.utils import load_image, logging
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -68,7 +71,250 @@ def read_pipeline_index(index: dict[str, Any], module_name: str) -> dict[str, An
     return index
 
 
-class FlowBackPipeline(DiffusionPipeline):
+def fit_image(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
+    """
+    Cut the middle square out of an image and resize it. Training and classification both fit images this way.
+
+    Args:
+        image (`PIL.Image.Image`): An image of any size and mode.
+        size (`int`): Height and width of the result, in pixels.
+    Returns:
+        `PIL.Image.Image`: a new image of `size` times `size` pixels in the same mode, interpolated bicubically.
+
+    Example:
+        ```py
+        >>> import PIL.Image
+        >>> from flowback_hf.pipelines.pipeline_flowback import fit_image
+
+        >>> fit_image(PIL.Image.new("RGB", (640, 427)), 64).size
+        (64, 64)
+        ```
+    """
+    return PIL.ImageOps.fit(image, (size, size), PIL.Image.Resampling.BICUBIC)
+
+
+def array_to_pixels(image: Any, number: int) -> torch.Tensor:
+    """Turn an array (height, width[, channels]) or a tensor (channels, height, width) into the latter, in [0, 1]."""
+    if isinstance(image, torch.Tensor):
+        pixels = image.detach().cpu()
+    elif hasattr(image, "__array__"):
+        pixels = torch.as_tensor(image)
+        pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(-1, 0)
+    else:
+        raise ValueError(
+            f"Image {number} must be a PIL image, an array, a tensor or a path, but is of type {type(image).__name__}."
+        )
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
+        raise ValueError(f"Image {number} must have 1 or 3 channels, but its shape is {tuple(image.shape)}.")
+    if pixels.dtype == torch.uint8:
+        pixels = pixels.float() / 255
+    if not pixels.is_floating_point() or not ((pixels >= 0) & (pixels <= 1)).all():
+        raise ValueError(
+            f"Image {number} must hold floats in [0, 1] or uint8, but holds {pixels.dtype} from {pixels.min():.3g} to"
+            f" {pixels.max():.3g}."
+        )
+    return pixels
+
+
+def is_one_image(images: Any) -> bool:
+    """Tell one image, in any accepted form, from several."""
+    if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
+        return True
+    return hasattr(images, "ndim") and images.ndim < 4
+
+
+class FlowBackPipelineMixin:
+    """
+    What pipelines of a flow share: its components, class names, and the way from an image to the flow's data.
+
+    Args:
+        transformer ([`TarFlowTransformer2DModel`]): The flow.
+        vae ([`~diffusers.AutoencoderKL`], *optional*): The VAE of a latent flow.
+        id2label (`dict[int, str]`, *optional*): Class names by class id. Commas separate synonyms.
+        guidance_scale (`float`, defaults to 1.0), guidance_rule (`str`, defaults to `"linear"`):
+            How [`FlowBackPipeline`] samples by default.
+    """
+
+    _optional_components = ["vae"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rule: str = "linear",
+    ):
+        super().__init__()
+        if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
+            raise ValueError(
+                f"`vae` must have as many latent channels as the flow has `in_channels`, but they are"
+                f" {vae.config.latent_channels} and {transformer.config.in_channels}."
+            )
+        self.register_modules(transformer=transformer, vae=vae)
+        # JSON turns the keys into strings.
+        id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
+        self.register_to_config(id2label=id2label or None, guidance_scale=guidance_scale, guidance_rule=guidance_rule)
+        self.labels = {name.strip(): label_id for label_id, label in id2label.items() for name in label.split(",")}
+        self.image_processor = VaeImageProcessor()
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        return read_pipeline_index(super()._dict_from_json_file(json_file), cls.__module__)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """
+        Make this pipeline from another pipeline of a flow. Both share the components; nothing is copied or cast.
+
+        Args:
+            pipeline ([`FlowBackPipeline`] or [`FlowBackClassificationPipeline`]):
+                The pipeline whose components, class names and default guidance are used.
+            kwargs: Components and other arguments that replace those of `pipeline`.
+        Returns:
+            The new pipeline.
+        Raises:
+            ValueError: if `pipeline` has no flow.
+        """
+        if "transformer" not in pipeline.components:
+            raise ValueError(
+                f"`pipeline` must be a pipeline of a flow, with a `transformer`, but is a {type(pipeline).__name__}."
+            )
+        # By themselves, diffusers passes on components of the annotated classes only, without their subclasses, and
+        # casts them to float32.
+        components = {"transformer": pipeline.transformer, "vae": pipeline.vae}
+        return super().from_pipe(pipeline, **{**components, "dtype": pipeline.transformer.dtype, **kwargs})
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """The number of pixels that one cell of the sample covers along each side. It is 1 without a VAE."""
+        return 1 if self.vae is None else vae_scale_factor(self.vae)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, in pixels, of the images that the flow takes, or its VAE if it has one."""
+        return self.transformer.config.sample_size * self.vae_scale_factor
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """
+        Look up the ids of class names.
+
+        Args:
+            label (`str` or `list[str]`): Names or synonyms from `id2label`.
+        Returns:
+            `list[int]`: one id for each name.
+        Raises:
+            ValueError: if a name is unknown. The message suggests the most similar known names.
+        """
+        names = [label] if isinstance(label, str) else list(label)
+        for name in names:
+            if name not in self.labels:
+                nearest = difflib.get_close_matches(name, self.labels, n=3, cutoff=0.0)
+                known = f"The nearest known ones are {nearest}." if nearest else "This pipeline has no `id2label`."
+                raise ValueError(f"`class_labels` must be known names, but {name!r} is not one. {known}")
+        return [self.labels[name] for name in names]
+
+    def normalize_class_labels(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
+        """
+        Turn class labels of any accepted form into one flat list of class ids.
+
+        Args:
+            class_labels (`int`, `str`, a nested list of them or a `torch.Tensor`): Class ids or names.
+        Returns:
+            `list[int]`: the class ids. Their range is not checked.
+        Raises:
+            ValueError: if a name is unknown, or a label is neither a whole number nor a name.
+        """
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, str):
+            return self.get_label_ids(class_labels)
+        if isinstance(class_labels, Iterable):
+            return [label for entry in class_labels for label in self.normalize_class_labels(entry)]
+        try:
+            return [operator.index(class_labels)]
+        except TypeError:
+            raise ValueError(f"`class_labels` must be whole numbers or names, but one is {class_labels!r}.") from None
+
+    @torch.no_grad()
+    def encode(self, images: Any, generator: torch.Generator | None = None, strict: bool = False) -> torch.Tensor:
+        """
+        Turn images into the data that the flow models, without the noise of training.
+
+        Sampling returns such data with `output_type="latent"`. `pipe.transformer(data, class_labels).sample` maps it
+        to the flow's latents.
+
+        Args:
+            images (a PIL image, array, tensor or path, or many of them):
+                Many images may come as a list, a column of a `datasets` data set, any other iterable, or an array or
+                tensor with a leading batch dimension. Arrays are `(height, width[, channels])`, tensors `(channels,
+                height, width)`. Both hold floats in [0, 1] or uint8, as do the `"np"` and `"pt"` outputs of
+                [`FlowBackPipeline`]. An image of another size is center-cropped and resized, with a warning.
+            generator (`torch.Generator`, *optional*):
+                Draws from the VAE's posterior. Without one, its mode is returned. Pixels need none.
+            strict (`bool`, defaults to `False`): Refuse images of another size or mode instead of converting them.
+        Returns:
+            `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: pixels in [-1, 1], or the
+            VAE's `(latents - shift_factor) * scaling_factor`. float32, or float64 for a float64 flow.
+        Raises:
+            ValueError: if something is not an image, with its number; with `strict`, also for another size or mode.
+        """
+        images = [images] if is_one_image(images) else images
+        pixels = [self._to_pixels(image, number, strict) for number, image in enumerate(images)]
+        if not pixels:
+            raise ValueError("`images` must hold at least one image, but are empty.")
+        return self._encode_pixels(torch.stack(pixels), generator)
+
+    def _to_pixels(self, image: Any, number: int, strict: bool) -> torch.Tensor:
+        """Turn one image into pixels in [0, 1], of shape `(channels, image_size, image_size)`."""
+        size = self.image_size
+        channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
+        if isinstance(image, (str, os.PathLike)):
+            path = os.fspath(image)
+            try:
+                image = load_image(path)
+            # These are raised for a missing file, a file that is not an image, and a truncated image.
+            except (OSError, ValueError, SyntaxError) as error:
+                raise ValueError(f"Image {number}, {path!r}, cannot be read: {error}") from error
+            if channels == 1:
+                image = image.convert("L")
+        if not hasattr(image, "convert"):
+            pixels = array_to_pixels(image, number)
+            if tuple(pixels.shape) == (channels, size, size):
+                return pixels
+            if strict:
+                raise ValueError(
+                    f"Image {number} must have {channels} channels of {size}x{size} pixels, but has shape"
+                    f" {tuple(pixels.shape)} (channels first). Convert it, or leave out `strict`."
+                )
+            array = VaeImageProcessor.pt_to_numpy(pixels[None])
+            (image,) = VaeImageProcessor.numpy_to_pil(array)
+        mode = {1: "L", 3: "RGB"}[channels]
+        if strict and (image.mode != mode or image.size != (size, size)):
+            raise ValueError(
+                f"Image {number} must be {size}x{size} pixels of mode {mode}, but is {image.width}x{image.height} of"
+                f" mode {image.mode}. Convert it, or leave out `strict`."
+            )
+        image = image.convert(mode)
+        if image.size != (size, size):
+            warnings.warn(
+                f"Images that are not {size}x{size} pixels are resized and center-cropped; `strict=True` refuses them."
+            )
+            image = fit_image(image, size)
+        return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy([image]))[0]
+
+    def _encode_pixels(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Turn pixels in [0, 1] into the data that the flow models."""
+        device, dtype = self._execution_device, torch.promote_types(self.transformer.dtype, torch.float32)
+        sample = self.image_processor.normalize(pixels.to(device, dtype))
+        if self.vae is None:
+            return sample
+        posterior = self.vae.encode(sample.to(self.vae.dtype)).latent_dist
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        return scale_latents(latents.to(dtype), self.vae.config)
+
+
+class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
     r"""
     Generate images with a normalizing flow, of given classes or unconditionally.
 
@@ -110,36 +356,10 @@ class FlowBackPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
-
-    def __init__(
-        self,
-        transformer: ModelMixin,
-        vae: AutoencoderKL | None = None,
-        id2label: dict[int, str] | dict[str, str] | None = None,
-        guidance_scale: float = 1.0,
-        guidance_rule: str = "linear",
-    ):
-        super().__init__()
-        if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
-            raise ValueError(
-                f"`vae` must have as many latent channels as the flow has `in_channels`, but they are"
-                f" {vae.config.latent_channels} and {transformer.config.in_channels}."
-            )
-        self.register_modules(transformer=transformer, vae=vae)
-        # JSON turns the keys into strings.
-        id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
-        self.register_to_config(id2label=id2label or None, guidance_scale=guidance_scale, guidance_rule=guidance_rule)
-        self.labels = {name.strip(): label_id for label_id, label in id2label.items() for name in label.split(",")}
-        self.image_processor = VaeImageProcessor()
-        self._guidance_scale = guidance_scale
-        self._num_timesteps = 0
-        self._interrupt = False
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        return read_pipeline_index(super()._dict_from_json_file(json_file), cls.__module__)
+    _guidance_scale = 1.0
+    _num_timesteps = 0
+    _interrupt = False
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
         """
@@ -201,11 +421,6 @@ class FlowBackPipeline(DiffusionPipeline):
         return hub.push_to_hub(self, repo_id, run_dir, commit_message, private, token, create_pr, license, force)
 
     @property
-    def vae_scale_factor(self) -> int:
-        """The number of pixels that one cell of the sample covers along each side. It is 1 without a VAE."""
-        return 1 if self.vae is None else vae_scale_factor(self.vae)
-
-    @property
     def guidance_scale(self) -> float:
         """The guidance scale of the running call, which reads it before every flow block. 1.0 is off."""
         return self._guidance_scale
@@ -219,25 +434,6 @@ class FlowBackPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         """Whether the running call is to stop. Set `pipe._interrupt = True` in a callback to stop after its block."""
         return self._interrupt
-
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """
-        Look up the ids of class names.
-
-        Args:
-            label (`str` or `list[str]`): Names or synonyms from `id2label`.
-        Returns:
-            `list[int]`: one id for each name.
-        Raises:
-            ValueError: if a name is unknown. The message suggests the most similar known names.
-        """
-        names = [label] if isinstance(label, str) else list(label)
-        for name in names:
-            if name not in self.labels:
-                nearest = difflib.get_close_matches(name, self.labels, n=3, cutoff=0.0)
-                known = f"The nearest known ones are {nearest}." if nearest else "This pipeline has no `id2label`."
-                raise ValueError(f"`class_labels` must be known names, but {name!r} is not one. {known}")
-        return [self.labels[name] for name in names]
 
     @torch.no_grad()
     def __call__(
@@ -447,55 +643,6 @@ class FlowBackPipeline(DiffusionPipeline):
             for g in generators
         ]
         return torch.cat(noise)
-
-    def normalize_class_labels(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
-        """
-        Turn class labels of any accepted form into one flat list of class ids.
-
-        Args:
-            class_labels (`int`, `str`, a nested list of them or a `torch.Tensor`): Class ids or names.
-        Returns:
-            `list[int]`: the class ids. Their range is not checked.
-        Raises:
-            ValueError: if a name is unknown, or a label is neither a whole number nor a name.
-        """
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, str):
-            return self.get_label_ids(class_labels)
-        if isinstance(class_labels, Iterable):
-            return [label for entry in class_labels for label in self.normalize_class_labels(entry)]
-        try:
-            return [operator.index(class_labels)]
-        except TypeError:
-            raise ValueError(f"`class_labels` must be whole numbers or names, but one is {class_labels!r}.") from None
-
-    @torch.no_grad()
-    def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """
-        Encode images as the data of a latent flow: draw from the VAE's posterior and scale the draw.
-
-        Args:
-            images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Images in [-1, 1].
-            generator (`torch.Generator`, *optional*): Decides the draw.
-        Returns:
-            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`: `(latents - shift_factor) *
-            scaling_factor` in float32, without the noise of training. Decoding undoes `encode`, up to what the VAE
-            loses.
-        Raises:
-            ValueError: if the pipeline has no VAE, or if the images' height and width are not `sample_size *
-                vae_scale_factor`.
-        """
-        if self.vae is None:
-            raise ValueError("`encode` needs a pipeline with a `vae`. This pipeline has none: its flow models pixels.")
-        size = self.transformer.config.sample_size * self.vae_scale_factor
-        if tuple(images.shape[2:]) != (size, size):
-            raise ValueError(
-                f"`images` must have {size}x{size} pixels (`sample_size` {self.transformer.config.sample_size} times"
-                f" the VAE's factor {self.vae_scale_factor}), but have shape {tuple(images.shape)}."
-            )
-        posterior = self.vae.encode(images.to(self._execution_device, self.vae.dtype)).latent_dist
-        return scale_latents(posterior.sample(generator).float(), self.vae.config)
 
     def _to_output_type(self, sample: torch.Tensor, output_type: str) -> Any:
         """Turn the flow's data into what a call returns: decode latents, then convert pixels in [-1, 1]."""

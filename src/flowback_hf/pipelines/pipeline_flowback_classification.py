@@ -3,46 +3,17 @@
 import itertools
 import math
 import operator
-import os
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import PIL.Image
-import PIL.ImageOps
 import torch
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.models import AutoencoderKL, ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import load_image
 from diffusers.utils.torch_utils import randn_tensor
 
-from flowback_hf.pipelines.pipeline_flowback import read_pipeline_index, scale_latents, vae_scale_factor
+from flowback_hf.pipelines.pipeline_flowback import FlowBackPipelineMixin, is_one_image
 
 
 METHODS = ("gradient", "ascent", "bayes", "shortlist")
-
-
-def fit_image(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
-    """
-    Cut the middle square out of an image and resize it. Training and classification both fit images this way.
-
-    Args:
-        image (`PIL.Image.Image`): An image of any size and mode.
-        size (`int`): Height and width of the result, in pixels.
-    Returns:
-        `PIL.Image.Image`: a new image of `size` times `size` pixels in the same mode, interpolated bicubically.
-
-    Example:
-        ```py
-        >>> import PIL.Image
-        >>> from flowback_hf.pipelines.pipeline_flowback_classification import fit_image
-
-        >>> fit_image(PIL.Image.new("RGB", (640, 427)), 64).size
-        (64, 64)
-        ```
-    """
-    return PIL.ImageOps.fit(image, (size, size), PIL.Image.Resampling.BICUBIC)
 
 
 def apply_noise(sample: torch.Tensor, noise: torch.Tensor, noise_type: str, noise_std: float) -> torch.Tensor:
@@ -79,7 +50,7 @@ def apply_noise(sample: torch.Tensor, noise: torch.Tensor, noise_type: str, nois
     raise ValueError(f"`noise_type` must be 'gaussian' or 'uniform', but is {noise_type!r}.")
 
 
-class FlowBackClassificationPipeline(DiffusionPipeline):
+class FlowBackClassificationPipeline(FlowBackPipelineMixin, DiffusionPipeline):
     r"""
     Classify images with a class-conditional normalizing flow, without training, and compute their likelihoods.
 
@@ -130,46 +101,6 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "vae->transformer"
-    _optional_components = ["vae"]
-
-    def __init__(
-        self,
-        transformer: ModelMixin,
-        vae: AutoencoderKL | None = None,
-        id2label: dict[int, str] | dict[str, str] | None = None,
-        guidance_scale: float = 1.0,
-        guidance_rule: str = "linear",
-    ):
-        super().__init__()
-        self.register_modules(transformer=transformer, vae=vae)
-        # JSON turns the keys into strings.
-        id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
-        self.register_to_config(id2label=id2label or None, guidance_scale=guidance_scale, guidance_rule=guidance_rule)
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        return read_pipeline_index(super()._dict_from_json_file(json_file), cls.__module__)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "FlowBackClassificationPipeline":
-        """
-        Make a classifier from a loaded [`FlowBackPipeline`]. Both share one flow; nothing is copied.
-
-        Args:
-            pipeline ([`FlowBackPipeline`]): The pipeline whose components and class names are used.
-            kwargs: Arguments of [`~diffusers.DiffusionPipeline.from_pipe`].
-        Returns:
-            [`FlowBackClassificationPipeline`]: the classifier.
-        """
-        # Without these arguments, diffusers would accept only the annotated classes themselves, not their subclasses,
-        # and cast the shared flow to float32.
-        components = {"transformer": pipeline.transformer, "vae": pipeline.vae}
-        return super().from_pipe(pipeline, **{**components, "dtype": pipeline.transformer.dtype, **kwargs})
-
-    @property
-    def image_size(self) -> int:
-        """Height and width, in pixels, of the images that the flow takes, or its VAE if it has one."""
-        return self.transformer.config.sample_size * (1 if self.vae is None else vae_scale_factor(self.vae))
 
     def __call__(
         self,
@@ -241,7 +172,7 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
             [{"label": id2label.get(k, str(k)), "score": score} for k, score in zip(image_ids, image_values)]
             for image_ids, image_values in zip(label_ids.tolist(), values.tolist())
         ]
-        return classes[0] if _is_one_image(images) else classes
+        return classes[0] if is_one_image(images) else classes
 
     @torch.no_grad()
     def class_scores(
@@ -476,73 +407,7 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         posterior = log_prob.new_zeros(num_images, num_classes)
         return posterior.scatter(1, candidates, log_prob.softmax(dim=1))
 
-    # Images
-
-    def preprocess(self, images: Any, strict: bool = False) -> torch.Tensor:
-        """
-        Turn images into the data that the flow models, without noise.
-
-        Args:
-            images, strict: Arguments of a call.
-        Returns:
-            `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: pixels in [-1, 1], or the
-            mode of the VAE's posterior on the scale of [`FlowBackPipeline.encode`]. float32, or float64 for a float64
-            flow.
-        Raises:
-            ValueError: if something is not an image, with its number; with `strict`, also for another size or mode.
-        """
-        images = [images] if _is_one_image(images) else images
-        pixels = [self._to_pixels(image, number, strict) for number, image in enumerate(images)]
-        if not pixels:
-            raise ValueError("`images` must hold at least one image, but are empty.")
-        return self._encode(torch.stack(pixels))
-
-    def _to_pixels(self, image: Any, number: int, strict: bool) -> torch.Tensor:
-        """Turn one image into pixels in [0, 1], of shape `(channels, image_size, image_size)`."""
-        size = self.image_size
-        channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
-        if isinstance(image, (str, os.PathLike)):
-            path = os.fspath(image)
-            try:
-                image = load_image(path)
-            # These are raised for a missing file, a file that is not an image, and a truncated image.
-            except (OSError, ValueError, SyntaxError) as error:
-                raise ValueError(f"Image {number}, {path!r}, cannot be read: {error}") from error
-            if channels == 1:
-                image = image.convert("L")
-        if not hasattr(image, "convert"):
-            pixels = _array_to_pixels(image, number)
-            if tuple(pixels.shape) == (channels, size, size):
-                return pixels
-            if strict:
-                raise ValueError(
-                    f"Image {number} must have {channels} channels of {size}x{size} pixels, but has shape"
-                    f" {tuple(pixels.shape)} (channels first). Convert it, or leave out `strict`."
-                )
-            array = VaeImageProcessor.pt_to_numpy(pixels[None])
-            (image,) = VaeImageProcessor.numpy_to_pil(array)
-        mode = {1: "L", 3: "RGB"}[channels]
-        if strict and (image.mode != mode or image.size != (size, size)):
-            raise ValueError(
-                f"Image {number} must be {size}x{size} pixels of mode {mode}, but is {image.width}x{image.height} of"
-                f" mode {image.mode}. Convert it, or leave out `strict`."
-            )
-        image = image.convert(mode)
-        if image.size != (size, size):
-            warnings.warn(
-                f"Images that are not {size}x{size} pixels are resized and center-cropped; `strict=True` refuses them."
-            )
-            image = fit_image(image, size)
-        return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy([image]))[0]
-
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Turn pixels in [0, 1] into the data that the flow models."""
-        device, dtype = self._execution_device, torch.promote_types(self.transformer.dtype, torch.float32)
-        sample = VaeImageProcessor.normalize(pixels.to(device, dtype))
-        if self.vae is not None:
-            latents = self.vae.encode(sample.to(self.vae.dtype)).latent_dist.mode()
-            sample = scale_latents(latents.to(dtype), self.vae.config)
-        return sample
+    # Noise
 
     def _batches(
         self,
@@ -564,7 +429,7 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
             raise ValueError(f"`num_noise_draws` must not be negative, but is {num_noise_draws}.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
-        images = [images] if _is_one_image(images) else images
+        images = [images] if is_one_image(images) else images
         num_images = len(images) if hasattr(images, "__len__") else None
         if num_images == 0:
             raise ValueError("`images` must hold at least one image, but are empty.")
@@ -578,7 +443,7 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         numbered = enumerate(images)
         with self.progress_bar(total=num_images or float("inf")) as progress_bar:
             while pixels := [self._to_pixels(x, i, strict) for i, x in itertools.islice(numbered, batch_size)]:
-                sample = self._encode(torch.stack(pixels))
+                sample = self._encode_pixels(torch.stack(pixels))
                 yield self.add_noise(
                     sample, num_noise_draws, list(itertools.islice(generators, len(sample))), noise_type
                 )
@@ -597,7 +462,7 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
 
         Args:
             sample (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`):
-                Clean data from [`~FlowBackClassificationPipeline.preprocess`].
+                Clean data from [`~FlowBackPipelineMixin.encode`].
             num_noise_draws (`int`, defaults to 1):
                 Draws for each image. 0 adds nothing, or one half to whole pixels if the noise is uniform.
             generator: As in a call.
@@ -649,33 +514,3 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
 
 def _rand_tensor(shape: tuple, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return torch.rand(shape, generator=generator, device=device, dtype=dtype)
-
-
-def _is_one_image(images: Any) -> bool:
-    """Tell one image, in any accepted form, from several."""
-    if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
-        return True
-    return hasattr(images, "ndim") and images.ndim < 4
-
-
-def _array_to_pixels(image: Any, number: int) -> torch.Tensor:
-    """Turn an array (height, width[, channels]) or a tensor (channels, height, width) into the latter, in [0, 1]."""
-    if isinstance(image, torch.Tensor):
-        pixels = image.detach().cpu()
-    elif hasattr(image, "__array__"):
-        pixels = torch.as_tensor(image)
-        pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(-1, 0)
-    else:
-        raise ValueError(
-            f"Image {number} must be a PIL image, an array, a tensor or a path, but is of type {type(image).__name__}."
-        )
-    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
-        raise ValueError(f"Image {number} must have 1 or 3 channels, but its shape is {tuple(image.shape)}.")
-    if pixels.dtype == torch.uint8:
-        pixels = pixels.float() / 255
-    if not pixels.is_floating_point() or not ((pixels >= 0) & (pixels <= 1)).all():
-        raise ValueError(
-            f"Image {number} must hold floats in [0, 1] or uint8, but holds {pixels.dtype} from {pixels.min():.3g} to"
-            f" {pixels.max():.3g}."
-        )
-    return pixels
