@@ -111,7 +111,7 @@ def push_to_hub(
             delete_patterns=["transformer/*", "vae/*", "samples/*"],
         )
         if card.exists() and is_as_written(card.read_text(encoding="utf-8")) and not create_pr:
-            # A commit cannot name itself, so the card gets the revision of the code and weights in a commit of its own.
+            # A commit cannot name itself, so a second one adds the revision of code and weights to the card.
             write_text(card, render_model_card(pipeline, repo_id, run_dir, license, revision=commit.oid))
             api.upload_file(
                 path_or_fileobj=card,

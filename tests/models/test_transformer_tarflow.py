@@ -994,7 +994,9 @@ def quantize_with_bitsandbytes(model, folder):
     for name, linear in list(model.named_modules()):
         if isinstance(linear, torch.nn.Linear) and not name.endswith("proj_out"):
             quantized = bitsandbytes.nn.Linear8bitLt(*reversed(linear.weight.shape), has_fp16_weights=False)
-            quantized.weight = bitsandbytes.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+            quantized.weight = bitsandbytes.nn.Int8Params(
+                linear.weight.data, requires_grad=False, has_fp16_weights=False
+            )
             quantized.bias = linear.bias
             model.set_submodule(name, quantized)
     return model.to("cpu")  # this quantizes
