@@ -5,10 +5,12 @@
 
 import difflib
 import importlib
+import itertools
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -94,9 +96,10 @@ def fit_image(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
 
 
 def array_to_pixels(image: Any, number: int) -> torch.Tensor:
-    """Turn an array (height, width[, channels]) or a tensor (channels, height, width) into the latter, in [0, 1]."""
+    """Turn an array (height, width[, channels]) or a tensor ([channels, ]height, width) into the latter, in [0, 1]."""
     if isinstance(image, torch.Tensor):
         pixels = image.detach().cpu()
+        pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels
     elif hasattr(image, "__array__"):
         pixels = torch.as_tensor(image)
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(-1, 0)
@@ -116,11 +119,84 @@ def array_to_pixels(image: Any, number: int) -> torch.Tensor:
     return pixels
 
 
-def is_one_image(images: Any) -> bool:
-    """Tell one image, in any accepted form, from several."""
-    if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
+def is_one_image(images: Any, num_channels: int) -> bool:
+    """
+    Tell one image, in any accepted form, from several.
+
+    Only flows of grey images take batches without channels, `(num_images, height, width)`.
+
+    Args:
+        images: What a user passed.
+        num_channels (`int`): The number of channels of the flow's images.
+    Raises:
+        ValueError: if a tensor could be three grey images or a coloured one.
+    """
+    if isinstance(images, (str, os.PathLike)):
+        return not os.path.isdir(images)
+    if hasattr(images, "convert"):
         return True
-    return hasattr(images, "ndim") and images.ndim < 4
+    num_dimensions = getattr(images, "ndim", None)
+    if num_dimensions != 3 or num_channels != 1:
+        return num_dimensions is not None and num_dimensions < 4
+    if not isinstance(images, torch.Tensor):
+        return images.shape[-1] in (1, 3, 4)
+    if images.shape[0] == 3:
+        raise ValueError(
+            f"`images` of shape {tuple(images.shape)} could be three grey images or one of three channels. Pass"
+            " `images[:, None]` for three, or `images[None]` for one."
+        )
+    return images.shape[0] == 1
+
+
+def iterate_images(images: Any, num_channels: int) -> Iterable:
+    """
+    Find the single images in what a user passed.
+
+    Args:
+        images: Images in any form that [`~FlowBackPipeline.encode`] takes.
+        num_channels (`int`): The number of channels of the flow's images.
+    Returns:
+        `Iterable`: the images, at least one. It has a length if `images` have one.
+    Raises:
+        ValueError: if there are none, or if it is not clear which they are.
+    """
+    if is_one_image(images, num_channels):
+        return [images]
+    if isinstance(images, (str, os.PathLike)):
+        images = find_image_files(Path(images))
+    elif isinstance(images, Mapping):
+        raise ValueError(f"`images` must be images, but is a mapping of {list(images)}. Pass one of its values.")
+    elif hasattr(images, "select_columns"):  # a data set of the library datasets
+        images = select_image_column(images)
+    iterator = iter(images)
+    for first in iterator:
+        return images if hasattr(images, "__len__") else itertools.chain([first], iterator)
+    raise ValueError("`images` must hold at least one image, but are empty.")
+
+
+def find_image_files(folder: Path) -> list[Path]:
+    """List the image files of a folder and its subfolders, hidden ones excepted, sorted by path."""
+    endings = PIL.Image.registered_extensions()
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in endings and path.is_file() and not path.name.startswith(".")
+    ]
+    if not files:
+        raise ValueError(f"`images` is the folder {str(folder)!r}, which holds no image files.")
+    return files
+
+
+def select_image_column(dataset: Any) -> Any:
+    """Return the one column of a data set that holds images."""
+    features = dataset.features or {}
+    columns = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    if len(columns) != 1:
+        raise ValueError(
+            f"`images` is a data set, which must have one column of images, but {len(columns)} of its columns"
+            f" {list(features)} are such. Pass one column, such as `dataset['image']`."
+        )
+    return dataset[columns[0]]
 
 
 class FlowBackPipelineMixin:
@@ -195,6 +271,11 @@ class FlowBackPipelineMixin:
         """Height and width, in pixels, of the images that the flow takes, or its VAE if it has one."""
         return self.transformer.config.sample_size * self.vae_scale_factor
 
+    @property
+    def num_channels(self) -> int:
+        """The number of channels of the images that the flow takes, or its VAE if it has one."""
+        return (self.transformer if self.vae is None else self.vae).config.in_channels
+
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """
         Look up the ids of class names.
@@ -246,10 +327,13 @@ class FlowBackPipelineMixin:
 
         Args:
             images (a PIL image, array, tensor or path, or many of them):
-                Many images may come as a list, a column of a `datasets` data set, any other iterable, or an array or
-                tensor with a leading batch dimension. Arrays are `(height, width[, channels])`, tensors `(channels,
-                height, width)`. Both hold floats in [0, 1] or uint8, as do the `"np"` and `"pt"` outputs of
-                [`FlowBackPipeline`]. An image of another size is center-cropped and resized, with a warning.
+                Many images may come as a list; a folder, whose image files are taken in the order of their sorted
+                paths, with those of its subfolders; a `datasets.Dataset` with one column of images, or such a column;
+                any other iterable; or an array or tensor with a leading batch dimension. Arrays are `(height, width[,
+                channels])`, tensors `([channels, ]height, width)`. For a flow of grey images, three dimensions are
+                `(num_images, height, width)`, unless the one of the channels is 1 or 3. Arrays and tensors hold floats
+                in [0, 1] or uint8, as do the `"np"` and `"pt"` outputs of [`FlowBackPipeline`]. An image of another
+                size is center-cropped and resized, with a warning.
             generator (`torch.Generator`, *optional*):
                 Draws from the VAE's posterior. Without one, its mode is returned. Pixels need none.
             strict (`bool`, defaults to `False`): Refuse images of another size or mode instead of converting them.
@@ -259,16 +343,17 @@ class FlowBackPipelineMixin:
         Raises:
             ValueError: if something is not an image, with its number; with `strict`, also for another size or mode.
         """
-        images = [images] if is_one_image(images) else images
-        pixels = [self._to_pixels(image, number, strict) for number, image in enumerate(images)]
-        if not pixels:
-            raise ValueError("`images` must hold at least one image, but are empty.")
-        return self._encode_pixels(torch.stack(pixels), generator)
+        images = iterate_images(images, self.num_channels)
+        return self._encode_pixels(self._stack_pixels(enumerate(images), strict), generator)
+
+    def _stack_pixels(self, numbered_images: Iterable[tuple[int, Any]], strict: bool) -> torch.Tensor:
+        """Turn images into pixels in [0, 1], of shape `(num_images, channels, image_size, image_size)`."""
+        return torch.stack([self._to_pixels(image, number, strict) for number, image in numbered_images])
 
     def _to_pixels(self, image: Any, number: int, strict: bool) -> torch.Tensor:
         """Turn one image into pixels in [0, 1], of shape `(channels, image_size, image_size)`."""
         size = self.image_size
-        channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
+        channels = self.num_channels
         if isinstance(image, (str, os.PathLike)):
             path = os.fspath(image)
             try:
