@@ -473,6 +473,8 @@ def test_one_array_of_a_coloured_image_is_one_image(randomised_model, pipe):
         assert set(pipeline(array, top_k=1)[0]) == {"label", "score"}
         with pytest.raises(ValueError, match=r"Image 0 must have 1 or 3 channels, but its shape is \(4, 4, 4\)"):
             pipeline(np.dstack([array, array[..., :1]]))  # with transparency
+    with pytest.raises(ValueError, match=r"Image 0 must have 1 or 3 channels, but its shape is \(8, 8, 1\)"):
+        grey(torch.zeros(8, 8, 1))  # a tensor with its channels last
     with pytest.raises(ValueError, match=r"Image 0 must have 1 or 3 channels, but its shape is \(6, 8, 8\)"):
         pipe(np.zeros((6, 8, 8), dtype=np.uint8))  # grey images without channels, for a flow of coloured ones
 

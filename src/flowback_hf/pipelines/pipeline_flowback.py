@@ -138,8 +138,10 @@ def is_one_image(images: Any, num_channels: int) -> bool:
     num_dimensions = getattr(images, "ndim", None)
     if num_dimensions != 3 or num_channels != 1:
         return num_dimensions is not None and num_dimensions < 4
+    if images.shape[-1] in (1, 3, 4):  # channels; a tensor with its channels last is refused as one image
+        return True
     if not isinstance(images, torch.Tensor):
-        return images.shape[-1] in (1, 3, 4)
+        return False
     if images.shape[0] == 3:
         raise ValueError(
             f"`images` of shape {tuple(images.shape)} could be three grey images or one of three channels. Pass"

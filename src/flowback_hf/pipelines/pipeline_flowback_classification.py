@@ -1,4 +1,7 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+#
+# This file is uploaded beside a model's weights, for Modular pipelines. The import from this package is changed there
+# into an import of the file that is uploaded with it.
 
 import hashlib
 import itertools
