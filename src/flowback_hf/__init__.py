@@ -6,6 +6,7 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, L
 from flowback_hf.alignment.objective import AlignedFlowObjective, AlignedFlowOutput
 from flowback_hf.alignment.teacher import RepresentationTeacher
 from flowback_hf.models.transformer_tarflow import TarFlowOutput, TarFlowTransformer2DModel
+from flowback_hf.pipelines.modular_flowback import FlowBackBlocks
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
 from flowback_hf.pipelines.pipeline_flowback_classification import FlowBackClassificationPipeline
 
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlignedFlowObjective",
     "AlignedFlowOutput",
+    "FlowBackBlocks",
     "FlowBackClassificationPipeline",
     "FlowBackPipeline",
     "RepresentationTeacher",

@@ -5,10 +5,12 @@
 
 import difflib
 import importlib
+import itertools
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -94,9 +96,10 @@ def fit_image(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
 
 
 def array_to_pixels(image: Any, number: int) -> torch.Tensor:
-    """Turn an array (height, width[, channels]) or a tensor (channels, height, width) into the latter, in [0, 1]."""
+    """Turn an array (height, width[, channels]) or a tensor ([channels, ]height, width) into the latter, in [0, 1]."""
     if isinstance(image, torch.Tensor):
         pixels = image.detach().cpu()
+        pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels
     elif hasattr(image, "__array__"):
         pixels = torch.as_tensor(image)
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(-1, 0)
@@ -116,11 +119,86 @@ def array_to_pixels(image: Any, number: int) -> torch.Tensor:
     return pixels
 
 
-def is_one_image(images: Any) -> bool:
-    """Tell one image, in any accepted form, from several."""
-    if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
+def is_one_image(images: Any, num_channels: int) -> bool:
+    """
+    Tell one image, in any accepted form, from several.
+
+    Only flows of grey images take batches without channels, `(num_images, height, width)`.
+
+    Args:
+        images: What a user passed.
+        num_channels (`int`): The number of channels of the flow's images.
+    Raises:
+        ValueError: if a tensor could be three grey images or a coloured one.
+    """
+    if isinstance(images, (str, os.PathLike)):
+        return not os.path.isdir(images)
+    if hasattr(images, "convert"):
         return True
-    return hasattr(images, "ndim") and images.ndim < 4
+    num_dimensions = getattr(images, "ndim", None)
+    if num_dimensions != 3 or num_channels != 1:
+        return num_dimensions is not None and num_dimensions < 4
+    if images.shape[-1] in (1, 3, 4):  # channels; a tensor with its channels last is refused as one image
+        return True
+    if not isinstance(images, torch.Tensor):
+        return False
+    if images.shape[0] == 3:
+        raise ValueError(
+            f"`images` of shape {tuple(images.shape)} could be three grey images or one of three channels. Pass"
+            " `images[:, None]` for three, or `images[None]` for one."
+        )
+    return images.shape[0] == 1
+
+
+def iterate_images(images: Any, num_channels: int) -> Iterable:
+    """
+    Find the single images in what a user passed.
+
+    Args:
+        images: Images in any form that [`~FlowBackPipeline.encode`] takes.
+        num_channels (`int`): The number of channels of the flow's images.
+    Returns:
+        `Iterable`: the images, at least one. It has a length if `images` have one.
+    Raises:
+        ValueError: if there are none, or if it is not clear which they are.
+    """
+    if is_one_image(images, num_channels):
+        return [images]
+    if isinstance(images, (str, os.PathLike)):
+        images = find_image_files(Path(images))
+    elif isinstance(images, Mapping):
+        raise ValueError(f"`images` must be images, but is a mapping of {list(images)}. Pass one of its values.")
+    elif hasattr(images, "select_columns"):  # a data set of the library datasets
+        images = select_image_column(images)
+    iterator = iter(images)
+    for first in iterator:
+        return images if hasattr(images, "__len__") else itertools.chain([first], iterator)
+    raise ValueError("`images` must hold at least one image, but are empty.")
+
+
+def find_image_files(folder: Path) -> list[Path]:
+    """List the image files of a folder and its subfolders, hidden ones excepted, sorted by path."""
+    endings = PIL.Image.registered_extensions()
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in endings and path.is_file() and not path.name.startswith(".")
+    ]
+    if not files:
+        raise ValueError(f"`images` is the folder {str(folder)!r}, which holds no image files.")
+    return files
+
+
+def select_image_column(dataset: Any) -> Any:
+    """Return the one column of a data set that holds images."""
+    features = dataset.features or {}
+    columns = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    if len(columns) != 1:
+        raise ValueError(
+            f"`images` is a data set, which must have one column of images, but {len(columns)} of its columns"
+            f" {list(features)} are such. Pass one column, such as `dataset['image']`."
+        )
+    return dataset[columns[0]]
 
 
 class FlowBackPipelineMixin:
@@ -195,6 +273,11 @@ class FlowBackPipelineMixin:
         """Height and width, in pixels, of the images that the flow takes, or its VAE if it has one."""
         return self.transformer.config.sample_size * self.vae_scale_factor
 
+    @property
+    def num_channels(self) -> int:
+        """The number of channels of the images that the flow takes, or its VAE if it has one."""
+        return (self.transformer if self.vae is None else self.vae).config.in_channels
+
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """
         Look up the ids of class names.
@@ -246,10 +329,13 @@ class FlowBackPipelineMixin:
 
         Args:
             images (a PIL image, array, tensor or path, or many of them):
-                Many images may come as a list, a column of a `datasets` data set, any other iterable, or an array or
-                tensor with a leading batch dimension. Arrays are `(height, width[, channels])`, tensors `(channels,
-                height, width)`. Both hold floats in [0, 1] or uint8, as do the `"np"` and `"pt"` outputs of
-                [`FlowBackPipeline`]. An image of another size is center-cropped and resized, with a warning.
+                Many images may come as a list; a folder, whose image files are taken in the order of their sorted
+                paths, with those of its subfolders; a `datasets.Dataset` with one column of images, or such a column;
+                any other iterable; or an array or tensor with a leading batch dimension. Arrays are `(height, width[,
+                channels])`, tensors `([channels, ]height, width)`. For a flow of grey images, three dimensions are
+                `(num_images, height, width)`, unless the one of the channels is 1 or 3. Arrays and tensors hold floats
+                in [0, 1] or uint8, as do the `"np"` and `"pt"` outputs of [`FlowBackPipeline`]. An image of another
+                size is center-cropped and resized, with a warning.
             generator (`torch.Generator`, *optional*):
                 Draws from the VAE's posterior. Without one, its mode is returned. Pixels need none.
             strict (`bool`, defaults to `False`): Refuse images of another size or mode instead of converting them.
@@ -259,16 +345,17 @@ class FlowBackPipelineMixin:
         Raises:
             ValueError: if something is not an image, with its number; with `strict`, also for another size or mode.
         """
-        images = [images] if is_one_image(images) else images
-        pixels = [self._to_pixels(image, number, strict) for number, image in enumerate(images)]
-        if not pixels:
-            raise ValueError("`images` must hold at least one image, but are empty.")
-        return self._encode_pixels(torch.stack(pixels), generator)
+        images = iterate_images(images, self.num_channels)
+        return self._encode_pixels(self._stack_pixels(enumerate(images), strict), generator)
+
+    def _stack_pixels(self, numbered_images: Iterable[tuple[int, Any]], strict: bool) -> torch.Tensor:
+        """Turn images into pixels in [0, 1], of shape `(num_images, channels, image_size, image_size)`."""
+        return torch.stack([self._to_pixels(image, number, strict) for number, image in numbered_images])
 
     def _to_pixels(self, image: Any, number: int, strict: bool) -> torch.Tensor:
         """Turn one image into pixels in [0, 1], of shape `(channels, image_size, image_size)`."""
         size = self.image_size
-        channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
+        channels = self.num_channels
         if isinstance(image, (str, os.PathLike)):
             path = os.fspath(image)
             try:
@@ -496,10 +583,6 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             ValueError: if an argument is out of its range, before any work is done.
             OverflowError: if an image is not finite and `on_overflow` is `"raise"`.
         """
-        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        guidance_rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
-        if class_labels is not None:
-            class_labels = self.normalize_class_labels(class_labels)
         self.check_inputs(
             class_labels,
             guidance_scale,
@@ -510,75 +593,50 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
             on_overflow,
         )
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-
-        device = self._execution_device
-        if class_labels is None:
-            num_images = num_images_per_prompt
-        else:
-            class_labels = torch.tensor(class_labels, device=device).repeat_interleave(num_images_per_prompt)
-            num_images = len(class_labels)
-        latents = self.prepare_latents(num_images, generator, latents).to(device)
-
-        num_blocks = self.transformer.config.num_blocks
-        self._num_timesteps = num_blocks
-        with self.progress_bar(total=num_blocks) as progress_bar:
-            for step, block in enumerate(range(num_blocks, 0, -1)):
-                if self.interrupt:
-                    break
-                latents = self.transformer(
-                    latents,
-                    class_labels,
-                    blocks=[block],
-                    inverse=True,
-                    guidance_scale=self.guidance_scale,
-                    guidance_rule=guidance_rule,
-                    guidance_schedule=guidance_schedule,
-                    guidance_temperature=guidance_temperature,
-                    solver=solver,
-                    tolerance=tolerance,
-                ).sample
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents}
-                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    callback_outputs = callback_on_step_end(self, step, block, callback_kwargs)
-                    latents = (callback_outputs or {}).get("latents", latents)
-                progress_bar.update()
-
-        sample = latents
-        noise_std = self.transformer.config.noise_std
-        if denoise and self.transformer.config.noise_type == "gaussian" and noise_std > 0:
-            sample = self._denoise(sample, class_labels, noise_std)
-        self._report_overflow(sample, on_overflow)
-        images = self._to_output_type(sample, output_type)
-
+        class_labels, num_images = self.encode_labels(class_labels, num_images_per_prompt)
+        latents = self.prepare_latents(num_images, generator, latents)
+        sample = self.invert_blocks(
+            latents,
+            class_labels,
+            guidance_scale,
+            guidance_rule,
+            guidance_schedule,
+            guidance_temperature,
+            solver,
+            tolerance,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        if denoise:
+            sample = self.denoise(sample, class_labels)
+        images = self.decode(sample, output_type, on_overflow)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def check_inputs(
         self,
-        class_labels: list[int] | None,
-        guidance_scale: float,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
-        callback_on_step_end_tensor_inputs: Iterable[str] = (),
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         on_overflow: str = "warn",
     ):
         """
         Check the arguments of a call.
 
         Args:
-            class_labels (`list[int]`, *optional*): Class ids, as [`~FlowBackPipeline.normalize_class_labels`] returns.
-            guidance_scale, num_images_per_prompt, generator, latents, output_type: Arguments of a call.
-            callback_on_step_end_tensor_inputs, on_overflow: Arguments of a call.
+            class_labels, guidance_scale, num_images_per_prompt, generator, latents: Arguments of a call.
+            output_type, callback_on_step_end_tensor_inputs, on_overflow: Arguments of a call.
         Raises:
             ValueError: for the first argument that is out of its range, in one sentence.
         """
         config = self.transformer.config
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if class_labels is not None:
+            class_labels = self.normalize_class_labels(class_labels)
             if config.num_classes is None:
                 raise ValueError(f"`class_labels` must be None for an unconditional model, but are {class_labels}.")
             if not class_labels:
@@ -613,10 +671,31 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 f" holds {unknown}."
             )
 
+    def encode_labels(
+        self,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        num_images_per_prompt: int = 1,
+    ) -> tuple[torch.Tensor | None, int]:
+        """
+        Turn class labels into what the flow takes.
+
+        Args:
+            class_labels, num_images_per_prompt: Arguments of a call.
+        Returns:
+            `tuple[torch.LongTensor | None, int]`: the class id of each image, of shape `(num_images,)`, or `None`
+            without labels; and the number of images.
+        Raises:
+            ValueError: if a name is unknown, or a label is neither a whole number nor a name.
+        """
+        if class_labels is None:
+            return None, num_images_per_prompt
+        label_ids = torch.tensor(self.normalize_class_labels(class_labels), device=self._execution_device)
+        return label_ids.repeat_interleave(num_images_per_prompt), len(label_ids) * num_images_per_prompt
+
     def prepare_latents(
         self,
         num_images: int,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
@@ -644,17 +723,75 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         ]
         return torch.cat(noise)
 
-    def _to_output_type(self, sample: torch.Tensor, output_type: str) -> Any:
-        """Turn the flow's data into what a call returns: decode latents, then convert pixels in [-1, 1]."""
-        if output_type == "latent":
-            return sample
-        if self.vae is not None:
-            latents = unscale_latents(sample, self.vae.config)
-            sample = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return self.image_processor.postprocess(sample, output_type=output_type)
+    @torch.no_grad()
+    def invert_blocks(
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        guidance_scale: float | None = None,
+        guidance_rule: str | None = None,
+        guidance_schedule: str = "constant",
+        guidance_temperature: float = 1.0,
+        solver: str = "auto",
+        tolerance: float | None = None,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+    ) -> torch.Tensor:
+        """
+        Invert the flow blocks one by one, from the noise to noisy data.
 
-    def _denoise(self, sample: torch.Tensor, class_labels: torch.Tensor | None, noise_std: float) -> torch.Tensor:
-        """Apply Tweedie's formula with the exact score: `x + sigma^2 grad_x log p(x | y)` (TARFlow, section 3.4)."""
+        Args:
+            latents (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): The noise.
+            class_labels (`torch.LongTensor` of shape `(num_images,)`, *optional*): The class ids.
+            guidance_scale, guidance_rule, guidance_schedule, guidance_temperature: Arguments of a call.
+            solver, tolerance, callback_on_step_end, callback_on_step_end_tensor_inputs: Arguments of a call.
+        Returns:
+            `torch.Tensor` of the same shape: data that are as noisy as those the flow was trained on.
+        """
+        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
+        self._interrupt = False
+        latents = latents.to(self._execution_device)
+        num_blocks = self.transformer.config.num_blocks
+        self._num_timesteps = num_blocks
+        with self.progress_bar(total=num_blocks) as progress_bar:
+            for step, block in enumerate(range(num_blocks, 0, -1)):
+                if self.interrupt:
+                    break
+                latents = self.transformer(
+                    latents,
+                    class_labels,
+                    blocks=[block],
+                    inverse=True,
+                    guidance_scale=self.guidance_scale,
+                    guidance_rule=guidance_rule,
+                    guidance_schedule=guidance_schedule,
+                    guidance_temperature=guidance_temperature,
+                    solver=solver,
+                    tolerance=tolerance,
+                ).sample
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents}
+                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    callback_outputs = callback_on_step_end(self, step, block, callback_kwargs)
+                    latents = (callback_outputs or {}).get("latents", latents)
+                progress_bar.update()
+        return latents
+
+    def denoise(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Remove the Gaussian noise of training with the exact score (TARFlow, section 3.4).
+
+        Args:
+            sample (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): Noisy data.
+            class_labels (`torch.LongTensor` of shape `(num_images,)`, *optional*): The class ids.
+        Returns:
+            `torch.Tensor` of the same shape: `x + sigma^2 grad_x log p(x | y)`, Tweedie's formula. For a flow that was
+            trained with uniform noise or none, `sample` itself.
+        """
+        noise_std = self.transformer.config.noise_std
+        if self.transformer.config.noise_type != "gaussian" or noise_std == 0:
+            return sample
         # The caller may be in inference mode, whose tensors autograd does not save. It does save clones of them.
         with torch.inference_mode(False), torch.enable_grad():
             noisy_sample = sample.clone().requires_grad_()
@@ -662,6 +799,27 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             log_prob = self.transformer.log_prob(noisy_sample, class_labels)
             (score,) = torch.autograd.grad(log_prob.sum(), noisy_sample)
         return sample + noise_std**2 * score
+
+    @torch.no_grad()
+    def decode(self, sample: torch.Tensor, output_type: str = "pil", on_overflow: str = "warn") -> Any:
+        """
+        Turn the flow's data into images. It undoes [`~FlowBackPipeline.encode`], up to what a VAE loses.
+
+        Args:
+            sample (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): The data.
+            output_type, on_overflow: Arguments of a call.
+        Returns:
+            The images, as `output_type` says; see a call.
+        Raises:
+            OverflowError: if an image is not finite and `on_overflow` is `"raise"`.
+        """
+        self._report_overflow(sample, on_overflow)
+        if output_type == "latent":
+            return sample
+        if self.vae is not None:
+            latents = unscale_latents(sample, self.vae.config)
+            sample = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(sample, output_type=output_type)
 
     def _report_overflow(self, sample: torch.Tensor, on_overflow: str):
         """Name the images that are not finite, in a warning or an OverflowError."""
