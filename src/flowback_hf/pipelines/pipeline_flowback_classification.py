@@ -17,7 +17,12 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import load_image
 from diffusers.utils.torch_utils import randn_tensor
 
-from flowback_hf.pipelines.pipeline_flowback import read_pipeline_index, scale_latents, vae_scale_factor
+from flowback_hf.pipelines.pipeline_flowback import (
+    FlowBackLoraLoaderMixin,
+    read_pipeline_index,
+    scale_latents,
+    vae_scale_factor,
+)
 
 
 METHODS = ("gradient", "ascent", "bayes", "shortlist")
@@ -79,7 +84,7 @@ def apply_noise(sample: torch.Tensor, noise: torch.Tensor, noise_type: str, nois
     raise ValueError(f"`noise_type` must be 'gaussian' or 'uniform', but is {noise_type!r}.")
 
 
-class FlowBackClassificationPipeline(DiffusionPipeline):
+class FlowBackClassificationPipeline(DiffusionPipeline, FlowBackLoraLoaderMixin):
     r"""
     Classify images with a class-conditional normalizing flow, without training, and compute their likelihoods.
 
