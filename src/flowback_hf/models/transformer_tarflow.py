@@ -6,6 +6,7 @@ This file is uploaded together with the weights of a model that loads without th
 only.
 """
 
+import functools
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -1607,6 +1608,8 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
         """The names of the PEFT adapters that are attached, whether they are enabled or not."""
         return list(getattr(self, "peft_config", None) or {})
 
+    # Pipelines look up in the signature which arguments they may pass on.
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())
     def save_pretrained(self, *args, **kwargs):
         """
         Save the flow to a folder, as every diffusers model does. Takes the arguments of its `save_pretrained`.
