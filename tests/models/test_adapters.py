@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+import torch._inductor.config
 
 from flowback_hf import TarFlowTransformer2DModel
 from flowback_hf.models import transformer_tarflow
@@ -154,7 +155,7 @@ def test_saving_refuses_attached_adapters_and_keeps_fused_ones(model, sample, tm
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_layers_and_steps_follow_the_adapters(randomised_model, tmp_path):
+def test_compiled_layers_and_steps_follow_the_adapters(randomised_model):
     model = randomised_model(num_blocks=1)
     latents = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -165,8 +166,7 @@ def test_compiled_layers_and_steps_follow_the_adapters(randomised_model, tmp_pat
     changes = {
         "attached": lambda: None,
         "weighted": lambda: model.set_adapters("default", 0.5),
-        "disabled": lambda: model.disable_adapters(),
-        "fused": lambda: (model.enable_adapters(), model.fuse_lora(), model.unload_lora()),
+        "fused": lambda: (model.set_adapters("default"), model.fuse_lora(), model.unload_lora()),
     }
     expected = {}
     for name, change in changes.items():
@@ -179,5 +179,26 @@ def test_compiled_layers_and_steps_follow_the_adapters(randomised_model, tmp_pat
         change()
         for actual, each in zip(samples(), expected[name]):
             assert_close(actual, each, atol=1e-10)
-    assert_differs(expected["weighted"][0], expected["attached"][0])
-    assert_differs(expected["disabled"][1], expected["weighted"][1])
+    for weighted, attached in zip(expected["weighted"], expected["attached"]):
+        assert_differs(weighted, attached)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_weights_that_a_compiler_has_frozen_are_compiled_again(randomised_model):
+    """Without that, the second fused flow would silently be the first."""
+    model = randomised_model(num_blocks=1).float()
+    latents = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    attach(model)
+    outputs = {False: [], True: []}
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        for is_compiled, samples in outputs.items():
+            if is_compiled:
+                model.compile_repeated_blocks(fullgraph=True)
+            for scale in (0.5, 1.0):
+                model.set_adapters("default", scale)
+                model.fuse_lora()
+                samples.append(model(latents, LABELS).sample)
+                model.unfuse_lora()
+    for actual, expected in zip(outputs[True], outputs[False]):
+        assert_close(actual, expected, atol=1e-5)
+    assert_differs(*outputs[False])

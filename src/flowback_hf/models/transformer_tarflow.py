@@ -1629,10 +1629,13 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
         """
         Add adapters to the weights, as in every diffusers model. Takes the arguments of its `fuse_lora`.
 
-        The config's `inverse_profile` is removed, because the weights change.
+        The config's `inverse_profile` is removed, because the weights change. What was compiled is compiled again.
         """
         super().fuse_lora(*args, **kwargs)
         self.register_to_config(inverse_profile=None)
+        if self.blocks[0].steps_are_compiled:
+            # Code that Inductor compiled with `freezing` holds the old weights as constants.
+            torch.compiler.reset()
 
     def compile_repeated_blocks(self, *args, **kwargs):
         """
