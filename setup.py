@@ -12,13 +12,23 @@ version = next(
 extras = {
     # training/train_rra.py draws its loss curve
     "train": ["matplotlib>=3.8"],
+    # adapters: load_lora_weights, and training/train_rra.py --lora_rank
+    "lora": ["peft>=0.17"],
     # training/prepare_demo.py and the quickstart
     "demo": ["matplotlib>=3.8", "scikit-learn>=1.4"],
     # pipelines/evaluate_flow.py: distances between samples and images, the linear probe and the figures
     "eval": ["matplotlib>=3.8", "scikit-learn>=1.4", "torchmetrics>=1.9"],
     # features of the literature's Inception network
     "fid": ["torch-fidelity>=0.3", "torchmetrics>=1.9", "torchvision"],
-    "test": ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "setuptools>=68", "wheel>=0.42"],
+    "test": [
+        "hypothesis>=6.100",
+        "peft>=0.17",
+        "pytest>=8.0",
+        "pytest-xdist>=3.5",
+        "ruff>=0.6",
+        "setuptools>=68",
+        "wheel>=0.42",
+    ],
 }
 
 setup(

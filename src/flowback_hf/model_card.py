@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from flowback_hf.alignment.teacher import DEFAULT_TEACHER
 from flowback_hf.files import read_json, read_json_lines
+from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
 from flowback_hf.places import Place, parse_place
 from flowback_hf.reporting import markdown_table
@@ -242,6 +243,42 @@ def render_model_card(
     return sign(str(card))
 
 
+def render_adapter_card(pipeline: FlowBackPipeline, run_dir: str | os.PathLike, with_class_tables: bool) -> str:
+    """
+    Write the card of a LoRA adapter: how to load it, how it was trained and what was measured.
+
+    Args:
+        pipeline ([`FlowBackPipeline`]): A pipeline whose flow has one adapter.
+        run_dir (`str`): The run's folder: `training_args.json` and `metrics.jsonl`.
+        with_class_tables (`bool`): Whether the class tables were trained and saved, too.
+    Returns:
+        `str`: the card, in Markdown, signed as that of [`render_model_card`].
+    """
+    run = Run.read(run_dir)
+    flow, id2label = pipeline.transformer, pipeline.config.id2label or {}
+    base = run.args.get("pretrained_model_name_or_path")
+    card_data = ModelCardData(
+        library_name="diffusers",
+        tags=["flowback_hf", "normalizing-flow", "tarflow", "lora"],
+        datasets=hub_id(run.data),
+        base_model=hub_id(base),
+    )
+    template = resources.files("flowback_hf").joinpath("adapter_card_template.md").read_text(encoding="utf-8")
+    card = ModelCard.from_template(
+        card_data,
+        template_str=template,
+        title=Path(os.path.abspath(run_dir)).name,
+        base=hub_id(base) or f"path/to/{Path(base or 'flow').name}",
+        with_class_tables=with_class_tables,
+        call=example_call(flow.config, id2label),
+        guidance_scale=pipeline.config.guidance_scale,
+        training_table=settings_table(adapter_settings(flow, with_class_tables) | training_settings(run)),
+        metrics_table=results_table(measurements(run.metrics)),
+        metrics_how=describe_metrics(run),
+    )
+    return sign(str(card))
+
+
 def settings_table(settings: dict[str, Any]) -> str:
     return markdown_table(["setting", "value"], settings.items())
 
@@ -370,6 +407,18 @@ def model_settings(pipeline: FlowBackPipeline) -> dict[str, Any]:
         "position embedding": config.position_embedding,
         "activation": config.activation_fn,
         "training noise": noise,
+    }
+
+
+def adapter_settings(flow: TarFlowTransformer2DModel, with_class_tables: bool) -> dict[str, Any]:
+    (adapter,) = flow.peft_config.values()
+    sizes = [tensor.numel() for name, tensor in flow.named_parameters() if ".lora_" in name]
+    return {
+        "rank": adapter.r,
+        "alpha": f"{adapter.lora_alpha:g}",
+        "layers": ", ".join(f"`{name}`" for name in sorted(adapter.target_modules)),
+        "parameters": f"{sum(sizes) / 1e6:.2f} M",
+        "class tables": "trained" if with_class_tables else "those of the flow",
     }
 
 

@@ -21,6 +21,8 @@ STRATEGIES = ("none", "forward", "detach", "reverse")
 POSITION_EMBEDDINGS = ("learned", "rope")
 ACTIVATION_FNS = ("gelu", "swiglu")
 NOISE_TYPES = ("gaussian", "uniform")
+# All linear layers of a transformer layer whose activation is gelu or swiglu.
+LORA_TARGET_MODULES = ("to_qkv", "to_out.0", "ff.net.0.proj", "ff.net.2")
 LR_SCHEDULERS = (
     "linear",
     "cosine",
@@ -104,6 +106,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_latents_arguments(parser.add_argument_group("latent flows"))
     add_loading_arguments(parser.add_argument_group("augmentation and loading"))
     add_model_arguments(parser.add_argument_group("model"))
+    add_adapter_arguments(parser.add_argument_group("adapter"))
     add_alignment_arguments(parser.add_argument_group("alignment"))
     add_optimization_arguments(parser.add_argument_group("optimization"))
     add_run_arguments(parser.add_argument_group("run"))
@@ -188,6 +191,32 @@ def add_model_arguments(group: argparse._ArgumentGroup):
         choices=NOISE_TYPES,
         help="The noise added to the data: uniform dequantizes 8-bit pixels and trains a density model. Default:"
         " gaussian.",
+    )
+
+
+def add_adapter_arguments(group: argparse._ArgumentGroup):
+    group.add_argument(
+        "--lora_rank",
+        type=int,
+        help="Train a LoRA adapter of this rank and leave the pretrained flow as it is. Default: train the flow"
+        " itself.",
+    )
+    group.add_argument(
+        "--lora_alpha",
+        type=float,
+        help="What the adapter adds is multiplied by this, divided by the rank. Default: the rank.",
+    )
+    group.add_argument(
+        "--lora_target_modules",
+        nargs="+",
+        help="The linear layers that get an adapter, by the last parts of their names. Queries, keys and values are"
+        f" one layer, to_qkv. Default: {' '.join(LORA_TARGET_MODULES)}.",
+    )
+    group.add_argument(
+        "--lora_train_class_embed",
+        action="store_true",
+        default=None,  # as in the settings of earlier runs, which do not name it
+        help="Also train the tables of class embeddings, which new classes need, and save them beside the adapter.",
     )
 
 
@@ -377,6 +406,7 @@ def add_hub_arguments(group: argparse._ArgumentGroup):
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """End with an error for flags that contradict each other and numbers out of range."""
     check_data_arguments(parser, args)
+    check_adapter_arguments(parser, args)
     if args.latents is None and (args.vae_model_name_or_path or args.vae_subfolder):
         parser.error("--vae_model_name_or_path and --vae_subfolder belong to --latents.")
     if args.latents is not None and args.teacher_features is not None:
@@ -385,9 +415,26 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error("--teacher_features take the place of --teacher_model_name_or_path, and --alignment needs them.")
     at_least_one = ["train_batch_size", "eval_batch_size", "num_train_epochs", "gradient_accumulation_steps"]
     at_least_one += ["max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"]
-    at_least_one += ["logging_steps", "projector_dim"]
+    at_least_one += ["logging_steps", "projector_dim", "lora_rank"]
     check_minimum(parser, args, 1, *at_least_one)
     if not 0 <= args.label_dropout <= 1:
         parser.error(f"--label_dropout must lie in [0, 1], but is {args.label_dropout}.")
     if args.validation_guidance_scale < 1:
         parser.error(f"--validation_guidance_scale must be at least 1.0, but is {args.validation_guidance_scale}.")
+
+
+def check_adapter_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """End with an error for adapter flags without an adapter, and for an adapter without a pretrained flow."""
+    if args.lora_rank is None:
+        if args.lora_alpha is not None or args.lora_target_modules or args.lora_train_class_embed:
+            parser.error("--lora_alpha, --lora_target_modules and --lora_train_class_embed belong to --lora_rank.")
+        return
+    if args.pretrained_model_name_or_path is None:
+        parser.error("--lora_rank needs a flow to start from: give --pretrained_model_name_or_path.")
+    if args.lora_alpha is not None and not args.lora_alpha > 0:
+        parser.error(f"--lora_alpha must be positive, but is {args.lora_alpha}.")
+    if args.push_to_hub:
+        parser.error(
+            "--push_to_hub publishes a whole flow: leave it out with --lora_rank, and upload the adapter's files with"
+            " `hf upload`."
+        )

@@ -4,6 +4,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from accelerate import Accelerator
@@ -50,8 +51,8 @@ def batch():
 
 
 def gradients(loss, module):
-    """Return gradients by parameter name; None for parameters outside of the graph."""
-    names, parameters = zip(*module.named_parameters())
+    """Return gradients by name of the parameters that are trained; None for those outside of the graph."""
+    names, parameters = zip(*[(name, each) for name, each in module.named_parameters() if each.requires_grad])
     return dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True)))
 
 
@@ -193,6 +194,24 @@ def test_one_backward_adds_the_likelihood_and_the_weighted_alignment(flow, batch
     expected = gradients(plain_nll(objective, batch) + 0.3 * naive_alignment(objective, batch), objective)
     objective(**batch).loss.backward()
     assert_gradients_equal({name: p.grad for name, p in objective.named_parameters()}, expected, 1e-8)
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_an_adapter_gets_the_gradient_of_the_naive_graph(flow, batch, name):
+    (strategy, order), naive_alignment = NAIVE[name]
+    targets = ["to_qkv", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+    torch.manual_seed(0)
+    flow.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    for parameter in flow.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(0.1)
+    objective = make_objective(flow, strategy, order)
+    expected = gradients(plain_nll(objective, batch) + 0.3 * naive_alignment(objective, batch), objective)
+    assert {name.split(".")[-3] for name in expected if name.startswith("flow")} == {"lora_A", "lora_B"}
+    objective(**batch).loss.backward()
+    stored = {name: parameter.grad for name, parameter in objective.named_parameters()}
+    assert_gradients_equal(stored, expected, 1e-8)
+    assert all(gradient is None for name, gradient in stored.items() if name not in expected)
 
 
 @settings(max_examples=25, deadline=None)

@@ -6,6 +6,7 @@ This file is uploaded together with the weights of a model that loads without th
 only.
 """
 
+import functools
 import math
 import os
 from collections.abc import Collection, Iterable
@@ -16,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
@@ -1283,7 +1285,7 @@ def check_loaded_flow(model: "TarFlowTransformer2DModel", loading_info: dict[str
         )
 
 
-class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
+class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, ConfigMixin):
     r"""
     TARFlow: a normalizing flow of images made of autoregressive transformer blocks.
 
@@ -1316,7 +1318,8 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         noise_type (`str`, defaults to `"gaussian"`):
             `"gaussian"`, or `"uniform"` for density models. Their samples are never denoised.
         inverse_profile (`dict`, *optional*):
-            The result of [`~TarFlowTransformer2DModel.profile_inverse`]. `solver="auto"` chooses by it.
+            The result of [`~TarFlowTransformer2DModel.profile_inverse`]. `solver="auto"` chooses by it. It is ignored
+            while adapters are attached, and `fuse_lora` removes it: it was measured with other weights.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -1519,10 +1522,11 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         tokens, hidden_states, report = self.patchify(sample), None, None
         if inverse:
             chosen = {number: self.blocks[number - 1] for number in numbers}
+            profile = None if self.attached_adapters else self.config.inverse_profile
             settings = {
                 number: choose_settings(
                     block,
-                    profile_of_block(self.config.inverse_profile, number),
+                    profile_of_block(profile, number),
                     tokens,
                     guidance,
                     solver,
@@ -1600,6 +1604,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
         The profile depends on the flow and its guidance, not on the device. It is registered as the config's
         `inverse_profile` and saved with the model. `"auto"` combines it with the costs of the device that samples.
+        It belongs to the weights that it was measured with: measure again after training.
 
         Args:
             latents (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
@@ -1610,7 +1615,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             `dict`: `num_tokens` and `num_layers`, which identify the architecture; `window_sizes`; from block 1 on,
             `initial_guesses` and the mean `sweeps` for each window size; guidance and tolerance of the measurement.
         Raises:
-            ValueError: as [`~TarFlowTransformer2DModel.forward`].
+            ValueError: as [`~TarFlowTransformer2DModel.forward`], or if adapters are attached.
 
         Example:
             ```py
@@ -1628,6 +1633,11 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             True
             ```
         """
+        if self.attached_adapters:
+            raise ValueError(
+                f"`profile_inverse` measures a flow without adapters, but {self.attached_adapters} are attached and"
+                " may be switched. Make them part of the weights first, with `fuse_lora` and then `unload_lora`."
+            )
         self._check_class_labels(class_labels, len(latents))
         guidance = Guidance(guidance_scale, guidance_rule, guidance_schedule, guidance_temperature)
         check_guidance(guidance, inverse=True, is_conditional=self.config.num_classes is not None)
@@ -1646,6 +1656,40 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         }
         self.register_to_config(inverse_profile=profile)
         return profile
+
+    @property
+    def attached_adapters(self) -> list[str]:
+        """The names of the PEFT adapters that are attached, whether they are enabled or not."""
+        return list(getattr(self, "peft_config", None) or {})
+
+    # Pipelines look up in the signature which arguments they may pass on.
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())
+    def save_pretrained(self, *args, **kwargs):
+        """
+        Save the flow to a folder, as every diffusers model does. Takes the arguments of its `save_pretrained`.
+
+        Raises:
+            ValueError: if adapters are attached. diffusers would save them among the weights, which then do not load.
+        """
+        if self.attached_adapters:
+            raise ValueError(
+                f"`save_pretrained` saves a flow without adapters, but {self.attached_adapters} are attached. Save"
+                " them with the pipeline's `save_lora_weights` and detach them with `unload_lora`. Or make them part"
+                " of the weights, with `fuse_lora` and then `unload_lora`."
+            )
+        super().save_pretrained(*args, **kwargs)
+
+    def fuse_lora(self, *args, **kwargs):
+        """
+        Add adapters to the weights, as in every diffusers model. Takes the arguments of its `fuse_lora`.
+
+        The config's `inverse_profile` is removed, because the weights change. What was compiled is compiled again.
+        """
+        super().fuse_lora(*args, **kwargs)
+        self.register_to_config(inverse_profile=None)
+        if self.blocks[0].steps_are_compiled:
+            # Code that Inductor compiled with `freezing` holds the old weights as constants.
+            torch.compiler.reset()
 
     def compile_repeated_blocks(self, *args, **kwargs):
         """

@@ -17,10 +17,11 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.models import AutoencoderKL, ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils import load_image, logging
+from diffusers.utils import is_peft_available, load_image, logging
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -201,7 +202,102 @@ def select_image_column(dataset: Any) -> Any:
     return dataset[columns[0]]
 
 
-class FlowBackPipelineMixin:
+CLASS_EMBED_FILE = "class_embed.safetensors"
+
+
+def check_lora_weights(source: Any, state_dict: dict[str, torch.Tensor], transformer: ModelMixin):
+    """
+    Check that a LoRA adapter fits a flow, before anything is attached.
+
+    Args:
+        source: What the user gave, for the message.
+        state_dict (`dict`): The adapter's tensors, named `transformer.<module>.lora_A.weight` and `...lora_B.weight`.
+        transformer ([`TarFlowTransformer2DModel`]): The flow.
+    Raises:
+        ValueError: if a tensor has another name, or does not fit the module that it names.
+    """
+    source = "a dictionary" if isinstance(source, dict) else repr(str(source))
+    modules = dict(transformer.named_modules())
+    for name, tensor in state_dict.items():
+        module_name, separator, factor = name.removeprefix("transformer.").partition(".lora_")
+        if not name.startswith("transformer.") or not separator:
+            raise ValueError(
+                "`pretrained_model_name_or_path_or_dict` must hold a LoRA adapter of a flow, with tensors such as"
+                f" 'transformer.blocks.0.layers.0.attn.to_qkv.lora_A.weight', but {source} holds {name!r}."
+            )
+        module = modules.get(module_name)
+        fits = hasattr(module, "in_features") and (
+            tensor.shape[-1] == module.in_features if factor[0] == "A" else len(tensor) == module.out_features
+        )
+        if not fits:
+            raise ValueError(
+                f"`pretrained_model_name_or_path_or_dict` must hold an adapter of this flow, but that of {source} was"
+                f" made for another: {name!r} of shape {tuple(tensor.shape)} fits no layer here."
+            )
+
+
+class FlowBackLoraLoaderMixin(SanaLoraLoaderMixin):
+    """
+    Loads and saves LoRA adapters of a pipeline's flow, and switches between them, as diffusers' pipelines do.
+
+    The base class does the same for another pipeline whose adapters belong to its `transformer` only. It documents
+    `save_lora_weights`, `set_adapters`, `fuse_lora`, `unfuse_lora`, `disable_lora`, `enable_lora`, `delete_adapters`
+    and `unload_lora_weights`.
+    """
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        low_cpu_mem_usage: bool = False,
+        **kwargs,
+    ):
+        """
+        Load a LoRA adapter, attach it to the flow and switch it on.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str` or `dict`):
+                A folder or a repository on the Hub with the file `pytorch_lora_weights.safetensors`, the path of such
+                a file, or its tensors.
+            adapter_name (`str`, *optional*): What to call the adapter. By default, `"default_0"`, `"default_1"` ...
+            hotswap (`bool`, defaults to `False`): Replace the weights of the adapter of this name, in place.
+            low_cpu_mem_usage (`bool`, defaults to `False`): Create the adapter's layers without memory first.
+            kwargs: As in diffusers: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+        Raises:
+            ImportError: if PEFT is not installed.
+            ValueError: if there is no such file, or it holds something else or an adapter of another flow. Nothing is
+                attached then.
+        """
+        if not is_peft_available():
+            raise ImportError(
+                "`load_lora_weights` needs PEFT. Install it with `pip install peft`, or with the extra:"
+                " `pip install 'flowback_hf[lora]'`."
+            )
+        state_dict, metadata = self._read_tensors(pretrained_model_name_or_path_or_dict, **kwargs)
+        check_lora_weights(pretrained_model_name_or_path_or_dict, state_dict, self.transformer)
+        self.load_lora_into_transformer(
+            state_dict,
+            self.transformer,
+            adapter_name=adapter_name,
+            metadata=metadata,
+            _pipeline=self,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+        )
+
+    def _read_tensors(self, source: Any, **kwargs) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """Return the tensors of a safetensors file, and what was saved with them."""
+        try:
+            return self.lora_state_dict(source, **{"use_safetensors": True, **kwargs, "return_lora_metadata": True})
+        except Exception as error:  # of the file system, of the network or of safetensors
+            raise ValueError(
+                "`pretrained_model_name_or_path_or_dict` must be a folder, a file or a repository on the Hub that"
+                f" holds an adapter's safetensors, but {str(source)!r} cannot be read: {error}"
+            ) from error
+
+
+class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
     """
     What pipelines of a flow share: its components, class names, and the way from an image to the flow's data.
 
@@ -233,7 +329,6 @@ class FlowBackPipelineMixin:
         # JSON turns the keys into strings.
         id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
         self.register_to_config(id2label=id2label or None, guidance_scale=guidance_scale, guidance_rule=guidance_rule)
-        self.labels = {name.strip(): label_id for label_id, label in id2label.items() for name in label.split(",")}
         self.image_processor = VaeImageProcessor()
 
     @classmethod
@@ -277,6 +372,12 @@ class FlowBackPipelineMixin:
     def num_channels(self) -> int:
         """The number of channels of the images that the flow takes, or its VAE if it has one."""
         return (self.transformer if self.vae is None else self.vae).config.in_channels
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The class id of each name and synonym in `id2label`."""
+        id2label = self.config.id2label or {}
+        return {name.strip(): int(label_id) for label_id, label in id2label.items() for name in label.split(",")}
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """
@@ -506,6 +607,60 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         except ImportError as error:
             raise ImportError("Publishing a flow with its code and card needs the package flowback_hf.") from error
         return hub.push_to_hub(self, repo_id, run_dir, commit_message, private, token, create_pr, license, force)
+
+    def save_class_embeddings(self, save_directory: str | os.PathLike):
+        """
+        Save the flow's class tables and class names, beside an adapter that was trained with them.
+
+        Args:
+            save_directory (`str`): The folder. `class_embed.safetensors` is written to it.
+        Raises:
+            ValueError: if the flow is unconditional.
+        """
+        self.write_lora_layers(
+            {name: table.detach() for name, table in self._class_tables().items()},
+            save_directory,
+            is_main_process=True,
+            weight_name=CLASS_EMBED_FILE,
+            save_function=None,
+            safe_serialization=True,
+            lora_adapter_metadata={"id2label": self.config.id2label},
+        )
+
+    def load_class_embeddings(self, pretrained_model_name_or_path_or_dict: str | os.PathLike, **kwargs):
+        """
+        Replace the flow's class tables and class names by those that were trained with an adapter.
+
+        They stay when the adapter is switched off or unloaded. Load the flow again to have its own.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`):
+                A folder or a repository on the Hub that holds `class_embed.safetensors`. It may have more classes.
+            kwargs: As in diffusers: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
+        Raises:
+            ValueError: if there is no such file, if its tables do not fit the flow, or if the flow is unconditional.
+                Nothing is replaced then.
+        """
+        source, own = pretrained_model_name_or_path_or_dict, self._class_tables()
+        tables, metadata = self._read_tensors(source, weight_name=CLASS_EMBED_FILE, **kwargs)
+        widths, expected = ({name: each[name].shape[-1] for name in sorted(each)} for each in (tables, own))
+        if widths != expected:
+            raise ValueError(
+                "`pretrained_model_name_or_path_or_dict` must hold class tables for this flow, of widths"
+                f" {list(expected.values())}, but those of {str(source)!r} are of widths {list(widths.values())}."
+            )
+        for name, block in zip(own, self.transformer.blocks):
+            block.class_embed = torch.nn.Parameter(tables[name].to(block.class_embed))
+        self.transformer.register_to_config(num_classes=len(tables[name]))
+        id2label = metadata["id2label"] or {}
+        self.register_to_config(id2label={int(label_id): label for label_id, label in id2label.items()} or None)
+
+    def _class_tables(self) -> dict[str, torch.nn.Parameter]:
+        """Return the class table of every block, from block 1 on, by its name in files."""
+        if self.transformer.config.num_classes is None:
+            raise ValueError("Class tables need a flow with classes, but this one is unconditional.")
+        blocks = enumerate(self.transformer.blocks)
+        return {f"transformer.blocks.{index}.class_embed": block.class_embed for index, block in blocks}
 
     @property
     def guidance_scale(self) -> float:

@@ -84,10 +84,27 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMAModel | 
     No file is unpickled in a way that could run code.
     """
     with without_old_ema(checkpoint) as folder:
-        accelerator.load_state(str(folder))
+        accelerator.load_state(str(folder), strict=not has_frozen_parameters(accelerator))
     if ema is not None:
         ema.load_state_dict(read_ema(checkpoint))
         ema.to(accelerator.device)
+
+
+def leave_out_frozen_parameters(models: list[torch.nn.Module], state_dicts: list[dict[str, Any]], _: str):
+    """
+    Drop what is not trained from a checkpoint: the flow under an adapter, which is loaded from where it came from.
+
+    Accelerate calls this before it saves.
+    """
+    for model, state_dict in zip(models, state_dicts):
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                del state_dict[name]
+
+
+def has_frozen_parameters(accelerator: Accelerator) -> bool:
+    """Whether checkpoints leave something out."""
+    return any(not parameter.requires_grad for model in accelerator._models for parameter in model.parameters())
 
 
 @contextlib.contextmanager

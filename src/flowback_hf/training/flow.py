@@ -13,6 +13,7 @@ from flowback_hf.data import ImageSource, LatentSource, Splits, load_teacher, lo
 from flowback_hf.data.latents import hash_weights, load_vae
 from flowback_hf.files import read_json
 from flowback_hf.places import choose_places
+from flowback_hf.training.adapters import add_lora
 
 
 class LabelledFlow(NamedTuple):
@@ -32,20 +33,26 @@ class LabelledFlow(NamedTuple):
 
 def make_flow(args: argparse.Namespace, class_names: list[str] | None, data_sizes: dict[str, int]) -> LabelledFlow:
     """
-    Build the flow that the flags describe, or load and extend a pretrained one.
+    Build the flow that the flags describe, or load and extend a pretrained one, with an adapter if they say so.
 
     Args:
-        args (`argparse.Namespace`): The model flags.
+        args (`argparse.Namespace`): The model flags and the adapter flags.
         class_names (`list[str]`, *optional*): By class id of the data set; `None` without classes.
         data_sizes (`dict`): The model's arguments that the data decide.
     Raises:
-        ValueError: if the flags contradict the pretrained model or the JSON file of `--model_config`.
+        ValueError: if the flags contradict the pretrained model or the JSON file of `--model_config`; and as
+            [`add_lora`].
     """
     sizes = model_flags(args)
     if args.pretrained_model_name_or_path is not None:
         pipeline = FlowBackPipeline.from_pretrained(args.pretrained_model_name_or_path, cache_dir=args.cache_dir)
         check_contradictions("--pretrained_model_name_or_path", pipeline.transformer.config, sizes)
-        return add_classes(pipeline, class_names)
+        labelled = add_classes(pipeline, class_names)
+        if args.lora_rank is not None:
+            num_known = pipeline.transformer.config.num_classes
+            new_classes = [name for label, name in (labelled.id2label or {}).items() if label >= num_known]
+            add_lora(args, labelled.flow, new_classes)
+        return labelled
     config = data_sizes
     if args.model_config is not None:
         config = read_model_config(args.model_config)

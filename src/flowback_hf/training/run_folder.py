@@ -8,6 +8,7 @@ from typing import Any
 from flowback_hf import FlowBackPipeline
 from flowback_hf.files import compare_settings, partial_path, read_json, read_json_lines, remove, replace, write_text
 from flowback_hf.reporting import import_pyplot, save_figure
+from flowback_hf.training.adapters import ADAPTER_FILE
 
 
 SETTINGS_FILE = "training_args.json"
@@ -54,7 +55,7 @@ def check_run_folder(folder: str | Path, settings: dict[str, Any], resume_from_c
     folder = Path(folder)
     earlier = read_json(folder / SETTINGS_FILE)
     if earlier is None:
-        if folder.exists() and (any(folder.glob("checkpoint-*")) or (folder / "model_index.json").exists()):
+        if any(any(folder.glob(name)) for name in ("checkpoint-*", "model_index.json", ADAPTER_FILE)):
             raise ValueError(f"`--output_dir` {folder} already holds another model: choose another folder.")
         return False
     if resume_from_checkpoint is None:

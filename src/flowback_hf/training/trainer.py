@@ -1,5 +1,6 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 
+import copy
 import logging
 import math
 import time
@@ -22,13 +23,19 @@ from flowback_hf import (
     FlowBackClassificationPipeline,
     FlowBackPipeline,
     RepresentationTeacher,
-    TarFlowTransformer2DModel,
 )
 from flowback_hf.data import ImageSource, LatentSource, add_noise, collate, make_generator
 from flowback_hf.files import write_json
 from flowback_hf.places import place_name
 from flowback_hf.reporting import import_pyplot
-from flowback_hf.training.checkpoints import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from flowback_hf.training.adapters import save_adapter, trained_parameters, trains_class_tables
+from flowback_hf.training.checkpoints import (
+    find_checkpoint,
+    leave_out_frozen_parameters,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from flowback_hf.training.compilation import compile_layers
 from flowback_hf.training.run_folder import SETTINGS_FILE, MetricsLog, check_run_folder, save_pipeline
 from flowback_hf.training.validation import draw_samples, validate
@@ -61,9 +68,13 @@ class Trainer:
     """
     Trains a flow: optimizer steps, averaged weights, validations, checkpoints and a log, resumable at any moment.
 
+    A flow with an attached adapter (`flow.add_adapter(peft.LoraConfig(...))`) is left as it is: only parameters that
+    require gradients are trained, averaged and kept in checkpoints.
+
     A run's folder holds `training_args.json`, `metrics.jsonl` (losses and speed every few steps, validations),
-    `loss_curve.png`, `samples/`, `checkpoint-*` and, when it is done, the pipeline. On a CPU a resumed run ends with
-    the weights of one that was never interrupted, to the bit: noise depends on the seed, batch and process only.
+    `loss_curve.png`, `samples/`, `checkpoint-*` and, when it is done, the pipeline or the adapter. On a CPU a resumed
+    run ends with the weights of one that was never interrupted, to the bit: noise depends on the seed, batch and
+    process only.
 
     Args:
         objective ([`AlignedFlowObjective`]): The flow and its loss.
@@ -76,7 +87,7 @@ class Trainer:
         accelerator ([`~accelerate.Accelerator`], *optional*): Default: [`make_accelerator`] of `arguments`.
     Raises:
         ValueError: before anything is written, if the output folder holds another run, a validation label is unknown,
-            or there are fewer images than a batch takes.
+            there are fewer images than a batch takes, or the flow has several adapters.
 
     Example:
         ```py
@@ -123,6 +134,11 @@ class Trainer:
         self.settings = describe_run(arguments, objective) if settings is None else settings
         self.holds_run = check_run_folder(self.folder, self.settings, arguments.resume_from_checkpoint)
         self.flow = objective.flow
+        if len(self.flow.attached_adapters) > 1:
+            raise ValueError(
+                "`objective` must hold a flow with at most one adapter, which is then trained, but"
+                f" {self.flow.attached_adapters} are attached."
+            )
         self.pipeline = FlowBackPipeline(self.flow, source.vae, id2label=id2label)
         self.validation_class_labels = self._normalize_class_labels()
         self.images_per_batch = arguments.train_batch_size * self.accelerator.num_processes
@@ -132,8 +148,8 @@ class Trainer:
         # A copy holds the averaged weights when they are looked at: the trained ones are never touched, and compiled
         # layers never run token by token.
         device = self.accelerator.device
-        self.evaluated_flow = untrained_copy(self.flow).to(device).eval()
-        self.evaluated_flow.requires_grad_(False)
+        self.flow.register_to_config(inverse_profile=None)  # it was measured with other weights
+        self.evaluated_flow = copy.deepcopy(self.flow).to(device).eval().requires_grad_(False)
         self.pipeline.register_modules(transformer=self.evaluated_flow)
         self.classifier = FlowBackClassificationPipeline(self.evaluated_flow)
         for pipeline in (self.pipeline, self.classifier):
@@ -152,7 +168,7 @@ class Trainer:
         Train to the last step, from the checkpoint if the run is resumed.
 
         Returns:
-            [`FlowBackPipeline`]: with the averaged weights, as it was saved in the output folder.
+            [`FlowBackPipeline`]: with the averaged weights, as they were saved in the output folder.
         Raises:
             FloatingPointError: if the loss or the gradient is not finite. The last checkpoint is intact.
         """
@@ -208,7 +224,7 @@ class Trainer:
         if arguments.scale_lr:
             learning_rate *= self.images_per_batch * arguments.gradient_accumulation_steps
         optimizer = torch.optim.AdamW(
-            objective.parameters(),
+            trained_parameters(objective),
             lr=learning_rate,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             weight_decay=arguments.adam_weight_decay,
@@ -237,7 +253,10 @@ class Trainer:
                 num_training_steps=self.max_train_steps * accelerator.num_processes,
             )
         )
-        self.ema = EMAModel(self.flow.parameters(), arguments.ema_decay, foreach=True) if arguments.use_ema else None
+        accelerator.register_save_state_pre_hook(leave_out_frozen_parameters)
+        self.ema = None
+        if arguments.use_ema:
+            self.ema = EMAModel(trained_parameters(self.flow), arguments.ema_decay, foreach=True)
 
     def _open_folder(self):
         """Write the settings of a new run, or load the checkpoint of one that is resumed, and open the log."""
@@ -321,7 +340,7 @@ class Trainer:
             self.lr_scheduler.step()
             self.optimizer.zero_grad()
             if accelerator.sync_gradients and self.ema is not None:
-                self.ema.step(self.flow.parameters())
+                self.ema.step(trained_parameters(self.flow))
         return values
 
     def _augment(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
@@ -393,17 +412,23 @@ class Trainer:
 
     @torch.no_grad()
     def _update_evaluated_flow(self):
-        averaged = self.flow.parameters() if self.ema is None else self.ema.shadow_params
-        for parameter, average in zip(self.evaluated_flow.parameters(), averaged):
+        averaged = trained_parameters(self.flow) if self.ema is None else self.ema.shadow_params
+        pairs = zip(self.flow.parameters(), self.evaluated_flow.parameters())
+        evaluated = [evaluated for trained, evaluated in pairs if trained.requires_grad]
+        for parameter, average in zip(evaluated, averaged, strict=True):
             parameter.copy_(average)
 
     def _save(self) -> FlowBackPipeline:
         self._update_evaluated_flow()
         if self.accelerator.is_main_process:
             self.pipeline.register_to_config(guidance_scale=self.arguments.validation_guidance_scale)
-            save_pipeline(self.pipeline, self.folder)
+            if self.flow.attached_adapters:
+                save_adapter(self.pipeline, self.folder, trains_class_tables(self.flow))
+            else:
+                save_pipeline(self.pipeline, self.folder)
             skipped = f"; skipped {len(self.skipped_files)} files that cannot be decoded" if self.skipped_files else ""
-            logger.info(f"Saved the pipeline in {self.folder}{skipped}.")
+            kind = "adapter" if self.flow.attached_adapters else "pipeline"
+            logger.info(f"Saved the {kind} in {self.folder}{skipped}.")
         self.accelerator.wait_for_everyone()
         return self.pipeline
 
@@ -413,12 +438,6 @@ def describe_run(arguments: TrainingArguments, objective: AlignedFlowObjective) 
     order = objective.num_neumann_terms if objective.strategy == "reverse" else None
     alignment = {"alignment": objective.strategy, "alignment_weight": objective.weight, "alignment_order": order}
     return asdict(arguments) | alignment
-
-
-def untrained_copy(flow: TarFlowTransformer2DModel) -> TarFlowTransformer2DModel:
-    """A flow of the same configuration."""
-    # The config also says which values are defaults, and diffusers counts positional arguments among them.
-    return TarFlowTransformer2DModel(**{name: flow.config[name] for name in flow.config if name[0] != "_"})
 
 
 def scalars_of(output: AlignedFlowOutput) -> dict[str, torch.Tensor]:
