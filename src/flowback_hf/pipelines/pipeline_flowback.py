@@ -1,7 +1,7 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 #
 # This file is uploaded beside a model's weights, so that the model loads without the package. It therefore imports
-# torch and diffusers only.
+# torch, diffusers and Pillow only, which diffusers requires.
 
 import difflib
 import importlib
