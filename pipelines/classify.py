@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowback_hf_cli.command import add_debug_argument, run_command
+
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -60,6 +62,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Refuse images of another size or mode than the flow's. Default: crop, resize and convert them.",
     )
     parser.add_argument("--device", help="Device to compute on, such as cpu or cuda:1. Default: cuda, or cpu without.")
+    add_debug_argument(parser)
     return parser.parse_args(arguments)
 
 
@@ -156,7 +159,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except ValueError as error:
-        sys.exit(f"classify.py: error: {error}")
+    run_command(main, parse_args())

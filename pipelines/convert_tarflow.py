@@ -13,8 +13,9 @@ gives others.
 
 import argparse
 import json
-import sys
 from pathlib import Path
+
+from flowback_hf_cli.command import add_debug_argument, run_command
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,6 +36,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help='JSON file of class names, {"0": "cat", ...}. Default: AFHQ\'s or ImageNet\'s names, by the number of'
         " classes.",
     )
+    add_debug_argument(parser)
     return parser.parse_args(arguments)
 
 
@@ -86,7 +88,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except ValueError as error:
-        sys.exit(f"convert_tarflow.py: error: {error}")
+    run_command(main, parse_args())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flowback_hf_cli.command import add_debug_argument
 from flowback_hf_cli.data import add_source_arguments, check_minimum, check_one_source
 
 
@@ -93,7 +94,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     Args:
         arguments (`list[str]`, *optional*): The command line without the script's name. Default: that of the process.
     Returns:
-        `argparse.Namespace`: the fields of [`EvaluationArguments`].
+        `argparse.Namespace`: the fields of [`EvaluationArguments`], and `debug` if it is given.
     """
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Folder or Hub id of the pipeline to evaluate.")
@@ -109,6 +110,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Images per process and pass. Default: %(default)s.",
     )
     run.add_argument("--seed", type=int, default=defaults.seed, help="Seed of all noise. Default: %(default)s.")
+    add_debug_argument(run)
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     return args

@@ -55,7 +55,7 @@ def test_a_wrong_value_ends_the_script_with_a_message(script, tmp_path, monkeypa
 def test_a_message_is_all_that_is_printed(tmp_path):
     script = "training/ablate.py"
     done = run_script(script, SCRIPTS[script], tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"{Path(script).name}: error: `--") and "nowhere" in last

@@ -177,7 +177,6 @@ class Trainer:
         labels = self.arguments.validation_class_labels
         if labels is None:
             return None
-        labels = [int(label) if str(label).isdigit() else label for label in labels]
         labels = self.pipeline.normalize_class_labels(labels)
         self.pipeline.check_inputs(labels, self.arguments.validation_guidance_scale)
         return labels
