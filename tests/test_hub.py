@@ -227,10 +227,8 @@ def test_a_pipeline_is_loaded_from_a_folder(run_dir, pipeline_class):
 
 @pytest.mark.parametrize("model", ["nowhere", "tester/nothing"])
 def test_a_model_that_is_nowhere_is_named(the_hub, model):
-    with pytest.raises(
-        ValueError,
-        match=f"`--model` must be a folder that holds .* but '{model}' is neither: there is no folder .*{model}, and no such pipeline",
-    ):
+    message = f"but '{model}' is neither: there is no folder .*{model}, and no such pipeline was found on the Hub"
+    with pytest.raises(ValueError, match=f"`--model` must be a folder .* {message}"):
         load_pipeline(FlowBackPipeline, model)
 
 

@@ -355,7 +355,8 @@ def add_run_arguments(group: argparse._ArgumentGroup):
     )
     group.add_argument(
         "--report_to",
-        help="A tracker to log to beside metrics.jsonl: tensorboard, wandb, comet_ml or all. Default: none.",
+        help="A tracker to log to beside metrics.jsonl: tensorboard, wandb, another of Accelerate's, or all that are"
+        " installed. Default: none.",
     )
     group.add_argument(
         "--tracker_project_name",

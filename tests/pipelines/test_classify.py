@@ -36,9 +36,22 @@ def test_a_folder_in_a_table_out(script, model_folder, image_folder, tmp_path, c
         assert [row["label_1"], row["label_2"]] == [entry["label"] for entry in classes]
         assert float(row["score_1"]) == pytest.approx(classes[0]["score"], rel=1e-4)
         assert row["label_1"] in CLASS_NAMES
-    printed = capsys.readouterr().out
-    assert "12 images classified by 'gradient'" in printed and "skipped" not in printed
+    printed = capsys.readouterr()
+    assert printed.out == "" and "12 images classified by 'gradient'" in printed.err and "skipped" not in printed.err
     assert [path.name for path in output.parent.iterdir()] == ["table.csv"]
+
+
+def test_the_table_is_printed_unless_a_file_is_named(
+    script, model_folder, image_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    options = {"model": model_folder, "images": image_folder / "validation", "top_k": 1}
+    run(script, output=tmp_path / "table.csv", **options)
+    capsys.readouterr()
+    run(script, **options)
+    printed = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert printed == read_table(tmp_path / "table.csv") and len(printed) == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
 
 
 def test_what_is_no_image_is_skipped_counted_and_named(script, model_folder, tmp_path, capsys):
@@ -49,7 +62,7 @@ def test_what_is_no_image_is_skipped_counted_and_named(script, model_folder, tmp
     (tmp_path / "images" / ".hidden").write_text("not looked at")
     PIL.Image.new("P", (4, 4)).save(tmp_path / "images" / "palette.png")
     run(script, model=model_folder, images=tmp_path / "images", output=tmp_path / "table.csv", method="bayes")
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "4 images classified by 'bayes'" in printed
     assert "2 files are not images and were skipped" in printed
     assert "notes.txt" in printed and "truncated.png" in printed and ".hidden" not in printed
