@@ -45,7 +45,7 @@ MISTAKES = {
     "no extra": (lambda: raise_(ImportError("Install an extra.")), "Install an extra."),
     "the Hub": (lambda: raise_(LocalEntryNotFoundError("Not on the Hub.")), "Not on the Hub."),
     "overflow": (lambda: raise_(OverflowError("Images [0] are not finite.")), "Images [0] are not finite."),
-    "a note": (raise_with_a_note, "no route to host Try again."),
+    "a note": (raise_with_a_note, "no route to host\nTry again."),
     "no words": (lambda: raise_(TimeoutError()), "TimeoutError"),
 }
 BUGS = {

@@ -54,8 +54,9 @@ def run_command(main: Callable[[argparse.Namespace], None], args: argparse.Names
     except Exception as error:
         if debug or not is_users_mistake(error):
             raise
-        sentences = [str(error) or type(error).__name__, *getattr(error, "__notes__", [])]
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(sentences)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {str(error) or type(error).__name__}", file=sys.stderr)
+        for note in getattr(error, "__notes__", []):
+            print(note, file=sys.stderr)
         sys.exit(MISTAKE)
 
 

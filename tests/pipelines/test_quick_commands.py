@@ -60,7 +60,7 @@ def test_the_choices_are_the_packages(script):
         (
             "convert_tarflow",
             {"checkpoint": "nowhere.pth", "output_dir": "out", "sample_size": 8, "noise_std": 0.1},
-            "`checkpoint` must be an existing file, but is 'nowhere.pth'.",
+            "`checkpoint` must be an existing file, or 'user/repository:file' on the Hub, but is 'nowhere.pth'.",
         ),
         (
             "report_demo",
