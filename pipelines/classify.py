@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from flowback_hf_cli.command import add_debug_argument, run_command
+from flowback_hf_cli.data import check_minimum
 
 
 if TYPE_CHECKING:
     import PIL.Image
+    import torch
 
 
 METHODS = ("gradient", "ascent", "bayes", "shortlist")  # the package's, which is too slow to import for parsing
@@ -61,7 +63,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="Device to compute on, such as cpu or cuda:1. Default: cuda, or cpu without.")
     add_debug_argument(parser)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    check_minimum(parser, args, 1, "top_k", "batch_size")
+    check_minimum(parser, args, 0, "num_noise_draws")
+    return args
 
 
 def find_files(paths: list[Path]) -> list[Path]:
@@ -83,6 +88,16 @@ def find_files(paths: list[Path]) -> list[Path]:
     if not files:
         raise ValueError(f"`--images` must hold at least one image, but {', '.join(map(str, paths))} is empty.")
     return files
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of a name, by default the best one. Raises ValueError if there is none."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`--device` {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def read_images(files: list[Path], read: list[Path], skipped: list[Path]) -> Iterator[PIL.Image.Image]:
@@ -121,7 +136,7 @@ def main(args: argparse.Namespace):
     from flowback_hf.files import write_whole
     from flowback_hf.hub import load_pipeline
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
     pipeline = load_pipeline(FlowBackClassificationPipeline, args.model).to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.requires_grad_(False)  # saves memory in the backward to the classes

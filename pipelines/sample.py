@@ -16,6 +16,7 @@ import math
 from pathlib import Path
 
 from flowback_hf_cli.command import add_debug_argument, run_command
+from flowback_hf_cli.data import check_minimum
 
 
 GUIDANCE_RULES = ("linear", "product")
@@ -67,9 +68,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--npz", action="store_true", help="Also write all images into one file.")
     add_debug_argument(parser)
     args = parser.parse_args(arguments)
-    for name in ("num_images", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")
+    check_minimum(parser, args, 1, "num_images", "batch_size")
+    if not 0 < args.guidance_temperature < math.inf:
+        parser.error(f"--guidance_temperature must be positive and finite, but is {args.guidance_temperature}.")
     if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
         parser.error(f"--tolerance must be at least 0 and finite, but is {args.tolerance}.")
     return args

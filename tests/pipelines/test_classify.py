@@ -96,6 +96,20 @@ def test_nothing_to_classify(script, model_folder, tmp_path):
     assert not (tmp_path / "table.csv").exists()
 
 
+@pytest.mark.parametrize("device", ["gpu7", "meta:x"])
+def test_a_device_that_is_none_is_refused(script, model_folder, image_folder, device):
+    classify = script("classify")
+    with pytest.raises(ValueError, match=f"`--device` '{device}' cannot be used: Invalid device string"):
+        classify.main(classify.parse_args(command_line(model=model_folder, images=image_folder, device=device)))
+
+
+@pytest.mark.parametrize("option, value, minimum", [("top_k", 0, 1), ("batch_size", 0, 1), ("num_noise_draws", -1, 0)])
+def test_the_parser_refuses_numbers(script, capsys, option, value, minimum):
+    with pytest.raises(SystemExit):
+        script("classify").parse_args(command_line(model="m", images="i", **{option: value}))
+    assert f"--{option} must be at least {minimum}, but is {value}" in capsys.readouterr().err
+
+
 def test_an_unconditional_flow_is_refused(script, unconditional_folder, image_folder, tmp_path):
     with pytest.raises(ValueError, match="This flow is unconditional"):
         run(script, model=unconditional_folder, images=image_folder, output=tmp_path / "table.csv")

@@ -143,11 +143,18 @@ def test_labels_for_an_unconditional_flow_raise(script, unconditional_folder, tm
         run(script, model=unconditional_folder, class_labels=[1], output_dir=tmp_path / "out")
 
 
-@pytest.mark.parametrize("tolerance", [-1, "nan", "inf"])
-def test_the_parser_refuses_tolerances(script, capsys, tolerance):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tolerance": -1}, "--tolerance must be at least 0 and finite, but is -1.0"),
+        ({"tolerance": "nan"}, "--tolerance must be at least 0 and finite, but is nan"),
+        ({"guidance_temperature": 0}, "--guidance_temperature must be positive and finite, but is 0.0"),
+    ],
+)
+def test_the_parser_refuses_numbers(script, capsys, options, message):
     with pytest.raises(SystemExit):
-        script("sample").parse_args(command_line(model="m", output_dir="o", tolerance=tolerance))
-    assert f"--tolerance must be at least 0 and finite, but is {float(tolerance)}" in capsys.readouterr().err
+        script("sample").parse_args(command_line(model="m", output_dir="o", **options))
+    assert message in capsys.readouterr().err
 
 
 def test_the_tolerance_is_the_solvers(script, model_folder, tmp_path):
