@@ -17,10 +17,9 @@ from pathlib import Path
 
 from flowback_hf_cli.command import add_debug_argument, run_command
 from flowback_hf_cli.data import check_minimum
+from flowback_hf_cli.evaluation import GUIDANCE_RULES, GUIDANCE_SCHEDULES
 
 
-GUIDANCE_RULES = ("linear", "product")
-GUIDANCE_SCHEDULES = ("constant", "linear")
 SOLVERS = ("auto", "sequential", "jacobi")
 
 
