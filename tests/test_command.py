@@ -1,6 +1,7 @@
 """How the scripts end: a mistake of their user's with a sentence, a bug with its traceback."""
 
 import argparse
+import ast
 import os
 import subprocess
 import sys
@@ -90,6 +91,15 @@ def test_other_ends_keep_their_exit_codes():
     assert end.value.code == 143
     with pytest.raises(KeyboardInterrupt):
         run_command(lambda args: raise_(KeyboardInterrupt()), parse())
+
+
+def test_every_script_ends_so():
+    scripts = [path for folder in ("training", "pipelines") for path in (REPOSITORY / folder).glob("*.py")]
+    assert len(scripts) >= 12
+    for path in scripts:
+        *_, last = ast.parse(path.read_text()).body  # if __name__ == "__main__"
+        calls = [ast.unparse(node.func) for node in ast.walk(last) if isinstance(node, ast.Call)]
+        assert "run_command" in calls and not any(isinstance(node, ast.Try) for node in ast.walk(last)), path
 
 
 # The scripts themselves; tests/pipelines and tests/evaluation have others. The folder that they run in is empty.
