@@ -79,7 +79,7 @@ def bytes_kept_for_backward(pipeline: FlowBackClassificationPipeline, images: to
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        pipeline.class_scores(images, batch_size=len(images))
+        pipeline.class_scores(images, "gradient", batch_size=len(images))
     return sum(storage.nbytes() for storage in saved.values())
 
 
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     pipelines = {num_classes: build_pipeline(args, num_classes) for num_classes in args.num_classes}
 
     def gradient(pipeline: FlowBackClassificationPipeline):
-        pipeline.class_scores(images, batch_size=args.batch_size)
+        pipeline.class_scores(images, "gradient", batch_size=args.batch_size)
 
     def bayes(pipeline: FlowBackClassificationPipeline):
         pipeline.class_scores(images[: args.num_bayes_images], "bayes", batch_size=args.batch_size)

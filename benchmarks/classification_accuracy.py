@@ -38,7 +38,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Draws of noise to average over, one table row each. Default: 0 1 8.",
     )
     parser.add_argument(
-        "--shortlist_size", type=int, default=3, help="Classes in the shortlist. Default: %(default)s."
+        "--shortlist_size", type=int, default=5, help="Classes in the shortlist. Default: %(default)s."
     )
     parser.add_argument("--num_steps", type=int, default=10, help="Steps of the ascent. Default: %(default)s.")
     parser.add_argument(

@@ -291,11 +291,20 @@ def classification_cost() -> Table:
     return Table(header, rows, ["classification"])
 
 
-@table("classification-accuracy")
-def classification_accuracy() -> Table:
+@table("classification-accuracy-digits")
+def classification_accuracy_digits() -> Table:
+    return classification_accuracy(["classification_accuracy_digits"])
+
+
+@table("classification-accuracy-shapes")
+def classification_accuracy_shapes() -> Table:
+    return classification_accuracy(["classification_accuracy_shapes_none", "classification_accuracy_shapes_reverse"])
+
+
+def classification_accuracy(reports: list[str]) -> Table:
+    """Accuracy by method, of reports with the same options."""
     methods = {"gradient": "one gradient", "ascent": "ascent", "shortlist": "shortlist", "bayes": "Bayes"}
     rows, header = [], []
-    reports = [f"classification_accuracy_{name}" for name in ("digits", "shapes_none", "shapes_reverse")]
     for report in reports:
         results = read(report)["results"]
         header = [methods["gradient"], f"ascent, {results['num_steps']} steps"]

@@ -43,9 +43,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--method",
         choices=METHODS,
-        default="gradient",
-        help="How to classify: the gradient in the class logits, several steps of ascent along it, Bayes' rule over"
-        " all classes, or over a shortlist of five that the gradient ranks first. Default: %(default)s.",
+        default="shortlist",
+        help="How to classify: Bayes' rule among the five classes that one gradient ranks first, or among all classes;"
+        " that gradient in the class logits itself; or several steps of ascent along it. Default: %(default)s.",
     )
     parser.add_argument("--top_k", type=int, default=5, help="Classes to write for each image. Default: %(default)s.")
     parser.add_argument(

@@ -27,12 +27,12 @@ FILE_PATH = re.compile(r"/(?P<id>[^/]+/[^/]+)/resolve/[^/]+/(?P<file>.+)")
 class Repository:
     private: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
-    num_commits: int = 0
+    commits: list[str] = field(default_factory=list)
 
     @property
     def sha(self) -> str:
         contents = [f"{path} {git_hash(content)}" for path, content in sorted(self.files.items())]
-        return hashlib.sha1("\n".join([str(self.num_commits), *contents]).encode()).hexdigest()
+        return hashlib.sha1("\n".join([str(len(self.commits)), *contents]).encode()).hexdigest()
 
 
 def git_hash(content: bytes) -> str:
@@ -115,9 +115,9 @@ class RequestHandler(BaseHTTPRequestHandler):
                     repository.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                 elif line["key"] == "deletedFile":
                     repository.files.pop(line["value"]["path"])
-            repository.num_commits += 1
-            url = f"{self.hub.url}/{match['id']}/commit/{repository.sha}"
-            self.answer(200, {"commitUrl": url, "commitOid": repository.sha, "success": True})
+            repository.commits.append(repository.sha)
+            url = f"{self.hub.url}/{match['id']}/commit/{repository.commits[-1]}"
+            self.answer(200, {"commitUrl": url, "commitOid": repository.commits[-1], "success": True})
         elif verb == "tree":
             files = sorted(repository.files.items())
             self.answer(

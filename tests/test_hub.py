@@ -12,7 +12,7 @@ import torch
 from diffusers.utils import logging
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
-from flowback_hf.hub import load_pipeline
+from flowback_hf.hub import load_pipeline, write_repository
 from flowback_hf.model_card import is_as_written
 
 from .run_folders import write_tiny_run
@@ -41,7 +41,11 @@ def card_of(the_hub, name="tester/flow"):
 REPOSITORY_FILES = [
     "README.md",
     "model_index.json",
+    "modular_config.json",
+    "modular_flowback.py",
+    "modular_model_index.json",
     "pipeline_flowback.py",
+    "pipeline_flowback_classification.py",
     "samples/step-0000020.png",
     "transformer/config.json",
     "transformer/diffusion_pytorch_model.safetensors",
@@ -61,10 +65,19 @@ def test_what_belongs_goes_up_and_nothing_else(the_hub, run_dir):
     assert (run_dir / "README.md").read_text() == card_of(the_hub)
 
 
+def test_the_card_recommends_the_commit_of_the_code(the_hub, run_dir):
+    FlowBackPipeline.from_pretrained(run_dir).push_to_hub("flow")
+    code_and_weights, card_only = the_hub.repositories["tester/flow"].commits
+    card = card_of(the_hub)
+    assert card.count(f'revision="{code_and_weights}"') == 2 and card_only not in card
+    assert "trust_remote_code=True" in card and "dtype=torch.float32" in card
+    assert is_as_written(card) and (run_dir / "README.md").read_text() == card
+
+
 LOAD = """
 import sys, torch
 torch.set_num_threads(1)
-way, output = sys.argv[1:]
+way, output, local_folder = sys.argv[1:]
 if way == "without the package":
     sys.modules["flowback_hf"] = None  # as if it were not installed
     from diffusers import DiffusionPipeline
@@ -88,6 +101,16 @@ if way == "without the package":
         assert "needs the package flowback_hf" in str(error)
     else:
         raise AssertionError
+    from diffusers import ModularPipeline
+    for repo_id in ("tester/pixels", "tester/latents", local_folder):
+        pipe = ModularPipeline.from_pretrained(repo_id, trust_remote_code=True)
+        pipe.load_components()
+        generator = torch.Generator().manual_seed(5)
+        generated = pipe(class_labels=["felis", 3], generator=generator, output_type="pt", output="images")
+        assert torch.equal(generated, images.get(repo_id, images["tester/latents"])), repo_id
+        classes = pipe(images=generated, output="classes")
+        log_prob = pipe(images=generated, class_labels=["felis", 3], output="log_prob")
+        assert len(classes) == len(log_prob) == 2 and torch.isfinite(log_prob).all()
 else:
     from flowback_hf import FlowBackClassificationPipeline
     from flowback_hf.hub import load_pipeline
@@ -110,12 +133,13 @@ def test_they_load_with_and_without_the_package_and_sample_the_same_bits(
     assert the_hub.repositories["tester/latents"].private
     assert not any(name.startswith("samples") for name in files_of(the_hub, "tester/latents"))
     assert not (tmp_path / "latents" / "README.md").exists()
+    write_repository(latent_pipeline, tmp_path / "repository", "elsewhere/latents")
 
     processes = {}
     for way in ("with the package", "without the package"):
         environment = {"HF_ENDPOINT": the_hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
         environment = {**os.environ, **environment, "HF_HOME": str(tmp_path / way)}
-        command = [sys.executable, "-c", LOAD, way, str(tmp_path / f"{way}.pt")]
+        command = [sys.executable, "-c", LOAD, way, str(tmp_path / f"{way}.pt"), str(tmp_path / "repository")]
         processes[way] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     for process in processes.values():
         _, errors = process.communicate(timeout=120)

@@ -29,6 +29,8 @@ def test_the_card_says_what_the_runs_files_say(run_dir):
     for line in (
         "# flow",
         'pipe = FlowBackPipeline.from_pretrained("somebody/flow")',
+        "add `revision=` with the commit that you have read",
+        "    dtype=torch.float32,",
         'pipe(class_labels=["cat"], ',
         "By default, `guidance_scale` is 1.5 with the linear rule.",
         "![Samples](samples/step-0000020.png)",

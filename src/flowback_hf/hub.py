@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -17,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from flowback_hf.files import read_json, write_json, write_text
 from flowback_hf.model_card import Run, find_run, is_as_written, read_edited_card, render_model_card
 from flowback_hf.models import transformer_tarflow
-from flowback_hf.pipelines import pipeline_flowback
+from flowback_hf.pipelines import modular_flowback, pipeline_flowback, pipeline_flowback_classification
 
 
 logger = logging.get_logger(__name__)
@@ -26,6 +27,13 @@ logger = logging.get_logger(__name__)
 # must be distinctive.
 PIPELINE_MODULE = "pipeline_flowback"
 TRANSFORMER_MODULE = "transformer_tarflow"
+# Where a repository keeps the modules of this package, for those that import others.
+REPOSITORY_MODULES = {
+    transformer_tarflow: f"transformer.{TRANSFORMER_MODULE}",
+    pipeline_flowback: PIPELINE_MODULE,
+    pipeline_flowback_classification: "pipeline_flowback_classification",
+    modular_flowback: "modular_flowback",
+}
 
 
 # Loading
@@ -129,7 +137,7 @@ def push_to_hub(
         elif run_dir is not None:
             write_text(run_dir / "README.md", card.read_text(encoding="utf-8"))
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
+        commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message=commit_message or f"Upload {type(pipeline).__name__}",
@@ -137,6 +145,17 @@ def push_to_hub(
             # Otherwise, weight shards and pictures of an earlier upload would remain beside the new ones.
             delete_patterns=["transformer/*", "vae/*", "samples/*"],
         )
+        if card.exists() and is_as_written(card.read_text(encoding="utf-8")) and not create_pr:
+            # A commit cannot name itself, so a second one adds the revision of code and weights to the card.
+            write_text(card, render_model_card(pipeline, repo_id, run_dir, license, revision=commit.oid))
+            api.upload_file(
+                path_or_fileobj=card,
+                path_in_repo=card.name,
+                repo_id=repo_id,
+                commit_message="Recommend this revision in the card",
+            )
+            if run_dir is not None:
+                shutil.copyfile(card, run_dir / card.name)
     return str(url)
 
 
@@ -227,8 +246,9 @@ def write_repository(
     index["_class_name"] = [PIPELINE_MODULE, "FlowBackPipeline"]
     index["transformer"] = [TRANSFORMER_MODULE, "TarFlowTransformer2DModel"]
     write_config(folder / "model_index.json", index)
-    shutil.copyfile(inspect.getfile(pipeline_flowback), folder / f"{PIPELINE_MODULE}.py")
-    shutil.copyfile(inspect.getfile(transformer_tarflow), folder / "transformer" / f"{TRANSFORMER_MODULE}.py")
+    for module, name in REPOSITORY_MODULES.items():
+        write_text(folder / f"{name.replace('.', '/')}.py", repository_code(module))
+    write_modular_files(folder, repo_id, index)
     for config_file in folder.glob("*/config.json"):
         write_config(config_file, read_json(config_file))
 
@@ -238,6 +258,39 @@ def write_repository(
         shutil.copyfile(grid, folder / "samples" / grid.name)
     edited_card = None if run_dir is None else read_edited_card(run_dir)
     write_text(folder / "README.md", edited_card or render_model_card(pipeline, repo_id, run_dir, license))
+
+
+def repository_code(module: ModuleType) -> str:
+    """Read a module of this package, and let it import the repository's modules instead of this package's."""
+    code = Path(inspect.getfile(module)).read_text(encoding="utf-8")
+    for imported, name in REPOSITORY_MODULES.items():
+        code = code.replace(f"from {imported.__name__} import", f"from .{name} import")
+    return code
+
+
+def write_modular_files(folder: Path, repo_id: str, index: dict[str, Any]):
+    """
+    Write what `ModularPipeline.from_pretrained` reads: which class is the blocks', and where the components are.
+
+    Args:
+        folder (`pathlib.Path`): The repository.
+        repo_id (`str`): Its id.
+        index (`dict`): The content of `model_index.json`.
+    """
+    blocks = modular_flowback.FlowBackBlocks()
+    blocks.save_pretrained(folder)
+    modular_index = {
+        "_class_name": "ModularPipeline",
+        "_blocks_class_name": type(blocks).__name__,
+        "_diffusers_version": index["_diffusers_version"],
+        **{spec.name: index[spec.name] for spec in blocks.expected_configs},
+    }
+    for spec in blocks.expected_components:
+        if index[spec.name][1] is not None:
+            type_hint = ["diffusers", index[spec.name][1]]
+            source = {"pretrained_model_name_or_path": repo_id, "subfolder": spec.name, "type_hint": type_hint}
+            modular_index[spec.name] = [*type_hint, source]
+    write_json(folder / "modular_model_index.json", modular_index)
 
 
 def write_config(path: Path, config: dict[str, Any]):

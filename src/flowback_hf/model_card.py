@@ -171,6 +171,7 @@ def render_model_card(
     repo_id: str,
     run_dir: str | os.PathLike | None = None,
     license: str = "apache-2.0",
+    revision: str | None = None,
 ) -> str:
     """
     Write a model card with metadata.
@@ -184,6 +185,7 @@ def render_model_card(
         run_dir (`str`, *optional*): The run's folder: `training_args.json`, `metrics.jsonl`, `samples/` and
             `evaluation.json`, as far as they exist.
         license (`str`, defaults to `"apache-2.0"`): The license of the weights.
+        revision (`str`, *optional*): The commit of code and weights that the examples load.
     Returns:
         `str`: the card, in Markdown.
 
@@ -224,6 +226,7 @@ def render_model_card(
         repo_id=repo_id,
         summary=describe_flow(pipeline, run.is_aligned),
         call=example_call(config, id2label),
+        revision=revision,
         guidance=describe_guidance(pipeline),
         grid=None if run.grid is None else f"samples/{run.grid.name}",
         grid_caption=None if run.grid is None else describe_grid(run, config),

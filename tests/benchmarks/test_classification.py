@@ -35,7 +35,7 @@ def test_the_cost_of_few_and_of_many_classes(benchmark_script, tmp_path, capsys)
 def test_the_flow_that_is_timed_tells_its_classes_apart(benchmark_script):
     benchmark = benchmark_script("classification")
     pipeline = benchmark.build_pipeline(benchmark.parse_args(TINY_OPTIONS), 50)
-    scores = pipeline.class_scores(torch.rand(2, 3, 8, 8))
+    scores = pipeline.class_scores(torch.rand(2, 3, 8, 8), "gradient")
     assert scores.std() > 0.01 and scores.argmax(dim=1).tolist() != [0, 0]
 
 

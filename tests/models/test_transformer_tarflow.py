@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from diffusers import TorchAoConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flowback_hf.models.transformer_tarflow as transformer_tarflow
+from flowback_hf import FlowBackPipeline
 from flowback_hf.models.transformer_tarflow import (
     ACTIVATION_FNS,
     POSITION_EMBEDDINGS,
@@ -977,6 +979,56 @@ def test_float64_model_computes_a_float32_sample_in_float64(randomised_model):
         assert output.sample.dtype == output.log_abs_det.dtype == torch.float64
         assert torch.equal(output.sample, model(sample.double(), class_labels, inverse=inverse).sample)
     assert model.log_prob(sample, class_labels).dtype == torch.float64
+
+
+def quantize_with_torchao(model, folder):
+    torchao = pytest.importorskip("torchao", reason="torchao is not installed")
+    model.save_pretrained(folder)
+    settings = TorchAoConfig(torchao.quantization.Int8WeightOnlyConfig())
+    return TarFlowTransformer2DModel.from_pretrained(folder, dtype=model.dtype, quantization_config=settings)
+
+
+def quantize_with_bitsandbytes(model, folder):
+    """What `BitsAndBytesConfig(load_in_8bit=True)` makes of a model. `from_pretrained` refuses to do it on a CPU."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, torch.nn.Linear) and not name.endswith("proj_out"):
+            quantized = bitsandbytes.nn.Linear8bitLt(*reversed(linear.weight.shape), has_fp16_weights=False)
+            quantized.weight = bitsandbytes.nn.Int8Params(
+                linear.weight.data, requires_grad=False, has_fp16_weights=False
+            )
+            quantized.bias = linear.bias
+            model.set_submodule(name, quantized)
+    return model.to("cpu")  # this quantizes
+
+
+def cast_layerwise(model, folder):
+    model.enable_layerwise_casting(torch.float8_e4m3fn, model.dtype)
+    return model
+
+
+@pytest.mark.parametrize("position_embedding", ["learned", "rope"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compress", [cast_layerwise, quantize_with_torchao, quantize_with_bitsandbytes])
+def test_compressed_weights_compute_the_flow_in_float32(
+    randomised_model, tmp_path, compress, dtype, position_embedding
+):
+    architecture = {"attention_head_dim": 16, "position_embedding": position_embedding}
+    model, sample, class_labels = precision_model(randomised_model, dtype, **architecture)
+    exact = randomised_model(**architecture).float()(sample, class_labels)
+    model = compress(model, tmp_path)
+    with torch.no_grad():
+        encoded = model(sample, class_labels)
+        decoded = model(encoded.sample, class_labels, inverse=True)
+        guided = model(encoded.sample, class_labels, inverse=True, guidance_scale=2.0, guidance_temperature=1.5)
+    for output in (encoded, decoded, guided):
+        assert output.sample.dtype == output.log_abs_det.dtype == torch.float32
+        assert not is_rounded_to_bfloat16(output.sample) and not is_rounded_to_bfloat16(output.log_abs_det)
+    assert not torch.equal(encoded.sample, exact.sample)  # the weights are compressed
+    assert_close(encoded.sample, exact.sample, atol=0.3)
+    assert_close(decoded.sample, sample, atol=0.06)
+    pipe = FlowBackPipeline(model)
+    assert pipe.prepare_latents(1, None).dtype == pipe.encode(torch.rand(1, 3, 4, 4)).dtype == torch.float32
 
 
 # Saving

@@ -37,7 +37,7 @@ def test_a_folder_in_a_table_out(script, model_folder, image_folder, tmp_path, c
         assert float(row["score_1"]) == pytest.approx(classes[0]["score"], rel=1e-4)
         assert row["label_1"] in CLASS_NAMES
     printed = capsys.readouterr()
-    assert printed.out == "" and "12 images classified by 'gradient'" in printed.err and "skipped" not in printed.err
+    assert printed.out == "" and "12 images classified by 'shortlist'" in printed.err and "skipped" not in printed.err
     assert [path.name for path in output.parent.iterdir()] == ["table.csv"]
 
 

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
-from flowback_hf.pipelines.pipeline_flowback_classification import apply_noise, fit_image
+from flowback_hf.pipelines.pipeline_flowback import fit_image
+from flowback_hf.pipelines.pipeline_flowback_classification import apply_noise, image_generator
 
 
 METHODS = ("gradient", "ascent", "bayes", "shortlist")
@@ -75,7 +76,7 @@ def naive_log_prob(model, sample, embeddings):
 def test_the_gradient_is_autograds_through_naive_soft_embeddings(randomised_model, seed, num_blocks, num_classes):
     model = randomised_model(seed=seed, num_blocks=num_blocks, num_classes=num_classes)
     images = random_images(2, seed)
-    scores = make_pipe(model).class_scores(images, num_noise_draws=0)
+    scores = make_pipe(model).class_scores(images, "gradient", num_noise_draws=0)
     for image, image_scores in zip(images, scores):
         logits = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
         embeddings = [
@@ -96,7 +97,8 @@ def test_the_gradient_is_the_one_of_the_method_page(pipe):
         (block.class_embed - block.class_embed.mean(dim=0)) @ gradient
         for block, gradient in zip(pipe.transformer.blocks, gradients)
     )
-    torch.testing.assert_close(pipe.class_scores((sample + 1) / 2, num_noise_draws=0)[0], expected, rtol=0, atol=1e-10)
+    actual = pipe.class_scores((sample + 1) / 2, "gradient", num_noise_draws=0)[0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
 def test_the_gradient_is_the_first_order_of_bayes(randomised_model):
@@ -108,7 +110,7 @@ def test_the_gradient_is_the_first_order_of_bayes(randomised_model):
     pipeline = make_pipe(model)
     no_class = pipeline.log_prob(images, num_noise_draws=0)
     log_prob = torch.stack([pipeline.log_prob(images, [k] * 3, num_noise_draws=0) for k in range(5)], dim=1)
-    scores = pipeline.class_scores(images, num_noise_draws=0)
+    scores = pipeline.class_scores(images, "gradient", num_noise_draws=0)
     assert scores.abs().max() > 1e-6
     torch.testing.assert_close(scores, log_prob - no_class[:, None], rtol=1e-3, atol=1e-9)
 
@@ -126,7 +128,7 @@ def saved_bytes_and_passes(pipeline, images):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        pipeline.class_scores(images, num_noise_draws=0)
+        pipeline.class_scores(images, "gradient", num_noise_draws=0)
     handle.remove()
     return sum(storage.nbytes() for storage in saved.values()), len(passes)
 
@@ -183,7 +185,7 @@ def test_scores_are_distributions_where_they_are_said_to_be(pipe):
         assert (scores >= 0).all()
         torch.testing.assert_close(scores.sum(dim=1), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12)
     # and the gradient's sum to none
-    gradient = pipe.class_scores(images)
+    gradient = pipe.class_scores(images, "gradient")
     assert gradient.abs().max() > 0.1 and gradient.sum(dim=1).abs().max() < 1e-10
 
 
@@ -258,28 +260,59 @@ def test_ascent_stops_early_image_by_image(pipe):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_batch_equals_batches_of_one(pipe, method):
+def test_the_score_of_an_image_depends_on_no_other(pipe, method):
+    """Neither on its place, nor on the batch, nor on the images beside it."""
     images = random_images(5)
     arguments = {"method": method, "num_noise_draws": 2, "shortlist_size": 2}
     together = pipe.class_scores(images, generator=seeded(3), **arguments)
     apart = pipe.class_scores(images, generator=seeded(3), batch_size=1, **arguments)
+    alone = torch.cat([pipe.class_scores(image, generator=seeded(3), **arguments) for image in images])
+    order = torch.tensor([4, 0, 0, 3, 1, 2, 4])
+    shuffled = pipe.class_scores(images[order], generator=seeded(3), batch_size=3, **arguments)
+    for scores in (apart, alone):
+        torch.testing.assert_close(scores, together, rtol=0, atol=1e-10)
+    torch.testing.assert_close(shuffled, together[order], rtol=0, atol=1e-10)
+    assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("vae", [False, True])
+def test_the_noise_of_an_image_is_the_same_to_the_bit(pipe, latent_pipe, vae):
+    pipe = latent_pipe if vae else pipe
+    images = random_images(4, size=pipe.image_size)
+    noise = pipe.add_noise(images, 3, seeded(3)) - pipe.encode(images)
+    order = [2, 2, 0]
+    samples = pipe.add_noise(images[order], 3, seeded(3))
+    # The VAE rounds differently in batches of other sizes; the noise is the same.
+    torch.testing.assert_close(samples - pipe.encode(images[order]), noise[:, order], rtol=0, atol=1e-6)
+    if not vae:
+        assert torch.equal(samples, pipe.add_noise(images, 3, seeded(3))[:, order])
+        assert torch.equal(samples[:, :1], pipe.add_noise(images[2], 3, seeded(3)))
+    # independent: draws of one image, and images of one call
+    vectors = noise.flatten(2).flatten(0, 1)
+    similarity = torch.corrcoef(vectors) - torch.eye(len(vectors))
+    assert similarity.abs().max() < 0.6 and (vectors.std(dim=1) > 0).all()
+
+
+def test_a_generator_gives_a_new_seed_to_every_call(pipe):
+    images = random_images(2)
     generator = seeded(3)
-    alone = torch.cat([pipe.class_scores(image, generator=generator, **arguments) for image in images])
-    torch.testing.assert_close(apart, together, rtol=0, atol=1e-10)
-    torch.testing.assert_close(alone, together, rtol=0, atol=1e-10)
+    first, second = (pipe.class_scores(images, generator=generator) for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first, pipe.class_scores(images, generator=seeded(3)), rtol=0, atol=0)
+    bytes_of_an_image = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
+    seeds = {image_generator(bytes_of_an_image / 255, seed).initial_seed() for seed in (0, 1, 2**62)}
+    seeds.add(image_generator(bytes_of_an_image.flip(0) / 255, 0).initial_seed())
+    assert len(seeds) == 4
 
 
 @pytest.mark.parametrize("noise_type", ["gaussian", "uniform"])
 @pytest.mark.parametrize("method", ["gradient", "bayes"])
 def test_noise_is_averaged_over(randomised_model, noise_type, method):
     model = randomised_model(noise_std=0.3, noise_type=noise_type)
-    image = random_images(1)
-    pixels = (image * 255).round()
-    image = pixels / 255
-    draw = torch.randn if noise_type == "gaussian" else torch.rand
-    noise = draw((3, 3, 4, 4), generator=seeded(7), dtype=torch.float64)
-    noisy = 2 * image - 1 + 0.3 * noise if noise_type == "gaussian" else (pixels + noise) / 128 - 1
+    image = (random_images(1) * 255).round() / 255
     pipeline = make_pipe(model)
+    noisy = pipeline.add_noise(image, 3, seeded(7))[:, 0]
+    assert noisy.shape == (3, 3, 4, 4) and len(noisy.unique(dim=0)) == 3
     actual = pipeline.class_scores(image, method, num_noise_draws=3, generator=seeded(7))
     log_prob = torch.stack([model.log_prob(noisy, torch.full((3,), k)).mean() for k in range(5)]).detach()
     if method == "bayes":
@@ -291,6 +324,19 @@ def test_noise_is_averaged_over(randomised_model, noise_type, method):
     torch.testing.assert_close(actual[0], expected, rtol=0, atol=1e-10)
     likelihood = pipeline.log_prob(image, [2], num_noise_draws=3, generator=seeded(7))
     torch.testing.assert_close(likelihood, log_prob[2:3], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("noise_type", ["gaussian", "uniform"])
+def test_the_noise_is_that_of_training(randomised_model, noise_type):
+    pipeline = make_pipe(randomised_model(noise_std=0.3, noise_type=noise_type))
+    image = (random_images(1) * 255).round() / 255
+    noisy = pipeline.add_noise(image, 2000)[:, 0]
+    if noise_type == "gaussian":
+        noise = (noisy - (2 * image - 1)) / 0.3
+        assert noise.mean().abs() < 0.02 and abs(noise.std() - 1) < 0.02
+    else:
+        noise = (noisy + 1) * 128 - image * 255
+        assert 0 <= noise.min() < 0.001 and 0.999 < noise.max() < 1 + 1e-9 and abs(noise.mean() - 0.5) < 0.01
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -310,8 +356,6 @@ def test_the_noise_is_the_same_in_every_call_and_other_with_another_seed(pipe):
     assert torch.equal(first, second)
     assert not torch.equal(first, pipe.class_scores(images, generator=seeded(1)))
     assert not torch.equal(first, pipe.class_scores(images, num_noise_draws=0))
-    listed = pipe.class_scores(images, generator=[seeded(5), seeded(6)])
-    torch.testing.assert_close(listed[1:], pipe.class_scores(images[1], generator=seeded(6)), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -337,7 +381,25 @@ def test_the_result_is_that_of_an_image_classification_pipeline(pipe):
     assert [entry["score"] for entry in classes[0]] == values[0].tolist()
     (best, _) = pipe(images[0], top_k=2)  # one image, one list
     assert best == {"label": classes[0][0]["label"], "score": pytest.approx(classes[0][0]["score"], abs=1e-10)}
-    assert len(pipe(images[0], top_k=99)) == 5
+    assert len(pipe(images[0], top_k=99)) == len(pipe(images[0], top_k=None)) == 5
+
+
+def test_the_default_is_bayes_among_five_classes(randomised_model):
+    images = random_images(4)
+    for num_classes in (1, 3, 5):  # no more than the shortlist holds: Bayes' rule itself, without a gradient
+        pipeline = make_pipe(randomised_model(num_classes=num_classes))
+        passes = []
+        pipeline.transformer.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+        scores = pipeline.class_scores(images)
+        assert sum(passes) == 4 * num_classes
+        torch.testing.assert_close(scores, pipeline.class_scores(images, "bayes"), rtol=0, atol=0)
+    pipeline = make_pipe(randomised_model(num_classes=12))
+    for classes in pipeline(images, top_k=None):
+        scores, labels = zip(*((entry["score"], int(entry["label"])) for entry in classes))
+        assert list(scores) == sorted(scores, reverse=True) and sum(scores) == pytest.approx(1)
+        assert set(labels) == set(range(12))
+        # What was not compared comes last, in the order of the ids.
+        assert scores[4] > 0 == scores[5] and list(labels[5:]) == sorted(labels[5:])
 
 
 def test_labels_are_numbers_without_names(randomised_model):
@@ -359,16 +421,77 @@ def image_forms(images, folder):
         "uint8 tensors": list(torch.from_numpy(arrays).permute(0, 3, 1, 2)),
         "float tensor": torch.from_numpy(arrays).permute(0, 3, 1, 2).double() / 255,
         "column": rows["image"],
+        "data set": rows.add_column("number", [3, 1, 2]),
+        "stream": rows.to_iterable_dataset(),
+        "folder": folder,
+        "string of a folder": str(folder),
         "generator": (image for image in images),
     }
 
 
 def test_every_form_of_images_gives_the_same(pipe, tmp_path):
     images = pil_images(3)
-    expected = pipe.class_scores(images, batch_size=2)
+    expected = pipe.class_scores(images, "gradient", batch_size=2)
     for name, form in image_forms(images, tmp_path).items():
-        torch.testing.assert_close(pipe.class_scores(form, batch_size=2), expected, rtol=0, atol=1e-5, msg=name)
+        actual = pipe.class_scores(form, "gradient", batch_size=2)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5, msg=name)
     assert (expected[0] - expected[1]).abs().max() > 0.1
+
+
+def test_a_folder_is_searched_for_images_only(pipe, tmp_path):
+    images = pil_images(3)
+    names = ["b/2.PNG", "a.png", "b/.hidden.png"]
+    (tmp_path / "b").mkdir()
+    for image, name in zip(images, names):
+        image.save(tmp_path / name, format="PNG")
+    (tmp_path / "notes.txt").write_text("no image")
+    expected = pipe.class_scores([images[1], images[0]])
+    torch.testing.assert_close(pipe.class_scores(tmp_path), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_images", [1, 3, 4, 6])
+def test_grey_images_need_no_channels(randomised_model, num_images):
+    pipeline = make_pipe(randomised_model(in_channels=1, sample_size=8))
+    images = random_images(num_images, channels=1, size=8)
+    expected = pipeline.class_scores(images)
+    assert len(pipeline(images[:, 0].numpy())) == num_images
+    torch.testing.assert_close(pipeline.class_scores(images[:, 0].numpy()), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(pipeline.class_scores(list(images[:, 0])), expected, rtol=0, atol=1e-10)
+    if num_images == 3:  # or one coloured image
+        with pytest.raises(
+            ValueError, match=r"of shape \(3, 8, 8\) could be three grey images or one of three channels"
+        ):
+            pipeline(images[:, 0])
+    else:
+        torch.testing.assert_close(pipeline.class_scores(images[:, 0]), expected, rtol=0, atol=1e-10)
+
+
+def test_one_array_of_a_coloured_image_is_one_image(randomised_model, pipe):
+    grey = make_pipe(randomised_model(in_channels=1))
+    array = np.asarray(pil_images(1)[0])
+    for pipeline in (grey, pipe):
+        assert set(pipeline(array, top_k=1)[0]) == {"label", "score"}
+        with pytest.raises(ValueError, match=r"Image 0 must have 1 or 3 channels, but its shape is \(4, 4, 4\)"):
+            pipeline(np.dstack([array, array[..., :1]]))  # with transparency
+    with pytest.raises(ValueError, match=r"Image 0 must have 1 or 3 channels, but its shape is \(8, 8, 1\)"):
+        grey(torch.zeros(8, 8, 1))  # a tensor with its channels last
+    with pytest.raises(ValueError, match=r"Image 0 must have 1 or 3 channels, but its shape is \(6, 8, 8\)"):
+        pipe(np.zeros((6, 8, 8), dtype=np.uint8))  # grey images without channels, for a flow of coloured ones
+
+
+def test_a_data_set_must_have_one_column_of_images(pipe):
+    features = datasets.Features(
+        {"left": datasets.Image(), "right": datasets.Image(), "label": datasets.Value("int64")}
+    )
+    rows = {"left": pil_images(2), "right": pil_images(2, seed=1), "label": [0, 1]}
+    pairs = datasets.Dataset.from_dict(rows, features=features)
+    with pytest.raises(ValueError, match=r"one column of images, but 2 of its columns \['left', 'right', 'label'\]"):
+        pipe(pairs)
+    with pytest.raises(ValueError, match="but 0 of its columns"):
+        pipe(pairs.select_columns(["label"]))
+    with pytest.raises(ValueError, match=r"is a mapping of \['train'\]. Pass one of its values"):
+        pipe(datasets.DatasetDict({"train": pairs}))
+    torch.testing.assert_close(pipe.class_scores(pairs.remove_columns("right")), pipe.class_scores(rows["left"]))
 
 
 def test_what_the_sampling_pipeline_gives_is_understood(randomised_model):
@@ -390,7 +513,7 @@ def test_preprocessing_is_that_of_training(randomised_model, size, channels):
     pipeline = make_pipe(randomised_model(in_channels=channels))
     (image,) = pil_images(1, size=size)
     with pytest.warns(UserWarning, match="Images that are not 4x4 pixels are resized and center-cropped"):
-        sample = pipeline.preprocess(image)
+        sample = pipeline.encode(image)
     fitted = PIL.ImageOps.fit(image.convert({1: "L", 3: "RGB"}[channels]), (4, 4), PIL.Image.Resampling.BICUBIC)
     expected = torch.from_numpy(np.array(fitted)).view(4, 4, channels).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(sample[0], expected.double(), rtol=0, atol=1e-6)
@@ -433,10 +556,10 @@ def test_grey_flows_take_coloured_images_and_the_other_way_round(randomised_mode
     grey = make_pipe(randomised_model(in_channels=1))
     image = PIL.Image.new("RGB", (4, 4), (90, 90, 90))
     expected = torch.full((1, 1, 4, 4), 90 / 127.5 - 1, dtype=torch.float64)
-    torch.testing.assert_close(grey.preprocess(image), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(pipe.preprocess(image.convert("L")), expected.expand(1, 3, 4, 4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(grey.encode(image), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(pipe.encode(image.convert("L")), expected.expand(1, 3, 4, 4), rtol=0, atol=1e-6)
     tensor = torch.full((1, 3, 4, 4), 90, dtype=torch.uint8)
-    torch.testing.assert_close(grey.preprocess(tensor), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(grey.encode(tensor), expected, rtol=0, atol=1e-6)
 
 
 def test_images_of_the_right_size_are_not_warned_about(pipe):
@@ -454,6 +577,8 @@ def test_log_prob_is_the_flows(pipe):
     actual = pipe.log_prob(images, labels, num_noise_draws=0, batch_size=3)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
     assert torch.equal(pipe.log_prob(images, torch.tensor(labels), num_noise_draws=0, batch_size=3), actual)
+    names = ["great white shark", -1, "Tinca tinca", 4]
+    assert torch.equal(pipe.log_prob(images, names, num_noise_draws=0, batch_size=3), actual)
 
 
 def test_bits_per_dim_of_an_untrained_flow_are_the_analytic_value(randomised_model):
@@ -462,8 +587,9 @@ def test_bits_per_dim_of_an_untrained_flow_are_the_analytic_value(randomised_mod
     for block in model.blocks:
         block.proj_out.reset_parameters()  # the identity
     image = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    noise = torch.rand((500, 1, 16, 16), generator=seeded(), dtype=torch.float64)
-    x = (image + noise) / 128 - 1
+    x = make_pipe(randomised_model(sample_size=16, in_channels=1, patch_size=4, noise_type="uniform")).add_noise(
+        image, 500, seeded()
+    )
     exact = (0.5 * x.square().mean() + 0.5 * math.log(2 * math.pi) + math.log(128)) / math.log(2)
     bits = make_pipe(model).bits_per_dim(image, num_noise_draws=500, generator=seeded()).item()
     assert bits == pytest.approx(exact.item(), abs=1e-10)
@@ -594,7 +720,7 @@ def test_the_progress_bar_counts_images(pipe, capsys):
     "arguments, message",
     [
         ({"method": "guess"}, "`method` must be one of .*'shortlist'.* but is 'guess'"),
-        ({"top_k": 0}, "`top_k` must be at least 1, but is 0"),
+        ({"top_k": 0}, "`top_k` must be at least 1, or None for all classes, but is 0"),
         ({"num_noise_draws": -1}, "`num_noise_draws` must not be negative, but is -1"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, but is 0"),
         ({"num_steps": 0}, "`num_steps` must be at least 1, but is 0"),
@@ -608,7 +734,8 @@ def test_the_progress_bar_counts_images(pipe, capsys):
         ({"images": torch.ones(1, 3, 4, 4, dtype=torch.int64)}, "or uint8, but holds torch.int64 from 1 to 1"),
         ({"images": torch.rand(2, 5, 4, 4)}, r"Image 0 must have 1 or 3 channels, but its shape is \(5, 4, 4\)"),
         ({"images": ["nowhere.png"]}, "Image 0, 'nowhere.png', cannot be read"),
-        ({"generator": [torch.Generator()]}, "a list of one for each image, but has 1 for 2 images"),
+        ({"images": iter([])}, "`images` must hold at least one image, but are empty"),
+        ({"generator": [torch.Generator()]}, "`generator` must be one `torch.Generator` or None, but is of type list"),
     ],
 )
 def test_bad_input_raises_before_any_work(pipe, monkeypatch, arguments, message):
@@ -657,6 +784,7 @@ def test_an_unconditional_flow_has_likelihoods_and_no_classes(randomised_model):
         ([0, 5], "`class_labels` must lie between 0 and 4, or be -1 for no class, but are"),
         ([0], "one for each image, but holds 1 for more images"),
         ([0, 1, 2], "one for each image, but holds 3 for 2 images"),
+        (["goldfish", "gold"], "`class_labels` must be known names, but 'gold' is not one"),
     ],
 )
 def test_labels_that_do_not_fit_raise(pipe, labels, message):

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from flowback_hf.pipelines.pipeline_flowback_classification import fit_image
+from flowback_hf.pipelines.pipeline_flowback import fit_image
 
 
 # What PIL raises for files that are not images, truncated, or malformed inside.

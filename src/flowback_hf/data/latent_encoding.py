@@ -22,8 +22,7 @@ from flowback_hf.data.images import UNREADABLE, decode_image, image_mode, image_
 from flowback_hf.data.latents import SETTINGS_FILE, hash_weights, missing_shards, shard_name
 from flowback_hf.data.splits import DataSource, check_column, check_train_split, held_out_split
 from flowback_hf.files import compare_settings, read_json, write_json, write_whole
-from flowback_hf.pipelines.pipeline_flowback import vae_scale_factor
-from flowback_hf.pipelines.pipeline_flowback_classification import fit_image
+from flowback_hf.pipelines.pipeline_flowback import fit_image, vae_scale_factor
 
 
 logger = get_logger(__name__, log_level="INFO")

@@ -10,8 +10,8 @@ import PIL.Image
 from flowback_hf.data.images import UNREADABLE, decode_image, image_mode, name_of_file
 from flowback_hf.data.splits import check_column
 from flowback_hf.evaluation.parts import Arrays
-from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
-from flowback_hf.pipelines.pipeline_flowback_classification import FlowBackClassificationPipeline, fit_image
+from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline, fit_image
+from flowback_hf.pipelines.pipeline_flowback_classification import FlowBackClassificationPipeline
 
 
 class ImageBatch(NamedTuple):
@@ -21,13 +21,11 @@ class ImageBatch(NamedTuple):
     Args:
         images (`list[PIL.Image.Image]`): At the flow's size.
         class_labels (`list[int]`): The flow's class ids; -1 for an unconditional flow.
-        numbers (`list[int]`): The row of each image.
         report (`dict` of `np.ndarray`): `skipped`, the names of what cannot be decoded, and `num_resized`.
     """
 
     images: list[PIL.Image.Image]
     class_labels: list[int]
-    numbers: list[int]
     report: Arrays
 
 
@@ -96,7 +94,7 @@ class LabelledImages:
 
     def load(self, indices: range) -> ImageBatch:
         """Decode and fit the images of some rows."""
-        images, labels, numbers, skipped, num_resized = [], [], [], [], 0
+        images, labels, skipped, num_resized = [], [], [], 0
         for index in indices:
             file = self.rows[index][self.image_column]
             name = name_of_file(file, f"row {index}")
@@ -115,9 +113,8 @@ class LabelledImages:
                 num_resized += 1
             images.append(image)
             labels.append(self.label_ids[index])
-            numbers.append(index)
         report = {"skipped": np.array(skipped, dtype=str), "num_resized": np.array([num_resized])}
-        return ImageBatch(images, labels, numbers, report)
+        return ImageBatch(images, labels, report)
 
 
 def known_labels(pipeline: FlowBackPipeline) -> dict[str, int]:

@@ -30,7 +30,7 @@ def evaluate_likelihood(
     """
     Measure the likelihood of images and the accuracy of training-free classification.
 
-    The noise of an image depends on the seed and its row only, so batches and processes change no result.
+    The noise of an image depends on the seed and the image only, so batches and processes change no result.
 
     Args:
         state ([`~accelerate.PartialState`]): The processes that share the work.
@@ -89,16 +89,15 @@ def make_computation(
     num_likelihood_draws = max(1, num_noise_draws)
 
     def compute(indices: range) -> Arrays:
-        pictures, labels, numbers, report = images.load(indices)
+        pictures, labels, report = images.load(indices)
         arrays = {"labels": np.array(labels, dtype=np.int64), **report}
         log_probs = {"log_prob": None} if num_classes is None else {"log_prob": labels, "log_prob_no_class": None}
         for name, class_labels in log_probs.items():
             arrays[name] = np.zeros((len(pictures), num_likelihood_draws))
-            # The generators of an image go on from draw to draw.
-            generators = [make_generator(seed, number) for number in numbers]
+            generator = make_generator(seed)  # every draw takes its seed from it
             for draw in range(num_likelihood_draws if pictures else 0):
                 arrays[name][:, draw] = classifier.log_prob(
-                    pictures, class_labels, generator=generators, batch_size=batch_size
+                    pictures, class_labels, generator=generator, batch_size=batch_size
                 )
         for method in methods:
             ranked = np.zeros((0, min(5, num_classes)), dtype=np.int64)
@@ -108,7 +107,7 @@ def make_computation(
                     pictures,
                     method,
                     num_noise_draws=num_noise_draws,
-                    generator=[make_generator(seed, number) for number in numbers],
+                    generator=make_generator(seed),
                     batch_size=batch_size,
                     shortlist_size=shortlist_size,
                 )

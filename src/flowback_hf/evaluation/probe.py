@@ -42,11 +42,10 @@ def evaluate_linear_probe(
     for name, split_images in {"train": train_images, "test": images}.items():
 
         def compute(indices: range, split_images: LabelledImages = split_images) -> Arrays:
-            pictures, labels, numbers, _ = split_images.load(indices)
+            pictures, labels, _ = split_images.load(indices)
             if not pictures:
                 return {}
-            generators = [make_generator(seed, number) for number in numbers]
-            (noisy_sample,) = classifier.add_noise(classifier.preprocess(pictures), generator=generators)
+            (noisy_sample,) = classifier.add_noise(pictures, generator=make_generator(seed))
             pooled = pooled_hidden_states(classifier.transformer, noisy_sample)
             features = {place_name(place): states.numpy() for place, states in pooled.items()}
             return {"labels": np.array(labels), **features}

@@ -211,9 +211,16 @@ def describe_classification(results: Results) -> list[str]:
     noisy = "With one draw of" if draws == 1 else f"Averaged over {draws} draws of"
     note = f"{noisy} the training noise." if draws else "On clean images."
     if "shortlist" in methods:
-        note += f" The shortlist has {results['shortlist_size']} classes."
+        note += describe_shortlist(results)
     table = markdown_table(["method", *columns.values(), "images/s"], rows)
     return ["", "## Training-free classification", "", table, "", note]
+
+
+def describe_shortlist(results: Results) -> str:
+    size, num_classes = results["shortlist_size"], results.get("num_classes")
+    if num_classes is not None and num_classes <= size:
+        return f" The shortlist holds all {num_classes} classes: it is Bayes' rule."
+    return f" The shortlist has {size} classes."
 
 
 def describe_samples(results: Results) -> list[str]:

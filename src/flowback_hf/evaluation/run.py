@@ -197,6 +197,9 @@ class Evaluation:
             "shortlist_size": options.shortlist_size,
             "seed": options.seed,
         }
+        num_classes = self.pipeline.transformer.config.num_classes
+        if num_classes is not None:
+            results["num_classes"] = num_classes
         results |= self.parts.run(
             "likelihood",
             self.settings["likelihood"],

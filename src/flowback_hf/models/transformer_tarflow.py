@@ -7,6 +7,7 @@ only.
 """
 
 import math
+import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -382,7 +383,7 @@ def guide_prediction(
     """Guide the conditional log-scale and shift of all `tokens` at once, which are in the block's own order."""
     temperature = None
     if guidance.temperature != 1.0:
-        temperature = block.proj_in.weight.new_full((1, 1, 1, 1), guidance.temperature)
+        temperature = tokens.new_full((1, 1, 1, 1), guidance.temperature)
     weak_log_scale, weak_shift, _ = block.predict(tokens, None, (), temperature)
     return apply_guidance(
         torch.stack([log_scale, weak_log_scale], dim=1),
@@ -503,7 +504,9 @@ def allocate_state(
     """Create the state from which a solver starts: the first token is known, all others are a guess."""
     batch_size, num_tokens, _ = latents.shape
     branches = [class_labels, None] if guidance.is_on else [class_labels]
-    class_embedding = torch.stack([block.embed_classes(each).expand(batch_size, -1, -1) for each in branches], 1)
+    class_embedding = torch.stack(
+        [block.embed_classes(each, latents.device).expand(batch_size, -1, -1) for each in branches], 1
+    )
     temperature = guidance_weight = None
     if guidance.is_on:
         guidance_weight = guidance_weights(guidance, latents)
@@ -523,7 +526,7 @@ def allocate_state(
         class_embedding=class_embedding,
         # Detached, so that it is not a parameter: to a compiled step a parameter is another type.
         position_embedding=None if block.pos_embed is None else block.position_embedding().detach(),
-        rotary=block.rotary(),
+        rotary=block.rotary(latents.device),
         temperature=temperature,
         guidance_weight=guidance_weight,
         guidance_rule=guidance.rule,
@@ -559,7 +562,7 @@ def evaluate_window(
         the tokens that follow those of the window.
     """
     samples = torch.arange(len(state.tokens), device=positions.device).unsqueeze(1)
-    tokens = state.tokens[samples, positions].to(block.proj_in.weight.dtype)
+    tokens = state.tokens[samples, positions].to(block.dtype)
     row_positions = positions
     if state.branches == 2:
         tokens = tokens.repeat_interleave(2, dim=0)
@@ -572,7 +575,7 @@ def evaluate_window(
     attention_mask = torch.arange(length, device=positions.device) <= row_positions[:, None, :, None]
     for layer, cache in zip(block.layers, state.key_value_caches):
         key_value_cache = KeyValueCache(cache.flatten(0, 1), row_positions, attention_mask)
-        hidden_states = layer(hidden_states, rotary, temperature, key_value_cache)
+        hidden_states = layer(hidden_states, rotary, temperature, key_value_cache=key_value_cache)
     log_scale, shift = block.proj_out(hidden_states).to(state.tokens.dtype).chunk(2, dim=-1)
     if state.branches == 2:
         weight = state.guidance_weight[positions + 1]
@@ -1094,7 +1097,7 @@ class TarFlowBlock(nn.Module):
         self.grid_size = grid_size
         self.attention_head_dim = attention_head_dim
         self.reverse_order = reverse_order
-        width = num_attention_heads * attention_head_dim
+        self.width = width = num_attention_heads * attention_head_dim
         self.proj_in = nn.Linear(token_dim, width)
         self.pos_embed = None
         if position_embedding == "learned":
@@ -1161,25 +1164,32 @@ class TarFlowBlock(nn.Module):
         """Change from raster order to the block's own order, or back: reversal is its own inverse."""
         return tokens.flip(-2) if self.reverse_order else tokens
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """
+        The dtype of hidden states.
+
+        It is that of a normalization's weight: quantization and layerwise casting change the weights of products only.
+        """
+        return self.layers[0].norm1.weight.dtype
+
     # The methods below serve `forward` and the solvers. Nothing else may call them: hooks wrap `__call__` only.
 
-    def rotary(self) -> torch.Tensor | None:
+    def rotary(self, device: torch.device) -> torch.Tensor | None:
         """Return the [`rotary_embedding`] in the block's own order, or `None` if positions are learned."""
         if self.pos_embed is not None:
             return None
-        weight = self.proj_in.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return self._permute(rotary_embedding(self.grid_size, self.attention_head_dim, weight.device, dtype))
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return self._permute(rotary_embedding(self.grid_size, self.attention_head_dim, device, dtype))
 
     def position_embedding(self) -> torch.Tensor | None:
         """Return `(num_tokens, width)` in the block's own order, or `None` if positions are rotary."""
         return None if self.pos_embed is None else self._permute(self.pos_embed)
 
-    def embed_classes(self, class_labels: torch.Tensor | None) -> torch.Tensor:
+    def embed_classes(self, class_labels: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """Return `(1 or batch_size, 1, width)`: the mean of the table for no class, zeros without a table."""
-        weight = self.proj_in.weight
         if self.class_embed is None:
-            return weight.new_zeros(1, 1, self.proj_in.out_features)
+            return torch.zeros(1, 1, self.width, device=device, dtype=self.dtype)
         no_class = self.class_embed.mean(dim=0, keepdim=True)
         if class_labels is None:
             class_embedding = no_class
@@ -1191,7 +1201,7 @@ class TarFlowBlock(nn.Module):
         else:
             has_class = (class_labels >= 0).unsqueeze(-1)
             class_embedding = torch.where(has_class, self.class_embed[class_labels.clamp(min=0).long()], no_class)
-        return class_embedding.to(weight.dtype).unsqueeze(1)
+        return class_embedding.to(self.dtype).unsqueeze(1)
 
     def predict(
         self,
@@ -1206,11 +1216,11 @@ class TarFlowBlock(nn.Module):
         Returns:
             `tuple`: log-scale, shift and the requested hidden states by layer, all in the block's own order.
         """
-        conditioning = self.embed_classes(class_labels)
+        conditioning = self.embed_classes(class_labels, tokens.device)
         if self.pos_embed is not None:
             conditioning = self.position_embedding() + conditioning
-        hidden_states = self.proj_in(tokens.to(self.proj_in.weight.dtype)) + conditioning
-        rotary = self.rotary()
+        hidden_states = self.proj_in(tokens.to(self.dtype)) + conditioning
+        rotary = self.rotary(tokens.device)
         collected = {}
         for number, layer in enumerate(self.layers, start=1):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -1248,6 +1258,29 @@ class TarFlowOutput(BaseOutput):
     log_abs_det: torch.Tensor | None = None
     hidden_states: dict[tuple[int, int], torch.Tensor] | None = None
     report: TarFlowInverseReport | None = None
+
+
+def check_loaded_flow(model: "TarFlowTransformer2DModel", loading_info: dict[str, list], path: str | os.PathLike):
+    """Raise ValueError if a configuration is incomplete, or if its model and the loaded weights differ in names."""
+    left_out = sorted(set(model.config.get("_use_default_values", ())) - {"inverse_profile"})
+    if left_out:
+        raise ValueError(
+            f"The configuration in {str(path)!r} leaves out {left_out}, without which the flow is unknown. Restore the"
+            " `config.json` that was saved with the weights, or give the values as arguments."
+        )
+    # A quantized model names its weights otherwise, and what they are quantized by beside them.
+    kinds = ("missing_keys",) if model.config.get("quantization_config") else ("missing_keys", "unexpected_keys")
+    names = {kind: sorted(loading_info[kind]) for kind in kinds}
+    if any(names.values()):
+        found = [
+            f"{len(keys)} are {kind.partition('_')[0]} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+            for kind, keys in names.items()
+            if keys
+        ]
+        raise ValueError(
+            f"The weights in {str(path)!r} do not fit their configuration: {' and '.join(found)}. Restore the"
+            " `config.json` that was saved with the weights."
+        )
 
 
 class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
@@ -1310,6 +1343,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["TarFlowLayer"]
     _no_split_modules = ["TarFlowBlock"]
+    _skip_keys = ["key_value_cache"]  # offloading must not move or copy what a layer writes to
     _skip_layerwise_casting_patterns = ["proj_in", "proj_out", "pos_embed", "class_embed", "norm"]
 
     @register_to_config
@@ -1351,6 +1385,27 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         )
         self.gradient_checkpointing = False
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """
+        Load a saved flow. Weights that do not fit the configuration are refused: their flow would be another one.
+
+        Args:
+            pretrained_model_name_or_path (`str`): A folder that holds a saved flow, or a repository's id on the Hub.
+            kwargs: Arguments of [`~diffusers.ModelMixin.from_pretrained`], such as `dtype` and `subfolder`.
+        Returns:
+            [`TarFlowTransformer2DModel`]: the flow, in evaluation mode.
+        Raises:
+            ValueError: if weights are missing or left over, or if the configuration leaves an argument out. The
+                message names them.
+        """
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
+        check_loaded_flow(model, loading_info, pretrained_model_name_or_path)
+        return (model, loading_info) if output_loading_info else model
+
     def patchify(self, sample: torch.Tensor) -> torch.Tensor:
         """
         Cut samples into tokens.
@@ -1372,8 +1427,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 " its VAE's encoder returns."
             )
         # Densities need float32, whatever the dtype of the weights.
-        weight_dtype = self.blocks[0].proj_in.weight.dtype
-        dtype = torch.promote_types(torch.promote_types(sample.dtype, weight_dtype), torch.float32)
+        dtype = torch.promote_types(torch.promote_types(sample.dtype, self.blocks[0].dtype), torch.float32)
         return F.pixel_unshuffle(sample.to(dtype), config.patch_size).flatten(2).transpose(1, 2)
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -5,17 +5,22 @@
 
 import difflib
 import importlib
+import itertools
 import operator
 import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import PIL.Image
+import PIL.ImageOps
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL, ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils import logging
+from diffusers.utils import load_image, logging
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -73,7 +78,365 @@ def read_whole_number(text: str) -> int | None:
     return int(text) if text.removeprefix("-").isdecimal() else None
 
 
-class FlowBackPipeline(DiffusionPipeline):
+def fit_image(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
+    """
+    Cut the middle square out of an image and resize it. Training and classification both fit images this way.
+
+    Args:
+        image (`PIL.Image.Image`): An image of any size and mode.
+        size (`int`): Height and width of the result, in pixels.
+    Returns:
+        `PIL.Image.Image`: a new image of `size` times `size` pixels in the same mode, interpolated bicubically.
+
+    Example:
+        ```py
+        >>> import PIL.Image
+        >>> from flowback_hf.pipelines.pipeline_flowback import fit_image
+
+        >>> fit_image(PIL.Image.new("RGB", (640, 427)), 64).size
+        (64, 64)
+        ```
+    """
+    return PIL.ImageOps.fit(image, (size, size), PIL.Image.Resampling.BICUBIC)
+
+
+def array_to_pixels(image: Any, number: int) -> torch.Tensor:
+    """Turn an array (height, width[, channels]) or a tensor ([channels, ]height, width) into the latter, in [0, 1]."""
+    if isinstance(image, torch.Tensor):
+        pixels = image.detach().cpu()
+        pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels
+    elif hasattr(image, "__array__"):
+        pixels = torch.as_tensor(image)
+        pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(-1, 0)
+    else:
+        raise ValueError(
+            f"Image {number} must be a PIL image, an array, a tensor or a path, but is of type {type(image).__name__}."
+        )
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
+        raise ValueError(f"Image {number} must have 1 or 3 channels, but its shape is {tuple(image.shape)}.")
+    if pixels.dtype == torch.uint8:
+        pixels = pixels.float() / 255
+    if not pixels.is_floating_point() or not ((pixels >= 0) & (pixels <= 1)).all():
+        raise ValueError(
+            f"Image {number} must hold floats in [0, 1] or uint8, but holds {pixels.dtype} from {pixels.min():.3g} to"
+            f" {pixels.max():.3g}."
+        )
+    return pixels
+
+
+def is_one_image(images: Any, num_channels: int) -> bool:
+    """
+    Tell one image, in any accepted form, from several.
+
+    Only flows of grey images take batches without channels, `(num_images, height, width)`.
+
+    Args:
+        images: What a user passed.
+        num_channels (`int`): The number of channels of the flow's images.
+    Raises:
+        ValueError: if a tensor could be three grey images or a coloured one.
+    """
+    if isinstance(images, (str, os.PathLike)):
+        return not os.path.isdir(images)
+    if hasattr(images, "convert"):
+        return True
+    num_dimensions = getattr(images, "ndim", None)
+    if num_dimensions != 3 or num_channels != 1:
+        return num_dimensions is not None and num_dimensions < 4
+    if images.shape[-1] in (1, 3, 4):  # channels; a tensor with its channels last is refused as one image
+        return True
+    if not isinstance(images, torch.Tensor):
+        return False
+    if images.shape[0] == 3:
+        raise ValueError(
+            f"`images` of shape {tuple(images.shape)} could be three grey images or one of three channels. Pass"
+            " `images[:, None]` for three, or `images[None]` for one."
+        )
+    return images.shape[0] == 1
+
+
+def iterate_images(images: Any, num_channels: int) -> Iterable:
+    """
+    Find the single images in what a user passed.
+
+    Args:
+        images: Images in any form that [`~FlowBackPipeline.encode`] takes.
+        num_channels (`int`): The number of channels of the flow's images.
+    Returns:
+        `Iterable`: the images, at least one. It has a length if `images` have one.
+    Raises:
+        ValueError: if there are none, or if it is not clear which they are.
+    """
+    if is_one_image(images, num_channels):
+        return [images]
+    if isinstance(images, (str, os.PathLike)):
+        images = find_image_files(Path(images))
+    elif isinstance(images, Mapping):
+        raise ValueError(f"`images` must be images, but is a mapping of {list(images)}. Pass one of its values.")
+    elif hasattr(images, "select_columns"):  # a data set of the library datasets
+        images = select_image_column(images)
+    iterator = iter(images)
+    for first in iterator:
+        return images if hasattr(images, "__len__") else itertools.chain([first], iterator)
+    raise ValueError("`images` must hold at least one image, but are empty.")
+
+
+def find_image_files(folder: Path) -> list[Path]:
+    """List the image files of a folder and its subfolders, hidden ones excepted, sorted by path."""
+    endings = PIL.Image.registered_extensions()
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in endings and path.is_file() and not path.name.startswith(".")
+    ]
+    if not files:
+        raise ValueError(f"`images` is the folder {str(folder)!r}, which holds no image files.")
+    return files
+
+
+def select_image_column(dataset: Any) -> Any:
+    """Return the one column of a data set that holds images."""
+    features = dataset.features or {}
+    columns = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    if len(columns) != 1:
+        raise ValueError(
+            f"`images` is a data set, which must have one column of images, but {len(columns)} of its columns"
+            f" {list(features)} are such. Pass one column, such as `dataset['image']`."
+        )
+    return dataset[columns[0]]
+
+
+class FlowBackPipelineMixin:
+    """
+    What pipelines of a flow share: its components, class names, and the way from an image to the flow's data.
+
+    Args:
+        transformer ([`TarFlowTransformer2DModel`]): The flow.
+        vae ([`~diffusers.AutoencoderKL`], *optional*): The VAE of a latent flow.
+        id2label (`dict[int, str]`, *optional*): Class names by class id. Commas separate synonyms.
+        guidance_scale (`float`, defaults to 1.0), guidance_rule (`str`, defaults to `"linear"`):
+            How [`FlowBackPipeline`] samples by default.
+    """
+
+    _optional_components = ["vae"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rule: str = "linear",
+    ):
+        super().__init__()
+        if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
+            raise ValueError(
+                f"`vae` must have as many latent channels as the flow has `in_channels`, but they are"
+                f" {vae.config.latent_channels} and {transformer.config.in_channels}."
+            )
+        self.register_modules(transformer=transformer, vae=vae)
+        # JSON turns the keys into strings.
+        id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
+        self.register_to_config(id2label=id2label or None, guidance_scale=guidance_scale, guidance_rule=guidance_rule)
+        self.labels = {name.strip(): label_id for label_id, label in id2label.items() for name in label.split(",")}
+        self.image_processor = VaeImageProcessor()
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        return read_pipeline_index(super()._dict_from_json_file(json_file), cls.__module__)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """
+        Make this pipeline from another pipeline of a flow. Both share the components; nothing is copied or cast.
+
+        Args:
+            pipeline ([`FlowBackPipeline`] or [`FlowBackClassificationPipeline`]):
+                The pipeline whose components, class names and default guidance are used.
+            kwargs: Components and other arguments that replace those of `pipeline`.
+        Returns:
+            The new pipeline.
+        Raises:
+            ValueError: if `pipeline` has no flow.
+        """
+        if "transformer" not in pipeline.components:
+            raise ValueError(
+                f"`pipeline` must be a pipeline of a flow, with a `transformer`, but is a {type(pipeline).__name__}."
+            )
+        # By themselves, diffusers passes on components of the annotated classes only, without their subclasses, and
+        # casts them to float32.
+        components = {"transformer": pipeline.transformer, "vae": pipeline.vae}
+        return super().from_pipe(pipeline, **{**components, "dtype": pipeline.transformer.dtype, **kwargs})
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """The number of pixels that one cell of the sample covers along each side. It is 1 without a VAE."""
+        return 1 if self.vae is None else vae_scale_factor(self.vae)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, in pixels, of the images that the flow takes, or its VAE if it has one."""
+        return self.transformer.config.sample_size * self.vae_scale_factor
+
+    @property
+    def num_channels(self) -> int:
+        """The number of channels of the images that the flow takes, or its VAE if it has one."""
+        return (self.transformer if self.vae is None else self.vae).config.in_channels
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """
+        Look up the class ids of labels that are strings. The command line and Python read labels alike.
+
+        A known name is a name, and any other whole number is a class id. A string that is the name of one class and
+        the id of another is refused: `"name:7"` is the class that is called 7, and `"id:7"` is class 7, as is the
+        number 7 in Python.
+
+        Args:
+            label (`str` or `list[str]`): Names or synonyms from `id2label`, or class ids, or `"-1"` for no class.
+        Returns:
+            `list[int]`: one id for each label. Their range is not checked.
+        Raises:
+            ValueError: if a label is neither a known name nor a whole number, or if it can be read in two ways. The
+                message suggests the most similar known names, or shows how to write either class.
+
+        Example:
+            ```py
+            >>> from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+
+            >>> flow = TarFlowTransformer2DModel(8, 4, 3, num_blocks=1, num_layers=1, num_classes=3)
+            >>> pipe = FlowBackPipeline(flow, id2label={0: "cat, house cat", 1: "2", 2: "dog"})
+            >>> pipe.get_label_ids(["house cat", "0", "name:2", "id:2"])
+            [0, 0, 1, 2]
+            ```
+        """
+        return [self._get_label_id(name) for name in ([label] if isinstance(label, str) else label)]
+
+    def _get_label_id(self, label: str) -> int:
+        kind, _, rest = label.partition(":")
+        if label in self.labels:
+            label_id = self.labels[label]
+            other = read_whole_number(label)
+            if other is not None and other != label_id and 0 <= other < (self.transformer.config.num_classes or 0):
+                raise ValueError(
+                    f"`class_labels` must name one class, but {label!r} is the name of class {label_id} and the number"
+                    f" of class {other}. Write 'name:{label}' for the former or 'id:{label}' for the latter."
+                )
+            return label_id
+        if kind == "name" and rest in self.labels:
+            return self.labels[rest]
+        label_id = read_whole_number(rest if kind == "id" else label)
+        if label_id is None:
+            nearest = difflib.get_close_matches(label, self.labels, n=3, cutoff=0.0)
+            known = f"The nearest known ones are {nearest}." if nearest else "This pipeline has no `id2label`."
+            raise ValueError(f"`class_labels` must be known names or numbers, but {label!r} is not one. {known}")
+        return label_id
+
+    def normalize_class_labels(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
+        """
+        Turn class labels of any accepted form into one flat list of class ids.
+
+        Args:
+            class_labels (`int`, `str`, a nested list of them or a `torch.Tensor`):
+                Class ids, or strings as in [`~FlowBackPipeline.get_label_ids`].
+        Returns:
+            `list[int]`: the class ids. Their range is not checked.
+        Raises:
+            ValueError: as [`~FlowBackPipeline.get_label_ids`], or if a label is neither a whole number nor a string.
+        """
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, str):
+            return self.get_label_ids(class_labels)
+        if isinstance(class_labels, Iterable):
+            return [label for entry in class_labels for label in self.normalize_class_labels(entry)]
+        try:
+            return [operator.index(class_labels)]
+        except TypeError:
+            raise ValueError(f"`class_labels` must be whole numbers or names, but one is {class_labels!r}.") from None
+
+    @torch.no_grad()
+    def encode(self, images: Any, generator: torch.Generator | None = None, strict: bool = False) -> torch.Tensor:
+        """
+        Turn images into the data that the flow models, without the noise of training.
+
+        Sampling returns such data with `output_type="latent"`. `pipe.transformer(data, class_labels).sample` maps it
+        to the flow's latents.
+
+        Args:
+            images (a PIL image, array, tensor or path, or many of them):
+                Many images may come as a list; a folder, whose image files are taken in the order of their sorted
+                paths, with those of its subfolders; a `datasets.Dataset` with one column of images, or such a column;
+                any other iterable; or an array or tensor with a leading batch dimension. Arrays are `(height, width[,
+                channels])`, tensors `([channels, ]height, width)`. For a flow of grey images, three dimensions are
+                `(num_images, height, width)`, unless the one of the channels is 1 or 3. Arrays and tensors hold floats
+                in [0, 1] or uint8, as do the `"np"` and `"pt"` outputs of [`FlowBackPipeline`]. An image of another
+                size is center-cropped and resized, with a warning.
+            generator (`torch.Generator`, *optional*):
+                Draws from the VAE's posterior. Without one, its mode is returned. Pixels need none.
+            strict (`bool`, defaults to `False`): Refuse images of another size or mode instead of converting them.
+        Returns:
+            `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: pixels in [-1, 1], or the
+            VAE's `(latents - shift_factor) * scaling_factor`. float32, or float64 for a float64 flow.
+        Raises:
+            ValueError: if something is not an image, with its number; with `strict`, also for another size or mode.
+        """
+        images = iterate_images(images, self.num_channels)
+        return self._encode_pixels(self._stack_pixels(enumerate(images), strict), generator)
+
+    def _stack_pixels(self, numbered_images: Iterable[tuple[int, Any]], strict: bool) -> torch.Tensor:
+        """Turn images into pixels in [0, 1], of shape `(num_images, channels, image_size, image_size)`."""
+        return torch.stack([self._to_pixels(image, number, strict) for number, image in numbered_images])
+
+    def _to_pixels(self, image: Any, number: int, strict: bool) -> torch.Tensor:
+        """Turn one image into pixels in [0, 1], of shape `(channels, image_size, image_size)`."""
+        size = self.image_size
+        channels = self.num_channels
+        if isinstance(image, (str, os.PathLike)):
+            path = os.fspath(image)
+            try:
+                image = load_image(path)
+            # These are raised for a missing file, a file that is not an image, and a truncated image.
+            except (OSError, ValueError, SyntaxError) as error:
+                raise ValueError(f"Image {number}, {path!r}, cannot be read: {error}") from error
+            if channels == 1:
+                image = image.convert("L")
+        if not hasattr(image, "convert"):
+            pixels = array_to_pixels(image, number)
+            if tuple(pixels.shape) == (channels, size, size):
+                return pixels
+            if strict:
+                raise ValueError(
+                    f"Image {number} must have {channels} channels of {size}x{size} pixels, but has shape"
+                    f" {tuple(pixels.shape)} (channels first). Convert it, or leave out `strict`."
+                )
+            array = VaeImageProcessor.pt_to_numpy(pixels[None])
+            (image,) = VaeImageProcessor.numpy_to_pil(array)
+        mode = {1: "L", 3: "RGB"}[channels]
+        if strict and (image.mode != mode or image.size != (size, size)):
+            raise ValueError(
+                f"Image {number} must be {size}x{size} pixels of mode {mode}, but is {image.width}x{image.height} of"
+                f" mode {image.mode}. Convert it, or leave out `strict`."
+            )
+        image = image.convert(mode)
+        if image.size != (size, size):
+            warnings.warn(
+                f"Images that are not {size}x{size} pixels are resized and center-cropped; `strict=True` refuses them."
+            )
+            image = fit_image(image, size)
+        return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy([image]))[0]
+
+    def _encode_pixels(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Turn pixels in [0, 1] into the data that the flow models."""
+        device, dtype = self._execution_device, torch.promote_types(self.transformer.dtype, torch.float32)
+        sample = self.image_processor.normalize(pixels.to(device, dtype))
+        if self.vae is None:
+            return sample
+        posterior = self.vae.encode(sample.to(self.vae.dtype)).latent_dist
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        return scale_latents(latents.to(dtype), self.vae.config)
+
+
+class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
     r"""
     Generate images with a normalizing flow, of given classes or unconditionally.
 
@@ -115,36 +478,10 @@ class FlowBackPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
-
-    def __init__(
-        self,
-        transformer: ModelMixin,
-        vae: AutoencoderKL | None = None,
-        id2label: dict[int, str] | dict[str, str] | None = None,
-        guidance_scale: float = 1.0,
-        guidance_rule: str = "linear",
-    ):
-        super().__init__()
-        if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
-            raise ValueError(
-                f"`vae` must have as many latent channels as the flow has `in_channels`, but they are"
-                f" {vae.config.latent_channels} and {transformer.config.in_channels}."
-            )
-        self.register_modules(transformer=transformer, vae=vae)
-        # JSON turns the keys into strings.
-        id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
-        self.register_to_config(id2label=id2label or None, guidance_scale=guidance_scale, guidance_rule=guidance_rule)
-        self.labels = {name.strip(): label_id for label_id, label in id2label.items() for name in label.split(",")}
-        self.image_processor = VaeImageProcessor()
-        self._guidance_scale = guidance_scale
-        self._num_timesteps = 0
-        self._interrupt = False
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        return read_pipeline_index(super()._dict_from_json_file(json_file), cls.__module__)
+    _guidance_scale = 1.0
+    _num_timesteps = 0
+    _interrupt = False
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
         """
@@ -206,11 +543,6 @@ class FlowBackPipeline(DiffusionPipeline):
         return hub.push_to_hub(self, repo_id, run_dir, commit_message, private, token, create_pr, license, force)
 
     @property
-    def vae_scale_factor(self) -> int:
-        """The number of pixels that one cell of the sample covers along each side. It is 1 without a VAE."""
-        return 1 if self.vae is None else vae_scale_factor(self.vae)
-
-    @property
     def guidance_scale(self) -> float:
         """The guidance scale of the running call, which reads it before every flow block. 1.0 is off."""
         return self._guidance_scale
@@ -224,54 +556,6 @@ class FlowBackPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         """Whether the running call is to stop. Set `pipe._interrupt = True` in a callback to stop after its block."""
         return self._interrupt
-
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """
-        Look up the class ids of labels that are strings. The command line and Python read labels alike.
-
-        A known name is a name, and any other whole number is a class id. A string that is the name of one class and
-        the id of another is refused: `"name:7"` is the class that is called 7, and `"id:7"` is class 7, as is the
-        number 7 in Python.
-
-        Args:
-            label (`str` or `list[str]`): Names or synonyms from `id2label`, or class ids, or `"-1"` for no class.
-        Returns:
-            `list[int]`: one id for each label. Their range is not checked.
-        Raises:
-            ValueError: if a label is neither a known name nor a whole number, or if it can be read in two ways. The
-                message suggests the most similar known names, or shows how to write either class.
-
-        Example:
-            ```py
-            >>> from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
-
-            >>> flow = TarFlowTransformer2DModel(8, 4, 3, num_blocks=1, num_layers=1, num_classes=3)
-            >>> pipe = FlowBackPipeline(flow, id2label={0: "cat, house cat", 1: "2", 2: "dog"})
-            >>> pipe.get_label_ids(["house cat", "0", "name:2", "id:2"])
-            [0, 0, 1, 2]
-            ```
-        """
-        return [self._get_label_id(name) for name in ([label] if isinstance(label, str) else label)]
-
-    def _get_label_id(self, label: str) -> int:
-        kind, _, rest = label.partition(":")
-        if label in self.labels:
-            label_id = self.labels[label]
-            other = read_whole_number(label)
-            if other is not None and other != label_id and 0 <= other < (self.transformer.config.num_classes or 0):
-                raise ValueError(
-                    f"`class_labels` must name one class, but {label!r} is the name of class {label_id} and the number"
-                    f" of class {other}. Write 'name:{label}' for the former or 'id:{label}' for the latter."
-                )
-            return label_id
-        if kind == "name" and rest in self.labels:
-            return self.labels[rest]
-        label_id = read_whole_number(rest if kind == "id" else label)
-        if label_id is None:
-            nearest = difflib.get_close_matches(label, self.labels, n=3, cutoff=0.0)
-            known = f"The nearest known ones are {nearest}." if nearest else "This pipeline has no `id2label`."
-            raise ValueError(f"`class_labels` must be known names or numbers, but {label!r} is not one. {known}")
-        return label_id
 
     @torch.no_grad()
     def __call__(
@@ -335,10 +619,6 @@ class FlowBackPipeline(DiffusionPipeline):
             ValueError: if an argument is out of its range, before any work is done.
             OverflowError: if an image is not finite and `on_overflow` is `"raise"`.
         """
-        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        guidance_rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
-        if class_labels is not None:
-            class_labels = self.normalize_class_labels(class_labels)
         self.check_inputs(
             class_labels,
             guidance_scale,
@@ -349,75 +629,50 @@ class FlowBackPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
             on_overflow,
         )
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-
-        device = self._execution_device
-        if class_labels is None:
-            num_images = num_images_per_prompt
-        else:
-            class_labels = torch.tensor(class_labels, device=device).repeat_interleave(num_images_per_prompt)
-            num_images = len(class_labels)
-        latents = self.prepare_latents(num_images, generator, latents).to(device)
-
-        num_blocks = self.transformer.config.num_blocks
-        self._num_timesteps = num_blocks
-        with self.progress_bar(total=num_blocks) as progress_bar:
-            for step, block in enumerate(range(num_blocks, 0, -1)):
-                if self.interrupt:
-                    break
-                latents = self.transformer(
-                    latents,
-                    class_labels,
-                    blocks=[block],
-                    inverse=True,
-                    guidance_scale=self.guidance_scale,
-                    guidance_rule=guidance_rule,
-                    guidance_schedule=guidance_schedule,
-                    guidance_temperature=guidance_temperature,
-                    solver=solver,
-                    tolerance=tolerance,
-                ).sample
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents}
-                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    callback_outputs = callback_on_step_end(self, step, block, callback_kwargs)
-                    latents = (callback_outputs or {}).get("latents", latents)
-                progress_bar.update()
-
-        sample = latents
-        noise_std = self.transformer.config.noise_std
-        if denoise and self.transformer.config.noise_type == "gaussian" and noise_std > 0:
-            sample = self._denoise(sample, class_labels, noise_std)
-        self._report_overflow(sample, on_overflow)
-        images = self._to_output_type(sample, output_type)
-
+        class_labels, num_images = self.encode_labels(class_labels, num_images_per_prompt)
+        latents = self.prepare_latents(num_images, generator, latents)
+        sample = self.invert_blocks(
+            latents,
+            class_labels,
+            guidance_scale,
+            guidance_rule,
+            guidance_schedule,
+            guidance_temperature,
+            solver,
+            tolerance,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        if denoise:
+            sample = self.denoise(sample, class_labels)
+        images = self.decode(sample, output_type, on_overflow)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def check_inputs(
         self,
-        class_labels: list[int] | None,
-        guidance_scale: float,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
-        callback_on_step_end_tensor_inputs: Iterable[str] = (),
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         on_overflow: str = "warn",
     ):
         """
         Check the arguments of a call.
 
         Args:
-            class_labels (`list[int]`, *optional*): Class ids, as [`~FlowBackPipeline.normalize_class_labels`] returns.
-            guidance_scale, num_images_per_prompt, generator, latents, output_type: Arguments of a call.
-            callback_on_step_end_tensor_inputs, on_overflow: Arguments of a call.
+            class_labels, guidance_scale, num_images_per_prompt, generator, latents: Arguments of a call.
+            output_type, callback_on_step_end_tensor_inputs, on_overflow: Arguments of a call.
         Raises:
             ValueError: for the first argument that is out of its range, in one sentence.
         """
         config = self.transformer.config
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if class_labels is not None:
+            class_labels = self.normalize_class_labels(class_labels)
             if config.num_classes is None:
                 raise ValueError(f"`class_labels` must be None for an unconditional model, but are {class_labels}.")
             if not class_labels:
@@ -452,10 +707,31 @@ class FlowBackPipeline(DiffusionPipeline):
                 f" holds {unknown}."
             )
 
+    def encode_labels(
+        self,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        num_images_per_prompt: int = 1,
+    ) -> tuple[torch.Tensor | None, int]:
+        """
+        Turn class labels into what the flow takes.
+
+        Args:
+            class_labels, num_images_per_prompt: Arguments of a call.
+        Returns:
+            `tuple[torch.LongTensor | None, int]`: the class id of each image, of shape `(num_images,)`, or `None`
+            without labels; and the number of images.
+        Raises:
+            ValueError: if a name is unknown, or a label is neither a whole number nor a name.
+        """
+        if class_labels is None:
+            return None, num_images_per_prompt
+        label_ids = torch.tensor(self.normalize_class_labels(class_labels), device=self._execution_device)
+        return label_ids.repeat_interleave(num_images_per_prompt), len(label_ids) * num_images_per_prompt
+
     def prepare_latents(
         self,
         num_images: int,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
@@ -483,67 +759,75 @@ class FlowBackPipeline(DiffusionPipeline):
         ]
         return torch.cat(noise)
 
-    def normalize_class_labels(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
-        """
-        Turn class labels of any accepted form into one flat list of class ids.
-
-        Args:
-            class_labels (`int`, `str`, a nested list of them or a `torch.Tensor`):
-                Class ids, or strings as in [`~FlowBackPipeline.get_label_ids`].
-        Returns:
-            `list[int]`: the class ids. Their range is not checked.
-        Raises:
-            ValueError: as [`~FlowBackPipeline.get_label_ids`], or if a label is neither a whole number nor a string.
-        """
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, str):
-            return self.get_label_ids(class_labels)
-        if isinstance(class_labels, Iterable):
-            return [label for entry in class_labels for label in self.normalize_class_labels(entry)]
-        try:
-            return [operator.index(class_labels)]
-        except TypeError:
-            raise ValueError(f"`class_labels` must be whole numbers or names, but one is {class_labels!r}.") from None
-
     @torch.no_grad()
-    def encode(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def invert_blocks(
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        guidance_scale: float | None = None,
+        guidance_rule: str | None = None,
+        guidance_schedule: str = "constant",
+        guidance_temperature: float = 1.0,
+        solver: str = "auto",
+        tolerance: float | None = None,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+    ) -> torch.Tensor:
         """
-        Encode images as the data of a latent flow: draw from the VAE's posterior and scale the draw.
+        Invert the flow blocks one by one, from the noise to noisy data.
 
         Args:
-            images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Images in [-1, 1].
-            generator (`torch.Generator`, *optional*): Decides the draw.
+            latents (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): The noise.
+            class_labels (`torch.LongTensor` of shape `(num_images,)`, *optional*): The class ids.
+            guidance_scale, guidance_rule, guidance_schedule, guidance_temperature: Arguments of a call.
+            solver, tolerance, callback_on_step_end, callback_on_step_end_tensor_inputs: Arguments of a call.
         Returns:
-            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`: `(latents - shift_factor) *
-            scaling_factor` in float32, without the noise of training. Decoding undoes `encode`, up to what the VAE
-            loses.
-        Raises:
-            ValueError: if the pipeline has no VAE, or if the images' height and width are not `sample_size *
-                vae_scale_factor`.
+            `torch.Tensor` of the same shape: data that are as noisy as those the flow was trained on.
         """
-        if self.vae is None:
-            raise ValueError("`encode` needs a pipeline with a `vae`. This pipeline has none: its flow models pixels.")
-        size = self.transformer.config.sample_size * self.vae_scale_factor
-        if tuple(images.shape[2:]) != (size, size):
-            raise ValueError(
-                f"`images` must have {size}x{size} pixels (`sample_size` {self.transformer.config.sample_size} times"
-                f" the VAE's factor {self.vae_scale_factor}), but have shape {tuple(images.shape)}."
-            )
-        posterior = self.vae.encode(images.to(self._execution_device, self.vae.dtype)).latent_dist
-        return scale_latents(posterior.sample(generator).float(), self.vae.config)
+        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
+        self._interrupt = False
+        latents = latents.to(self._execution_device)
+        num_blocks = self.transformer.config.num_blocks
+        self._num_timesteps = num_blocks
+        with self.progress_bar(total=num_blocks) as progress_bar:
+            for step, block in enumerate(range(num_blocks, 0, -1)):
+                if self.interrupt:
+                    break
+                latents = self.transformer(
+                    latents,
+                    class_labels,
+                    blocks=[block],
+                    inverse=True,
+                    guidance_scale=self.guidance_scale,
+                    guidance_rule=guidance_rule,
+                    guidance_schedule=guidance_schedule,
+                    guidance_temperature=guidance_temperature,
+                    solver=solver,
+                    tolerance=tolerance,
+                ).sample
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents}
+                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    callback_outputs = callback_on_step_end(self, step, block, callback_kwargs)
+                    latents = (callback_outputs or {}).get("latents", latents)
+                progress_bar.update()
+        return latents
 
-    def _to_output_type(self, sample: torch.Tensor, output_type: str) -> Any:
-        """Turn the flow's data into what a call returns: decode latents, then convert pixels in [-1, 1]."""
-        if output_type == "latent":
+    def denoise(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Remove the Gaussian noise of training with the exact score (TARFlow, section 3.4).
+
+        Args:
+            sample (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): Noisy data.
+            class_labels (`torch.LongTensor` of shape `(num_images,)`, *optional*): The class ids.
+        Returns:
+            `torch.Tensor` of the same shape: `x + sigma^2 grad_x log p(x | y)`, Tweedie's formula. For a flow that was
+            trained with uniform noise or none, `sample` itself.
+        """
+        noise_std = self.transformer.config.noise_std
+        if self.transformer.config.noise_type != "gaussian" or noise_std == 0:
             return sample
-        if self.vae is not None:
-            latents = unscale_latents(sample, self.vae.config)
-            sample = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return self.image_processor.postprocess(sample, output_type=output_type)
-
-    def _denoise(self, sample: torch.Tensor, class_labels: torch.Tensor | None, noise_std: float) -> torch.Tensor:
-        """Apply Tweedie's formula with the exact score: `x + sigma^2 grad_x log p(x | y)` (TARFlow, section 3.4)."""
         # The caller may be in inference mode, whose tensors autograd does not save. It does save clones of them.
         with torch.inference_mode(False), torch.enable_grad():
             noisy_sample = sample.clone().requires_grad_()
@@ -551,6 +835,27 @@ class FlowBackPipeline(DiffusionPipeline):
             log_prob = self.transformer.log_prob(noisy_sample, class_labels)
             (score,) = torch.autograd.grad(log_prob.sum(), noisy_sample)
         return sample + noise_std**2 * score
+
+    @torch.no_grad()
+    def decode(self, sample: torch.Tensor, output_type: str = "pil", on_overflow: str = "warn") -> Any:
+        """
+        Turn the flow's data into images. It undoes [`~FlowBackPipeline.encode`], up to what a VAE loses.
+
+        Args:
+            sample (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): The data.
+            output_type, on_overflow: Arguments of a call.
+        Returns:
+            The images, as `output_type` says; see a call.
+        Raises:
+            OverflowError: if an image is not finite and `on_overflow` is `"raise"`.
+        """
+        self._report_overflow(sample, on_overflow)
+        if output_type == "latent":
+            return sample
+        if self.vae is not None:
+            latents = unscale_latents(sample, self.vae.config)
+            sample = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(sample, output_type=output_type)
 
     def _report_overflow(self, sample: torch.Tensor, on_overflow: str):
         """Name the images that are not finite, in a warning or an OverflowError."""

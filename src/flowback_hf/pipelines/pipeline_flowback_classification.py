@@ -1,48 +1,21 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+#
+# This file is uploaded beside a model's weights, for Modular pipelines. The import from this package is changed there
+# into an import of the file that is uploaded with it.
 
+import hashlib
 import itertools
 import math
-import operator
-import os
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import PIL.Image
-import PIL.ImageOps
 import torch
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.models import AutoencoderKL, ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import load_image
-from diffusers.utils.torch_utils import randn_tensor
 
-from flowback_hf.pipelines.pipeline_flowback import read_pipeline_index, scale_latents, vae_scale_factor
+from flowback_hf.pipelines.pipeline_flowback import FlowBackPipelineMixin, is_one_image, iterate_images
 
 
 METHODS = ("gradient", "ascent", "bayes", "shortlist")
-
-
-def fit_image(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
-    """
-    Cut the middle square out of an image and resize it. Training and classification both fit images this way.
-
-    Args:
-        image (`PIL.Image.Image`): An image of any size and mode.
-        size (`int`): Height and width of the result, in pixels.
-    Returns:
-        `PIL.Image.Image`: a new image of `size` times `size` pixels in the same mode, interpolated bicubically.
-
-    Example:
-        ```py
-        >>> import PIL.Image
-        >>> from flowback_hf.pipelines.pipeline_flowback_classification import fit_image
-
-        >>> fit_image(PIL.Image.new("RGB", (640, 427)), 64).size
-        (64, 64)
-        ```
-    """
-    return PIL.ImageOps.fit(image, (size, size), PIL.Image.Resampling.BICUBIC)
 
 
 def apply_noise(sample: torch.Tensor, noise: torch.Tensor, noise_type: str, noise_std: float) -> torch.Tensor:
@@ -79,23 +52,54 @@ def apply_noise(sample: torch.Tensor, noise: torch.Tensor, noise_type: str, nois
     raise ValueError(f"`noise_type` must be 'gaussian' or 'uniform', but is {noise_type!r}.")
 
 
-class FlowBackClassificationPipeline(DiffusionPipeline):
+def image_generator(pixels: torch.Tensor, seed: int) -> torch.Generator:
+    """
+    Make the generator that draws an image's noise: a function of a seed and of the image, and of nothing else.
+
+    Args:
+        pixels (`torch.Tensor`): The image, in [0, 1]. It is rounded to 8 bits, so that arrays, tensors and files of
+            one image give the same generator.
+        seed (`int`): A number from 0 to 2^63 - 1.
+    Returns:
+        `torch.Generator`: on the CPU, seeded with a SHA-256 digest of the seed and the 8-bit pixels. PyTorch uses 32
+        bits of it: two different images share their noise once in four billion pairs.
+
+    Example:
+        ```py
+        >>> import torch
+        >>> from flowback_hf.pipelines.pipeline_flowback_classification import image_generator
+
+        >>> image = torch.rand(3, 8, 8)
+        >>> image_generator(image, 0).initial_seed() == image_generator(image.double(), 0).initial_seed()
+        True
+        ```
+    """
+    digest = hashlib.sha256(seed.to_bytes(8, "big"))
+    digest.update((pixels * 255).round().to(torch.uint8).contiguous().numpy().tobytes())
+    return torch.Generator().manual_seed(int.from_bytes(digest.digest()[:4], "big"))
+
+
+class FlowBackClassificationPipeline(FlowBackPipelineMixin, DiffusionPipeline):
     r"""
     Classify images with a class-conditional normalizing flow, without training, and compute their likelihoods.
 
     A flow computes `log p(x | y)` exactly. Bayes' rule then says which class `y` an image most likely has. There are
     four methods:
 
+        "shortlist"  Bayes' rule among the `shortlist_size` classes that "gradient" ranks first; the default. For a
+                     flow with no more classes than that, it is "bayes".
+        "bayes"      log p(x | k) of every class k: exact, K forwards.
         "gradient"   Algorithm 1 of the paper. With class logits `l = 0` and class embeddings `softmax(l)^T E` in every
                      block, it takes one forward and one backward to compute `g = grad_l log p(x | l)`, whatever the
                      number K of classes.
         "ascent"     Several steps of gradient ascent on `l`.
-        "bayes"      log p(x | k) of every class k: exact, K forwards.
-        "shortlist"  Bayes' rule among the `shortlist_size` classes that "gradient" ranks first (not in the paper).
 
     The flow was trained on noisy images, so the same kind of noise is added before it sees an image. Results are means
-    over `num_noise_draws` draws of this noise. `generator` decides the draws; without one, every call uses the same.
-    With zero draws, the flow sees the clean image.
+    over `num_noise_draws` draws of this noise. With zero draws, the flow sees the clean image.
+
+    The noise of an image follows from the seed and from the image, see [`image_generator`]. An image therefore has the
+    same score wherever it stands in a list, in batches of any size, and in every call with the same seed, up to the
+    rounding of matrix products of other sizes. Draws for one image are independent of each other.
 
     `pipe.transformer.requires_grad_(False)` saves a third of the memory that a gradient needs.
 
@@ -130,54 +134,14 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "vae->transformer"
-    _optional_components = ["vae"]
-
-    def __init__(
-        self,
-        transformer: ModelMixin,
-        vae: AutoencoderKL | None = None,
-        id2label: dict[int, str] | dict[str, str] | None = None,
-        guidance_scale: float = 1.0,
-        guidance_rule: str = "linear",
-    ):
-        super().__init__()
-        self.register_modules(transformer=transformer, vae=vae)
-        # JSON turns the keys into strings.
-        id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
-        self.register_to_config(id2label=id2label or None, guidance_scale=guidance_scale, guidance_rule=guidance_rule)
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        return read_pipeline_index(super()._dict_from_json_file(json_file), cls.__module__)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "FlowBackClassificationPipeline":
-        """
-        Make a classifier from a loaded [`FlowBackPipeline`]. Both share one flow; nothing is copied.
-
-        Args:
-            pipeline ([`FlowBackPipeline`]): The pipeline whose components and class names are used.
-            kwargs: Arguments of [`~diffusers.DiffusionPipeline.from_pipe`].
-        Returns:
-            [`FlowBackClassificationPipeline`]: the classifier.
-        """
-        # Without these arguments, diffusers would accept only the annotated classes themselves, not their subclasses,
-        # and cast the shared flow to float32.
-        components = {"transformer": pipeline.transformer, "vae": pipeline.vae}
-        return super().from_pipe(pipeline, **{**components, "dtype": pipeline.transformer.dtype, **kwargs})
-
-    @property
-    def image_size(self) -> int:
-        """Height and width, in pixels, of the images that the flow takes, or its VAE if it has one."""
-        return self.transformer.config.sample_size * (1 if self.vae is None else vae_scale_factor(self.vae))
 
     def __call__(
         self,
         images: Any,
-        top_k: int = 5,
-        method: str = "gradient",
+        top_k: int | None = 5,
+        method: str = "shortlist",
         num_noise_draws: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | None = None,
         batch_size: int = 32,
         num_steps: int = 10,
         learning_rate: float = 0.05,
@@ -189,18 +153,17 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         Classify images.
 
         Args:
-            images (a PIL image, array, tensor or path, or many of them):
-                Many images may come as a list, a column of a `datasets` data set, any other iterable, or an array or
-                tensor with a leading batch dimension. Arrays are `(height, width[, channels])`, tensors `(channels,
-                height, width)`. Both hold floats in [0, 1] or uint8, as do the `"np"` and `"pt"` outputs of
-                [`FlowBackPipeline`]. An image of another size is center-cropped and resized, with a warning.
-            top_k (`int`, defaults to 5): The number of classes to return for an image, at most all of them.
-            method (`str`, defaults to `"gradient"`):
-                `"gradient"`, `"ascent"`, `"bayes"` or `"shortlist"`; see [`FlowBackClassificationPipeline`].
+            images (a PIL image, array, tensor, path or data set, or many of them):
+                Images in any form that [`~FlowBackPipeline.encode`] takes.
+            top_k (`int`, *optional*, defaults to 5):
+                The number of classes to return for an image, at most all of them. `None` returns all.
+            method (`str`, defaults to `"shortlist"`):
+                `"shortlist"`, `"bayes"`, `"gradient"` or `"ascent"`; see [`FlowBackClassificationPipeline`].
             num_noise_draws (`int`, defaults to 1): Draws of the training noise to average over. 0 adds no noise.
-            generator (`torch.Generator` or one for each image, *optional*):
-                Draws the noise, image by image, so that batching does not change it. The default is a new generator
-                with seed 0.
+            generator (`torch.Generator`, *optional*):
+                Gives the seed: every call takes one number from it. The noise of each image follows from this number
+                and from the image. A second call with the same generator therefore draws other noise. The default is
+                a new generator with seed 0 in every call.
             batch_size (`int`, defaults to 32):
                 The largest number of samples, or of pairs of sample and class, that the flow sees at once.
             num_steps (`int`, defaults to 10): Steps of `"ascent"`, `l <- l + learning_rate * K * grad_l log p(x | l)`.
@@ -214,7 +177,8 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
             class down, as transformers' image classification returns. The method decides what a score is:
 
             - `"bayes"`: p(k | x) under equal priors, in [0, 1]. The scores of all classes sum to 1.
-            - `"shortlist"`: the same among the shortlisted classes, 0 for the others.
+            - `"shortlist"`: the same among the shortlisted classes. The others were not compared: their score is 0,
+              and they come last, in the order of their ids.
             - `"ascent"`: the weights softmax(l) of the class embeddings. They sum to 1 but are not probabilities.
             - `"gradient"`: `K g_k`, the first-order estimate of `log p(x | k) - log p(x | no class)`, in nats. It may
               be negative.
@@ -231,25 +195,26 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
             "tolerance": tolerance,
             "shortlist_size": shortlist_size,
         }
-        if top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1, but is {top_k}.")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, or None for all classes, but is {top_k}.")
         scores = self.class_scores(images, generator=generator, strict=strict, **arguments)
-        values, label_ids = scores.topk(min(top_k, scores.shape[1]))
+        values, label_ids = scores.sort(dim=1, descending=True, stable=True)
+        values, label_ids = values[:, :top_k], label_ids[:, :top_k]
         id2label = self.config.id2label or {}
         id2label = {int(label_id): label for label_id, label in id2label.items()}
         classes = [
             [{"label": id2label.get(k, str(k)), "score": score} for k, score in zip(image_ids, image_values)]
             for image_ids, image_values in zip(label_ids.tolist(), values.tolist())
         ]
-        return classes[0] if _is_one_image(images) else classes
+        return classes[0] if is_one_image(images, self.num_channels) else classes
 
     @torch.no_grad()
     def class_scores(
         self,
         images: Any,
-        method: str = "gradient",
+        method: str = "shortlist",
         num_noise_draws: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | None = None,
         batch_size: int = 32,
         num_steps: int = 10,
         learning_rate: float = 0.05,
@@ -295,9 +260,9 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
     def log_prob(
         self,
         images: Any,
-        class_labels: list[int] | torch.Tensor | None = None,
+        class_labels: list[int | str] | torch.Tensor | None = None,
         num_noise_draws: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | None = None,
         batch_size: int = 32,
         strict: bool = False,
     ) -> torch.Tensor:
@@ -306,13 +271,13 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
 
         Args:
             images, num_noise_draws, generator, batch_size, strict: Arguments of a call.
-            class_labels (`list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
-                The class of each image; -1 means no class. With `None`, no image has one.
+            class_labels (`list` of `int` or `str`, or `torch.LongTensor` of shape `(num_images,)`, *optional*):
+                The class of each image, by id or name; -1 means no class. With `None`, no image has one.
         Returns:
             `torch.Tensor` of shape `(num_images,)`: nats, summed over dimensions, on the CPU. For a latent flow, this
             is the density of the VAE's latents, not of pixels.
         Raises:
-            ValueError: as a call does, or if the labels do not fit the flow or the number of images.
+            ValueError: as a call does, or if a label is unknown, or their number is not that of the images.
         """
         batches = self._batches(images, num_noise_draws, generator, batch_size, strict)
         return torch.cat(
@@ -326,9 +291,9 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
     def bits_per_dim(
         self,
         images: Any,
-        class_labels: list[int] | torch.Tensor | None = None,
+        class_labels: list[int | str] | torch.Tensor | None = None,
         num_noise_draws: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | None = None,
         batch_size: int = 32,
         strict: bool = False,
     ) -> torch.Tensor:
@@ -367,7 +332,7 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         images: Any,
         reference_log_prob: torch.Tensor,
         num_noise_draws: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | None = None,
         batch_size: int = 32,
         strict: bool = False,
     ) -> torch.Tensor:
@@ -459,11 +424,11 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
     def _posterior(self, draws: torch.Tensor, method: str, shortlist_size: int, batch_size: int) -> torch.Tensor:
         """Return p(k | x) under equal priors on the candidates: all classes, or those the gradient ranks first."""
         num_images, num_classes = draws.shape[1], self.transformer.config.num_classes
-        if method == "bayes":
+        if method == "bayes" or shortlist_size >= num_classes:
             candidates = torch.arange(num_classes, device=draws.device).expand(num_images, -1)
         else:
             _, gradient = self.log_prob_and_class_gradient(draws)
-            candidates = gradient.topk(min(shortlist_size, num_classes), dim=1).indices
+            candidates = gradient.topk(shortlist_size, dim=1).indices
         # All pairs of image and class in one list, so that no chunk holds more than `batch_size` of them.
         image_numbers = torch.arange(num_images, device=draws.device).repeat_interleave(candidates.shape[1])
         pairs = zip(image_numbers.split(batch_size), candidates.flatten().split(batch_size))
@@ -476,79 +441,35 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         posterior = log_prob.new_zeros(num_images, num_classes)
         return posterior.scatter(1, candidates, log_prob.softmax(dim=1))
 
-    # Images
+    # Noise
 
-    def preprocess(self, images: Any, strict: bool = False) -> torch.Tensor:
+    def add_noise(
+        self,
+        images: Any,
+        num_noise_draws: int = 1,
+        generator: torch.Generator | None = None,
+        strict: bool = False,
+    ) -> torch.Tensor:
         """
-        Turn images into the data that the flow models, without noise.
+        Turn images into the noisy samples that the flow sees in a call, all of them at once.
 
         Args:
-            images, strict: Arguments of a call.
+            images, num_noise_draws, generator, strict: Arguments of a call.
         Returns:
-            `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: pixels in [-1, 1], or the
-            mode of the VAE's posterior on the scale of [`FlowBackPipeline.encode`]. float32, or float64 for a float64
-            flow.
+            `torch.Tensor` of shape `(num_noise_draws or 1, num_images, in_channels, sample_size, sample_size)`: what
+            [`~FlowBackPipeline.encode`] returns, plus noise. float32, or float64 for a float64 flow.
         Raises:
-            ValueError: if something is not an image, with its number; with `strict`, also for another size or mode.
+            ValueError: as a call does.
         """
-        images = [images] if _is_one_image(images) else images
-        pixels = [self._to_pixels(image, number, strict) for number, image in enumerate(images)]
-        if not pixels:
-            raise ValueError("`images` must hold at least one image, but are empty.")
-        return self._encode(torch.stack(pixels))
-
-    def _to_pixels(self, image: Any, number: int, strict: bool) -> torch.Tensor:
-        """Turn one image into pixels in [0, 1], of shape `(channels, image_size, image_size)`."""
-        size = self.image_size
-        channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
-        if isinstance(image, (str, os.PathLike)):
-            path = os.fspath(image)
-            try:
-                image = load_image(path)
-            # These are raised for a missing file, a file that is not an image, and a truncated image.
-            except (OSError, ValueError, SyntaxError) as error:
-                raise ValueError(f"Image {number}, {path!r}, cannot be read: {error}") from error
-            if channels == 1:
-                image = image.convert("L")
-        if not hasattr(image, "convert"):
-            pixels = _array_to_pixels(image, number)
-            if tuple(pixels.shape) == (channels, size, size):
-                return pixels
-            if strict:
-                raise ValueError(
-                    f"Image {number} must have {channels} channels of {size}x{size} pixels, but has shape"
-                    f" {tuple(pixels.shape)} (channels first). Convert it, or leave out `strict`."
-                )
-            array = VaeImageProcessor.pt_to_numpy(pixels[None])
-            (image,) = VaeImageProcessor.numpy_to_pil(array)
-        mode = {1: "L", 3: "RGB"}[channels]
-        if strict and (image.mode != mode or image.size != (size, size)):
-            raise ValueError(
-                f"Image {number} must be {size}x{size} pixels of mode {mode}, but is {image.width}x{image.height} of"
-                f" mode {image.mode}. Convert it, or leave out `strict`."
-            )
-        image = image.convert(mode)
-        if image.size != (size, size):
-            warnings.warn(
-                f"Images that are not {size}x{size} pixels are resized and center-cropped; `strict=True` refuses them."
-            )
-            image = fit_image(image, size)
-        return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy([image]))[0]
-
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Turn pixels in [0, 1] into the data that the flow models."""
-        device, dtype = self._execution_device, torch.promote_types(self.transformer.dtype, torch.float32)
-        sample = VaeImageProcessor.normalize(pixels.to(device, dtype))
-        if self.vae is not None:
-            latents = self.vae.encode(sample.to(self.vae.dtype)).latent_dist.mode()
-            sample = scale_latents(latents.to(dtype), self.vae.config)
-        return sample
+        _check_noise(num_noise_draws, generator)
+        pixels = self._stack_pixels(enumerate(iterate_images(images, self.num_channels)), strict)
+        return self._add_noise(pixels, num_noise_draws, _draw_seed(generator), self.transformer.config.noise_type)
 
     def _batches(
         self,
         images: Any,
         num_noise_draws: int,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: torch.Generator | None,
         batch_size: int,
         strict: bool,
         noise_type: str | None = None,
@@ -560,74 +481,42 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
         It checks the arguments before the first batch, shows a progress bar, and frees the offloading hooks at the
         end.
         """
-        if num_noise_draws < 0:
-            raise ValueError(f"`num_noise_draws` must not be negative, but is {num_noise_draws}.")
+        _check_noise(num_noise_draws, generator)
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
-        images = [images] if _is_one_image(images) else images
-        num_images = len(images) if hasattr(images, "__len__") else None
-        if num_images == 0:
-            raise ValueError("`images` must hold at least one image, but are empty.")
-        if isinstance(generator, list) and len(generator) != num_images:
-            raise ValueError(
-                f"`generator` must be one generator, or a list of one for each image, but has {len(generator)} for"
-                f" {'an unknown number of' if num_images is None else num_images} images."
-            )
-        generator = torch.Generator().manual_seed(0) if generator is None else generator
-        generators = iter(generator if isinstance(generator, list) else itertools.repeat(generator))
+        images = iterate_images(images, self.num_channels)
+        noise_type = self.transformer.config.noise_type if noise_type is None else noise_type
+        seed = _draw_seed(generator)
         numbered = enumerate(images)
-        with self.progress_bar(total=num_images or float("inf")) as progress_bar:
-            while pixels := [self._to_pixels(x, i, strict) for i, x in itertools.islice(numbered, batch_size)]:
-                sample = self._encode(torch.stack(pixels))
-                yield self.add_noise(
-                    sample, num_noise_draws, list(itertools.islice(generators, len(sample))), noise_type
-                )
-                progress_bar.update(len(sample))
+        with self.progress_bar(total=len(images) if hasattr(images, "__len__") else float("inf")) as progress_bar:
+            while batch := list(itertools.islice(numbered, batch_size)):
+                yield self._add_noise(self._stack_pixels(batch, strict), num_noise_draws, seed, noise_type)
+                progress_bar.update(len(batch))
         self.maybe_free_model_hooks()
 
-    def add_noise(
-        self,
-        sample: torch.Tensor,
-        num_noise_draws: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        noise_type: str | None = None,
-    ) -> torch.Tensor:
-        """
-        Add the noise of training, drawn image by image, so that batching does not change it.
-
-        Args:
-            sample (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`):
-                Clean data from [`~FlowBackClassificationPipeline.preprocess`].
-            num_noise_draws (`int`, defaults to 1):
-                Draws for each image. 0 adds nothing, or one half to whole pixels if the noise is uniform.
-            generator: As in a call.
-            noise_type (`str`, *optional*): `"gaussian"` or `"uniform"`; see [`apply_noise`]. By default, the flow's.
-        Returns:
-            `torch.Tensor` of shape `(num_noise_draws or 1, num_images, in_channels, sample_size, sample_size)`.
-        """
-        noise_type = self.transformer.config.noise_type if noise_type is None else noise_type
+    def _add_noise(self, pixels: torch.Tensor, num_noise_draws: int, seed: int, noise_type: str) -> torch.Tensor:
+        """Encode pixels in [0, 1] and add the noise that follows from the seed and each image."""
+        sample = self._encode_pixels(pixels)
         if num_noise_draws == 0:
             noise = torch.zeros_like(sample)[None] + (0.5 if noise_type == "uniform" else 0.0)
         else:
-            generator = torch.Generator().manual_seed(0) if generator is None else generator
-            generators = generator if isinstance(generator, list) else [generator] * len(sample)
+            draw = torch.randn if noise_type == "gaussian" else torch.rand
             shape = (num_noise_draws, *sample.shape[1:])
-            draw = randn_tensor if noise_type == "gaussian" else _rand_tensor
-            noise = [draw(shape, generator=g, device=g.device, dtype=sample.dtype) for g in generators]
+            noise = [draw(shape, generator=image_generator(image, seed), dtype=sample.dtype) for image in pixels]
             noise = torch.stack(noise, dim=1).to(sample.device)
         return apply_noise(sample, noise, noise_type, self.transformer.config.noise_std)
 
     def _with_labels(
-        self, batches: Iterable[torch.Tensor], class_labels: list[int] | torch.Tensor | None
+        self, batches: Iterable[torch.Tensor], class_labels: list[int | str] | torch.Tensor | None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yield each batch with its labels, and check that there is one for each image."""
         num_classes = self.transformer.config.num_classes
         if class_labels is None:
             yield from ((draws, None) for draws in batches)
             return
-        labels = [operator.index(label) for label in class_labels]
         if num_classes is None:
             raise ValueError("`class_labels` must be None for an unconditional flow.")
+        labels = self.normalize_class_labels(class_labels)
         if not all(-1 <= label < num_classes for label in labels):
             raise ValueError(
                 f"`class_labels` must lie between 0 and {num_classes - 1}, or be -1 for no class, but are {labels}."
@@ -647,35 +536,17 @@ class FlowBackClassificationPipeline(DiffusionPipeline):
             )
 
 
-def _rand_tensor(shape: tuple, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return torch.rand(shape, generator=generator, device=device, dtype=dtype)
-
-
-def _is_one_image(images: Any) -> bool:
-    """Tell one image, in any accepted form, from several."""
-    if isinstance(images, (str, os.PathLike)) or hasattr(images, "convert"):
-        return True
-    return hasattr(images, "ndim") and images.ndim < 4
-
-
-def _array_to_pixels(image: Any, number: int) -> torch.Tensor:
-    """Turn an array (height, width[, channels]) or a tensor (channels, height, width) into the latter, in [0, 1]."""
-    if isinstance(image, torch.Tensor):
-        pixels = image.detach().cpu()
-    elif hasattr(image, "__array__"):
-        pixels = torch.as_tensor(image)
-        pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(-1, 0)
-    else:
+def _check_noise(num_noise_draws: int, generator: Any):
+    if num_noise_draws < 0:
+        raise ValueError(f"`num_noise_draws` must not be negative, but is {num_noise_draws}.")
+    if not isinstance(generator, torch.Generator | None):
         raise ValueError(
-            f"Image {number} must be a PIL image, an array, a tensor or a path, but is of type {type(image).__name__}."
+            f"`generator` must be one `torch.Generator` or None, but is of type {type(generator).__name__}. The noise"
+            " of each image follows from its seed and the image."
         )
-    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
-        raise ValueError(f"Image {number} must have 1 or 3 channels, but its shape is {tuple(image.shape)}.")
-    if pixels.dtype == torch.uint8:
-        pixels = pixels.float() / 255
-    if not pixels.is_floating_point() or not ((pixels >= 0) & (pixels <= 1)).all():
-        raise ValueError(
-            f"Image {number} must hold floats in [0, 1] or uint8, but holds {pixels.dtype} from {pixels.min():.3g} to"
-            f" {pixels.max():.3g}."
-        )
-    return pixels
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    """Take a call's seed from a generator."""
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    return torch.randint(2**63 - 1, (), generator=generator, device=generator.device).item()
