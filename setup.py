@@ -14,6 +14,9 @@ extras = {
     "train": ["matplotlib>=3.8"],
     # adapters: load_lora_weights, and training/train_rra.py --lora_rank
     "lora": ["peft>=0.17"],
+    # training/train_rra.py --report_to
+    "tensorboard": ["tensorboard>=2.18"],
+    "wandb": ["wandb>=0.18"],
     # training/prepare_demo.py and the quickstart
     "demo": ["matplotlib>=3.8", "scikit-learn>=1.4"],
     # pipelines/evaluate_flow.py: distances between samples and images, the linear probe and the figures

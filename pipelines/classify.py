@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """
-Classify the images of a folder with a trained flow, and write a table.
+Classify the images of a folder with a trained flow, and print a table.
 
+    python pipelines/classify.py --model outputs/flow --images path/to/folder
     python pipelines/classify.py --model outputs/flow --images path/to/folder --output predictions.csv
 
-Folders are searched recursively. The table has one row an image: `file`, `label_1`, `score_1`, `label_2`, ... Files
-that cannot be read as images are skipped, and named at the end.
+Folders are searched recursively. The table has one row an image, `file,label_1,score_1,label_2,...`. Files that cannot
+be read as images are skipped, and named at the end on stderr.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
+
+from flowback_hf_cli.command import add_debug_argument, run_command
+from flowback_hf_cli.data import check_minimum
 
 
 if TYPE_CHECKING:
     import PIL.Image
+    import torch
 
 
 METHODS = ("gradient", "ascent", "bayes", "shortlist")  # the package's, which is too slow to import for parsing
@@ -33,10 +38,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--images", type=Path, nargs="+", required=True, help="Images to classify: files, and folders of them."
     )
     parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("predictions.csv"),
-        help="CSV file for the predictions. Default: %(default)s.",
+        "--output", type=Path, help="CSV file to write the table to. Default: none, and the table is printed."
     )
     parser.add_argument(
         "--method",
@@ -60,7 +62,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Refuse images of another size or mode than the flow's. Default: crop, resize and convert them.",
     )
     parser.add_argument("--device", help="Device to compute on, such as cpu or cuda:1. Default: cuda, or cpu without.")
-    return parser.parse_args(arguments)
+    add_debug_argument(parser)
+    args = parser.parse_args(arguments)
+    check_minimum(parser, args, 1, "top_k", "batch_size")
+    check_minimum(parser, args, 0, "num_noise_draws")
+    return args
 
 
 def find_files(paths: list[Path]) -> list[Path]:
@@ -84,6 +90,16 @@ def find_files(paths: list[Path]) -> list[Path]:
     return files
 
 
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of a name, by default the best one. Raises ValueError if there is none."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`--device` {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
 def read_images(files: list[Path], read: list[Path], skipped: list[Path]) -> Iterator[PIL.Image.Image]:
     """Yield the images one by one. Their files are added to `read`, and files that are not images to `skipped`."""
     import PIL.Image
@@ -102,16 +118,12 @@ def read_images(files: list[Path], read: list[Path], skipped: list[Path]) -> Ite
         yield image
 
 
-def write_table(path: Path, files: list[Path], classes: list[list[dict[str, str | float]]]):
-    """Write a CSV file with a row for each image: its file, then the label and the score of each class."""
-    from flowback_hf.files import write_whole
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_whole(path) as partial, partial.open("w", newline="") as table:
-        writer = csv.writer(table)
-        writer.writerow(["file"] + [f"{name}_{rank + 1}" for rank in range(len(classes[0])) for name in classes[0][0]])
-        for file, entries in zip(files, classes):
-            writer.writerow([file] + [value for entry in entries for value in entry.values()])
+def write_table(file: TextIO, files: list[Path], classes: list[list[dict[str, str | float]]]):
+    """Write a CSV table with a row for each image: its file, then the label and the score of each class."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["file"] + [f"{name}_{rank + 1}" for rank in range(len(classes[0])) for name in classes[0][0]])
+    for path, entries in zip(files, classes):
+        writer.writerow([path] + [value for entry in entries for value in entry.values()])
 
 
 def main(args: argparse.Namespace):
@@ -121,9 +133,10 @@ def main(args: argparse.Namespace):
     import torch
 
     from flowback_hf import FlowBackClassificationPipeline
+    from flowback_hf.files import write_whole
     from flowback_hf.hub import load_pipeline
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
     pipeline = load_pipeline(FlowBackClassificationPipeline, args.model).to(device)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.requires_grad_(False)  # saves memory in the backward to the classes
@@ -146,17 +159,18 @@ def main(args: argparse.Namespace):
         batch_size=args.batch_size,
         strict=args.strict,
     )
-    write_table(args.output, read, classes)
-    for file, entries in list(zip(read, classes))[:10]:
-        print(f"{file}: {entries[0]['label']} ({entries[0]['score']:.3g})")
-    print(f"{len(read)} images classified by {args.method!r}: {args.output}")
+    if args.output is None:
+        write_table(sys.stdout, read, classes)
+    else:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(args.output) as partial, partial.open("w", newline="") as file:
+            write_table(file, read, classes)
+    where = "" if args.output is None else f": {args.output}"
+    print(f"{len(read)} images classified by {args.method!r}{where}", file=sys.stderr)
     if skipped:
         names = ", ".join(str(file) for file in skipped[:10]) + (", ..." if len(skipped) > 10 else "")
-        print(f"{len(skipped)} files are not images and were skipped: {names}")
+        print(f"{len(skipped)} files are not images and were skipped: {names}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except ValueError as error:
-        sys.exit(f"classify.py: error: {error}")
+    run_command(main, parse_args())

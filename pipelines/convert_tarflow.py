@@ -6,6 +6,8 @@ Convert a published TARFlow checkpoint (https://github.com/apple/ml-tarflow) to 
     python pipelines/convert_tarflow.py --checkpoint afhq256.pth --sample_size 256 --noise_std 0.07 \\
         --output_dir outputs/afhq256
 
+The checkpoint is a .pth or .safetensors file, or one on the Hub, written user/repository:file. It may be inside what a
+trainer saved, under state_dict or model, and its names may have the prefixes of distributed and compiled models.
 The architecture is inferred from the shapes of the checkpoint's tensors. Flags that contradict them are refused. A
 checkpoint with three classes gets AFHQ's class names, and one with a thousand gets ImageNet's, unless `--id2label`
 gives others.
@@ -13,13 +15,18 @@ gives others.
 
 import argparse
 import json
-import sys
 from pathlib import Path
+
+from flowback_hf_cli.command import add_debug_argument, run_command
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="The original .pth file. No code in it is run.")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="The original file, .pth or .safetensors, or user/repository:file on the Hub. No code in it is run.",
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="New or empty folder for the pipeline.")
     parser.add_argument("--sample_size", type=int, required=True, help="Height and width of the images, in pixels.")
     parser.add_argument("--in_channels", type=int, default=3, help="Channels of the images. Default: %(default)s.")
@@ -35,6 +42,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help='JSON file of class names, {"0": "cat", ...}. Default: AFHQ\'s or ImageNet\'s names, by the number of'
         " classes.",
     )
+    add_debug_argument(parser)
     return parser.parse_args(arguments)
 
 
@@ -86,7 +94,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except ValueError as error:
-        sys.exit(f"convert_tarflow.py: error: {error}")
+    run_command(main, parse_args())

@@ -4,7 +4,9 @@
 
 import argparse
 import sys
+from functools import partial
 
+from flowback_hf_cli.command import run_command
 from flowback_hf_cli.evaluation import parse_args
 
 
@@ -23,8 +25,4 @@ def main(args: argparse.Namespace, command: list[str]):
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    try:
-        main(args, sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"evaluate_flow.py: error: {error}")
+    run_command(partial(main, command=sys.argv[1:]), parse_args())

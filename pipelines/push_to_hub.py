@@ -10,8 +10,9 @@ that publishing leaves in the run's folder, and publish again. A card that was e
 """
 
 import argparse
-import sys
 from pathlib import Path
+
+from flowback_hf_cli.command import add_debug_argument, run_command
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -47,6 +48,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="New folder to write the repository to, instead of publishing it. Default: publish.",
     )
+    add_debug_argument(parser)
     return parser.parse_args(arguments)
 
 
@@ -84,7 +86,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except ValueError as error:
-        sys.exit(f"push_to_hub.py: error: {error}")
+    run_command(main, parse_args())

@@ -16,9 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from flowback_hf_cli.command import add_debug_argument, run_command
 
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="Seed of the noise that becomes the samples. Default: %(default)s."
     )
+    add_debug_argument(parser)
     return parser.parse_args(arguments)
 
 
@@ -124,7 +126,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except ValueError as error:
-        sys.exit(f"report_demo.py: error: {error}")
+    run_command(main, parse_args())

@@ -12,12 +12,14 @@ evaluator reads. Image i depends on the seed and on i only: the same command res
 """
 
 import argparse
-import sys
+import math
 from pathlib import Path
 
+from flowback_hf_cli.command import add_debug_argument, run_command
+from flowback_hf_cli.data import check_minimum
+from flowback_hf_cli.evaluation import GUIDANCE_RULES, GUIDANCE_SCHEDULES
 
-GUIDANCE_RULES = ("linear", "product")
-GUIDANCE_SCHEDULES = ("constant", "linear")
+
 SOLVERS = ("auto", "sequential", "jacobi")
 
 
@@ -28,7 +30,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--class_labels",
         nargs="+",
-        help="Names or numbers of the classes to sample in turn. -1 is no class. Default: all classes.",
+        help="Classes to sample in turn, by name or number; name:7 and id:7 say which is meant. -1 is no class."
+        " Default: all classes.",
     )
     parser.add_argument(
         "--num_images", type=int, default=64, help="Images that the folder holds in the end. Default: %(default)s."
@@ -50,16 +53,25 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--solver", choices=SOLVERS, default="auto", help="How the flow is inverted. Default: %(default)s."
     )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        help="How exactly the solver jacobi inverts a block: the largest change of a token that it still accepts. 0 is"
+        " exact. Default: the model's.",
+    )
     parser.add_argument("--no_denoise", action="store_true", help="Leave the noise of training in the images.")
     parser.add_argument(
         "--batch_size", type=int, default=32, help="Images per process and pass. Default: %(default)s."
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the noise. Default: %(default)s.")
     parser.add_argument("--npz", action="store_true", help="Also write all images into one file.")
+    add_debug_argument(parser)
     args = parser.parse_args(arguments)
-    for name in ("num_images", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")
+    check_minimum(parser, args, 1, "num_images", "batch_size")
+    if not 0 < args.guidance_temperature < math.inf:
+        parser.error(f"--guidance_temperature must be positive and finite, but is {args.guidance_temperature}.")
+    if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
+        parser.error(f"--tolerance must be at least 0 and finite, but is {args.tolerance}.")
     return args
 
 
@@ -76,8 +88,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    try:
-        main(args)
-    except ValueError as error:
-        sys.exit(f"sample.py: error: {error}")
+    run_command(main, parse_args())

@@ -1,4 +1,6 @@
+import contextlib
 import importlib.util
+import io
 import os
 import runpy
 import subprocess
@@ -35,11 +37,12 @@ def load_script(path: Path) -> ModuleType:
 
 
 def end_of_command(path: Path, line: list[str], monkeypatch) -> str:
-    """What a script prints last when it ends with an error, run in this process: starting one takes ten seconds."""
+    """What a script prints last when its user made a mistake, run in this process: starting one takes ten seconds."""
     monkeypatch.setattr(sys, "argv", [str(path), *map(str, line)])
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(io.StringIO()) as stderr:
         runpy.run_path(str(path), run_name="__main__")
-    return end.value.code
+    assert end.value.code == 2
+    return stderr.getvalue().rstrip().splitlines()[-1]
 
 
 def command_line(**options) -> list[str]:

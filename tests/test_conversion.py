@@ -2,16 +2,17 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from flowback_hf import FlowBackPipeline
 from flowback_hf.conversion import convert_tarflow_checkpoint, labels_of_known_data, load_tarflow_checkpoint
+
+from .stand_in_hub import Repository
 
 
 SCRIPT = Path(__file__).parents[1] / "pipelines" / "convert_tarflow.py"
@@ -269,13 +270,12 @@ def command_line(tmp_path, **options):
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
-def test_the_command_writes_a_pipeline(tmp_path):
+def test_the_command_writes_a_pipeline(script, tmp_path, capsys):
     checkpoint = make_checkpoint(3)
     torch.save(checkpoint, tmp_path / "flow.pth")
     (tmp_path / "out").mkdir()  # an empty folder will do
-    run = subprocess.run([sys.executable, SCRIPT, *command_line(tmp_path)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "3 blocks of [1, 2, 1] layers, width 128, patch 2, 3 classes" in run.stdout
+    script.main(script.parse_args(command_line(tmp_path)))
+    assert "3 blocks of [1, 2, 1] layers, width 128, patch 2, 3 classes" in capsys.readouterr().out
     pipeline = FlowBackPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.labels == {"cat": 0, "dog": 1, "wild": 2} and pipeline.transformer.config.noise_std == NOISE_STD
     images = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -283,6 +283,69 @@ def test_the_command_writes_a_pipeline(tmp_path):
         latents, _ = Original(checkpoint, 2).encode(images, torch.tensor([1]))
         assert_agree(pipeline.transformer(images, torch.tensor([1])).sample, latents)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["flow.pth", "out"]
+
+
+def wrapped(checkpoint):
+    return {"epoch": 3, "state_dict": {"model": checkpoint}, "optimizer": {"state": {}}}
+
+
+def prefixed(checkpoint):
+    return {f"module._orig_mod.{name}": tensor for name, tensor in checkpoint.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda checkpoint: {"state_dict": checkpoint, "epoch": 3},
+        lambda checkpoint: {"model": checkpoint},
+        wrapped,
+        lambda checkpoint: {f"module.{name}": tensor for name, tensor in checkpoint.items()},
+        lambda checkpoint: {f"_orig_mod.{name}": tensor for name, tensor in checkpoint.items()},
+        prefixed,
+        lambda checkpoint: wrapped(prefixed(checkpoint)),
+    ],
+    ids=["state_dict", "model", "nested", "module", "_orig_mod", "both prefixes", "everything"],
+)
+def test_what_trainers_put_around_the_weights_is_removed(tmp_path, wrap):
+    checkpoint = make_checkpoint(3, (1,))
+    torch.save(wrap(checkpoint), tmp_path / "flow.pth")
+    assert_same_tensors(load_tarflow_checkpoint(tmp_path / "flow.pth"), checkpoint)
+
+
+def assert_same_tensors(actual, expected):
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_prefix_of_some_names_only_is_kept(tmp_path):
+    checkpoint = {"module.a": torch.ones(1), "b": torch.ones(1)}
+    torch.save(checkpoint, tmp_path / "flow.pth")
+    assert load_tarflow_checkpoint(tmp_path / "flow.pth").keys() == checkpoint.keys()
+
+
+def test_a_safetensors_file(script, tmp_path):
+    checkpoint = make_checkpoint(3, (1,))
+    save_file(prefixed(checkpoint), tmp_path / "flow.safetensors")
+    assert_same_tensors(load_tarflow_checkpoint(tmp_path / "flow.safetensors"), checkpoint)
+    (tmp_path / "damaged.safetensors").write_bytes((tmp_path / "flow.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="`checkpoint` '.*damaged.safetensors' was not loaded: "):
+        load_tarflow_checkpoint(tmp_path / "damaged.safetensors")
+
+
+def test_a_file_on_the_hub(script, the_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(make_checkpoint(3, (1,)), tmp_path / "flow.pth")
+    repository = the_hub.repositories["group/tarflow"] = Repository()
+    repository.files["models/afhq_0.07.pth"] = (tmp_path / "flow.pth").read_bytes()
+    script.main(script.parse_args(command_line(tmp_path, checkpoint="group/tarflow:models/afhq_0.07.pth")))
+    assert FlowBackPipeline.from_pretrained(tmp_path / "out").labels == {"cat": 0, "dog": 1, "wild": 2}
+    for name in ("group/tarflow:other.pth", "group/nothing:flow.pth"):
+        with pytest.raises(ValueError, match=f"`checkpoint` '{name}' was not found on the Hub: "):
+            load_tarflow_checkpoint(name)
+    # a file that is there is not looked for on the Hub
+    (tmp_path / "group").mkdir()
+    torch.save({"a": torch.ones(1)}, tmp_path / "group" / "tarflow:models")
+    assert load_tarflow_checkpoint("group/tarflow:models").keys() == {"a"}
 
 
 def test_names_from_a_file(script, tmp_path):
@@ -316,7 +379,8 @@ def write_truncated(path):
         (write_truncated, "was not loaded: it is truncated, or not a PyTorch file"),
         (lambda path: path.write_bytes(b""), "was not loaded: it is truncated"),
         (lambda path: path.write_text("not a checkpoint"), "was not loaded"),
-        (lambda path: torch.save({"model": {"a": torch.ones(1)}}, path), r"but holds other things under \['model'\]"),
+        (lambda path: torch.save({"net": {"a": torch.ones(1)}}, path), r"but holds other things under \['net'\]"),
+        (lambda path: torch.save({"model": {"args": None}}, path), r"but holds other things under \['args'\]"),
         (lambda path: torch.save(torch.ones(1), path), "but holds a Tensor"),
         (lambda path: torch.save({**make_checkpoint(3), "extra": torch.ones(1)}, path), "and extra are unexpected"),
         (lambda path: None, "`checkpoint` must be an existing file"),

@@ -47,6 +47,9 @@ def test_a_folder_replaces_a_folder_and_what_a_killed_process_left(tmp_path):
 def test_json(tmp_path):
     write_json(tmp_path / "x.json", {"σ": [1, None]})
     assert read_json(tmp_path / "x.json") == {"σ": [1, None]}
+    (tmp_path / "notes.txt").write_text("{")
+    with pytest.raises(ValueError, match="notes.txt is not a JSON file: Expecting"):
+        read_json(tmp_path / "notes.txt")
     assert read_json(tmp_path / "nowhere.json") is None and read_json_lines(tmp_path / "nowhere.jsonl") == []
 
 

@@ -251,8 +251,24 @@ def test_a_pipeline_is_loaded_from_a_folder(run_dir, pipeline_class):
 
 @pytest.mark.parametrize("model", ["nowhere", "tester/nothing"])
 def test_a_model_that_is_nowhere_is_named(the_hub, model):
-    with pytest.raises(ValueError, match=f"`--model` must be a folder that holds .* but '{model}' is no such folder"):
+    message = f"but '{model}' is neither: there is no folder .*{model}, and no such pipeline was found on the Hub"
+    with pytest.raises(ValueError, match=f"`--model` must be a folder .* {message}"):
         load_pipeline(FlowBackPipeline, model)
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "../flow", Path("no", "such", "folder")])
+def test_a_path_that_is_nowhere_is_not_looked_for_on_the_hub(the_hub, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = Path(name).resolve()
+    with pytest.raises(ValueError, match=f"'{name}' is neither: there is no folder {where}, and an id has the form"):
+        load_pipeline(FlowBackPipeline, name)
+    assert not the_hub.requests
+
+
+def test_a_folder_without_a_pipeline_is_named(tmp_path):
+    message = f"`--pretrained_model_name_or_path` must be a folder .* there is no model_index.json in {tmp_path}"
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(FlowBackPipeline, tmp_path, "--pretrained_model_name_or_path")
 
 
 def test_the_docstring_example_runs():
@@ -274,7 +290,7 @@ def test_no_token_is_refused(the_hub, run_dir, monkeypatch):
 def test_a_token_that_the_hub_does_not_take_is_said(the_hub, run_dir):
     pipeline = FlowBackPipeline.from_pretrained(run_dir)
     with pytest.raises(
-        ValueError, match="The Hub does not allow writing to `repo_id` 'flow': Invalid user token"
+        ValueError, match="`repo_id` 'flow' on the Hub cannot be written to: Invalid user token"
     ) as error:
         pipeline.push_to_hub("flow", token=REVOKED_TOKEN)
     assert REVOKED_TOKEN not in str(error.value) and not the_hub.repositories

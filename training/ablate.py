@@ -25,6 +25,7 @@ import signal
 import sys
 from pathlib import Path
 
+from flowback_hf_cli.command import add_debug_argument, run_command
 from flowback_hf_cli.data import check_minimum, check_one_source
 
 
@@ -55,6 +56,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry_run", action="store_true", help="Print the cells and an estimate of the hours, and run nothing else."
     )
+    add_debug_argument(parser)
     args = parser.parse_args(arguments)
     args.command = sys.argv[1:] if arguments is None else arguments
     check_one_source(parser, args, "dataset_name", "data_dir")
@@ -91,8 +93,4 @@ def main(args: argparse.Namespace):
 if __name__ == "__main__":
     # An end that is asked for ends the cells, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    args = parse_args()
-    try:
-        main(args)
-    except ValueError as error:
-        sys.exit(f"ablate.py: error: {error}")
+    run_command(main, parse_args())

@@ -17,6 +17,7 @@ import argparse
 import time
 from pathlib import Path
 
+from flowback_hf_cli.command import add_debug_argument, run_command
 from flowback_hf_cli.data import add_data_arguments, check_data_arguments, check_minimum
 
 
@@ -69,6 +70,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--images_per_shard", type=int, default=2048, help="Images in a shard. Default: %(default)s.")
     group.add_argument("--output_dir", required=True, help="The folder to write the features to.")
+    add_debug_argument(group)
     args = parser.parse_args(arguments)
     check_data_arguments(parser, args)
     check_minimum(parser, args, 1, "batch_size", "images_per_shard", "resolution", "patch_size")
@@ -123,4 +125,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_command(main, parse_args())

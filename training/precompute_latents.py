@@ -18,6 +18,7 @@ import logging
 import time
 from pathlib import Path
 
+from flowback_hf_cli.command import add_debug_argument, run_command
 from flowback_hf_cli.data import add_source_arguments, check_minimum, check_one_source
 
 
@@ -77,6 +78,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--images_per_shard", type=int, default=1024, help="Images in a shard. Default: %(default)s.")
     parser.add_argument("--output_dir", required=True, help="The folder to write the latents to.")
+    add_debug_argument(parser)
     args = parser.parse_args(arguments)
     check_one_source(parser, args, "dataset_name", "train_data_dir")
     positive = ["resolution", "image_size", "grid_size", "batch_size", "dataloader_num_workers", "images_per_shard"]
@@ -177,4 +179,4 @@ def print_summary(output_dir: Path, data: str, images_per_second: float):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_command(main, parse_args())

@@ -29,6 +29,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from flowback_hf_cli.command import add_debug_argument, run_command
+
 
 NUM_CLASSES = 10
 DEFAULTS = {
@@ -43,7 +45,7 @@ DEFAULTS = {
 }
 
 
-def parse_arguments(argument_list: list[str] | None = None) -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes, digits = DEFAULTS["shapes"], DEFAULTS["digits"]
     parser.add_argument(
@@ -71,15 +73,8 @@ def parse_arguments(argument_list: list[str] | None = None) -> argparse.Namespac
             help=f"Passes over the training images for the {network}. Default: {digits[name]} for digits,"
             f" {shapes[name]} for shapes.",
         )
-    arguments = parser.parse_args(argument_list)
-    try:
-        check_arguments(arguments)
-    except ValueError as error:
-        parser.error(str(error))
-    for name, default in DEFAULTS[arguments.kind].items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, default)
-    return arguments
+    add_debug_argument(parser)
+    return parser.parse_args(arguments)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -120,9 +115,13 @@ def print_report(report: dict, output_dir: Path) -> None:
     print(f"  seconds: {', '.join(f'{stage} {seconds}' for stage, seconds in report['seconds'].items())}")
 
 
-def main(argument_list: list[str] | None = None) -> None:
-    arguments = parse_arguments(argument_list)
-    # Imported after the flags are parsed: it takes seconds.
+def main(arguments: argparse.Namespace) -> None:
+    check_arguments(arguments)
+    for name, default in DEFAULTS[arguments.kind].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+
+    # Imported after the flags are checked: it takes seconds.
     import torch
 
     from flowback_hf.data.demo import make_demo
@@ -153,4 +152,4 @@ def main(argument_list: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, parse_args())

@@ -18,11 +18,13 @@ import sys
 import time
 from pathlib import Path
 
+from flowback_hf_cli.command import add_debug_argument, run_command
+
 
 FOLDER = Path(__file__).resolve().parent
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output_dir",
@@ -38,14 +40,15 @@ def parse_args() -> argparse.Namespace:
         default=0,
         help="Seconds that the set-up took, for the report. Default: %(default)s.",
     )
-    return parser.parse_args()
+    add_debug_argument(parser)
+    return parser.parse_args(arguments)
 
 
 def stages(args: argparse.Namespace) -> dict[str, list[str]]:
     """The command of each stage."""
     digits, flow = args.output_dir / "digits", args.output_dir / "flow"
     prepare = [sys.executable, FOLDER / "prepare_demo.py", "--kind", "digits", "--output_dir", digits]
-    train = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1]
+    train = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1, "--quiet"]
     train += ["--mixed_precision", "no", "--dynamo_backend", "no", FOLDER / "train_rra.py"]
     train += ["--train_data_dir", digits / "images", "--teacher_model_name_or_path", digits / "teacher"]
     train += ["--output_dir", flow, "--model_config", FOLDER / "configs" / "demo_digits.json", "--seed", args.seed]
@@ -68,7 +71,9 @@ def main(args: argparse.Namespace):
     for name, command in stages(args).items():
         print(f"\n== {name}", flush=True)
         start = time.perf_counter()
-        subprocess.run(command, check=True, env=environment)
+        exit_code = subprocess.run(command, env=environment).returncode
+        if exit_code != 0:
+            sys.exit(max(1, exit_code))  # the stage has said why; a killed one has a negative code
         seconds[name] = round(time.perf_counter() - start, 1)
 
     report_file = args.output_dir / "report.json"
@@ -79,4 +84,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_command(main, parse_args())

@@ -11,6 +11,7 @@ The flags are in `flowback_hf_cli.training`, the work is done by `flowback_hf.tr
 import argparse
 from pathlib import Path
 
+from flowback_hf_cli.command import run_command
 from flowback_hf_cli.training import TrainingArguments, parse_args
 
 
@@ -56,12 +57,13 @@ def publish(pipeline, repo_id: str, output_dir: str, private: bool, token: str |
     try:
         url = pipeline.push_to_hub(repo_id, run_dir=output_dir, private=private, token=token)
     except Exception as error:
-        raise RuntimeError(
-            f"The pipeline is saved in {output_dir}, but could not be published: {error}. Try again with"
+        error.add_note(
+            f"The pipeline is saved in {output_dir}, but could not be published. Try again with"
             f" pipelines/push_to_hub.py --model {output_dir} --hub_model_id {repo_id}."
-        ) from error
+        )
+        raise
     print(f"Published {url}.")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_command(main, parse_args())

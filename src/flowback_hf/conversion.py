@@ -7,12 +7,19 @@ import pickle
 import re
 from importlib import resources
 
+import safetensors.torch
 import torch
+from huggingface_hub import hf_hub_download
 
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 
 
 HEAD_DIM = 64  # in every original checkpoint
+# A file on the Hub: the repository's id, a colon, and the file's path in it.
+FILE_ON_THE_HUB = re.compile(r"([\w.-]+/[\w.-]+):(.+)")
+# What trainers put around the weights: a dict with other things, and prefixes of the names.
+WRAPPERS = ("state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")
 AFHQ_LABELS = ("cat", "dog", "wild")
 # Parts of this model's parameter names, and the original's names for them.
 ORIGINAL_NAMES = {
@@ -28,19 +35,54 @@ ORIGINAL_NAMES = {
 
 def load_tarflow_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
-    Load the tensors of an original `.pth` file.
+    Load the tensors of an original checkpoint. No code in it is run.
 
     Args:
-        path (`str`): The file. It is read with `weights_only=True`, so no code in it is run.
+        path (`str`):
+            The file: safetensors if it ends in `.safetensors`, else what `torch.save` wrote, which is read with
+            `weights_only=True`. `"user/repository:file"` is a file on the Hub; a local file of that name wins. The
+            state dict may be in a dict under `"state_dict"` or `"model"`, and all its names may begin with
+            `"module."` or `"_orig_mod."`, as distributed and compiled models save them.
     Returns:
-        `dict` of `str` to `torch.Tensor`: the tensors by name, on the CPU.
+        `dict` of `str` to `torch.Tensor`: the tensors by their original names, on the CPU.
     Raises:
         ValueError: if the file is missing or damaged, or holds anything but named tensors.
     """
+    file = find_checkpoint_file(path)
+    checkpoint = strip_prefixes(unwrap(read_checkpoint_file(file, path)))
+    if not isinstance(checkpoint, dict) or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        raise ValueError(
+            f"`checkpoint` {str(path)!r} must hold the state dict of an original TARFlow, tensors by name, but holds"
+            f" {describe(checkpoint)}."
+        )
+    return checkpoint
+
+
+def find_checkpoint_file(path: str | os.PathLike) -> str:
+    """Return the local file that a path or `"user/repository:file"` names, downloading it from the Hub if need be."""
+    path = os.fspath(path)
+    on_the_hub = FILE_ON_THE_HUB.fullmatch(path)
+    if os.path.isfile(path):
+        return path
+    if on_the_hub is None:
+        raise ValueError(
+            f"`checkpoint` must be an existing file, or 'user/repository:file' on the Hub, but is {path!r}."
+        )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"`checkpoint` must be an existing file, but is {str(path)!r}.") from None
+        return hf_hub_download(*on_the_hub.groups())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`checkpoint` {path!r} was not found on the Hub: {str(error).splitlines()[0]}") from error
+
+
+def read_checkpoint_file(file: str, path: str | os.PathLike) -> object:
+    """Read what a file holds. Raises ValueError, which calls the file `path`, if it is damaged or not safe to read."""
+    if file.endswith(".safetensors"):
+        try:
+            return safetensors.torch.load_file(file)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"`checkpoint` {str(path)!r} was not loaded: {error}.") from error
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"`checkpoint` {str(path)!r} was not loaded: it is damaged, or holds objects that may run code when they"
@@ -50,11 +92,19 @@ def load_tarflow_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"`checkpoint` {str(path)!r} was not loaded: it is truncated, or not a PyTorch file."
         ) from error
-    if not isinstance(checkpoint, dict) or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        raise ValueError(
-            f"`checkpoint` {str(path)!r} must hold the state dict of an original TARFlow, tensors by name, but holds"
-            f" {describe(checkpoint)}."
-        )
+
+
+def unwrap(checkpoint: object) -> object:
+    """Return the state dict that a trainer's checkpoint holds beside other things, or the checkpoint as it is."""
+    wrappers = [name for name in WRAPPERS if isinstance(checkpoint, dict) and isinstance(checkpoint.get(name), dict)]
+    return unwrap(checkpoint[wrappers[0]]) if wrappers else checkpoint
+
+
+def strip_prefixes(checkpoint: object) -> object:
+    """Remove the prefixes that all names of a state dict begin with."""
+    for prefix in PREFIXES:
+        if isinstance(checkpoint, dict) and checkpoint and all(str(name).startswith(prefix) for name in checkpoint):
+            return strip_prefixes({name.removeprefix(prefix): value for name, value in checkpoint.items()})
     return checkpoint
 
 

@@ -80,9 +80,14 @@ def write_json(path: str | os.PathLike, value: Any):
 
 
 def read_json(path: str | os.PathLike) -> Any | None:
-    """Read a JSON file; `None` if there is none."""
+    """Read a JSON file; `None` if there is none. Raises ValueError if it holds something else."""
     path = Path(path)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}.") from error
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from flowback_hf.files import read_json, write_json, write_text
 from flowback_hf.model_card import Run, find_run, is_as_written, read_edited_card, render_model_card
@@ -38,17 +39,24 @@ REPOSITORY_MODULES = {
 # Loading
 
 
-def load_pipeline(pipeline_class: type[DiffusionPipeline], model: str | os.PathLike) -> DiffusionPipeline:
+def load_pipeline(
+    pipeline_class: type[DiffusionPipeline],
+    model: str | os.PathLike,
+    option: str = "--model",
+    cache_dir: str | None = None,
+) -> DiffusionPipeline:
     """
-    Load the pipeline that a script's `--model` names.
+    Load the pipeline that a script's option names.
 
     Args:
         pipeline_class (`type`): [`FlowBackPipeline`] or [`FlowBackClassificationPipeline`].
-        model (`str`): A folder that holds a saved pipeline, or its id on the Hub.
+        model (`str`): A folder that holds a saved pipeline, or its id on the Hub. A folder wins.
+        option (`str`, defaults to `"--model"`): The option, for messages.
+        cache_dir (`str`, *optional*): Where pipelines of the Hub are kept.
     Returns:
         [`~diffusers.DiffusionPipeline`]: a pipeline of this class, on the CPU.
     Raises:
-        ValueError: if there is no such folder and no such repository, in a sentence about `--model`.
+        ValueError: if there is no such folder and no such repository. The message says what was looked for, and where.
 
     Example:
         ```py
@@ -65,13 +73,32 @@ def load_pipeline(pipeline_class: type[DiffusionPipeline], model: str | os.PathL
         8
         ```
     """
-    try:
+    model = os.fspath(model)
+    folder = Path(model).resolve()
+    rule = f"`{option}` must be a folder that holds a saved pipeline, or its id on the Hub, but {model!r} is neither:"
+    if folder.exists():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{rule} there is no model_index.json in {folder}.")
         return pipeline_class.from_pretrained(model)
+    if not is_repo_id(model):
+        raise ValueError(f"{rule} there is no folder {folder}, and an id has the form 'user/name'.")
+    try:
+        return pipeline_class.from_pretrained(model, cache_dir=cache_dir)
     except OSError as error:
         raise ValueError(
-            f"`--model` must be a folder that holds a saved pipeline, or its id on the Hub, but {str(model)!r} is no"
-            " such folder and could not be loaded from the Hub."
+            f"{rule} there is no folder {folder}, and no such pipeline was found on the Hub ({constants.ENDPOINT}) or"
+            f" in its cache ({cache_dir or constants.HF_HUB_CACHE}). Without a network, or with HF_HUB_OFFLINE set,"
+            " only the cache is searched."
         ) from error
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a repository on the Hub may have this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 # Publishing
@@ -162,8 +189,8 @@ def check_repository(
         info = api.model_info(repo_id)
     except RepositoryNotFoundError:
         return repo_id, []
-    except HfHubHTTPError as error:
-        raise ValueError(f"The Hub does not allow writing to `repo_id` {repo_id!r}: {error}") from error
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise ValueError(f"`repo_id` {repo_id!r} on the Hub cannot be written to: {error}") from error
     if private and not info.private:
         raise ValueError(
             f"`repo_id` {repo_id!r} exists and is public, but `private` is True. Make it private on the Hub first, or"

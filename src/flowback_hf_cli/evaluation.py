@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flowback_hf_cli.command import add_debug_argument
 from flowback_hf_cli.data import add_source_arguments, check_minimum, check_one_source
 
 
@@ -27,6 +28,7 @@ the work between processes, which must see the same output folder. The results s
 # Literal, because the modules that define them import torch; a test compares them.
 METHODS = ("gradient", "ascent", "bayes", "shortlist")
 GUIDANCE_RULES = ("linear", "product")
+GUIDANCE_SCHEDULES = ("constant", "linear")
 
 
 @dataclass
@@ -49,6 +51,7 @@ class EvaluationArguments:
         num_samples (`int`, defaults to 2000): Samples at each guidance scale.
         guidance_scales (`Sequence[float]`, defaults to 1.0, 1.5, 2.0 and 3.0): 1.0 is off.
         guidance_rule (`str`, *optional*): Default: the pipeline's.
+        guidance_schedule (`str`, *optional*): With `"linear"`, guidance grows along the sequence. Default: constant.
         guidance_temperature (`float`, defaults to 1.0): What guides an unconditional flow.
         reference (`pathlib.Path`, *optional*): The `reference.npz` of an earlier evaluation.
         write_best_guidance (`bool`, defaults to `False`): Write the best guidance scale into the folder `model`.
@@ -77,6 +80,7 @@ class EvaluationArguments:
     num_samples: int = 2000
     guidance_scales: Sequence[float] = (1.0, 1.5, 2.0, 3.0)
     guidance_rule: str | None = None
+    guidance_schedule: str | None = None
     guidance_temperature: float = 1.0
     reference: Path | None = None
     write_best_guidance: bool = False
@@ -93,7 +97,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     Args:
         arguments (`list[str]`, *optional*): The command line without the script's name. Default: that of the process.
     Returns:
-        `argparse.Namespace`: the fields of [`EvaluationArguments`].
+        `argparse.Namespace`: the fields of [`EvaluationArguments`], and `debug` if it is given.
     """
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Folder or Hub id of the pipeline to evaluate.")
@@ -109,6 +113,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Images per process and pass. Default: %(default)s.",
     )
     run.add_argument("--seed", type=int, default=defaults.seed, help="Seed of all noise. Default: %(default)s.")
+    add_debug_argument(run)
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     return args
@@ -185,6 +190,11 @@ def add_part_arguments(parser: argparse.ArgumentParser):
     )
     samples.add_argument("--guidance_rule", choices=GUIDANCE_RULES, help="Guidance rule. Default: the pipeline's.")
     samples.add_argument(
+        "--guidance_schedule",
+        choices=GUIDANCE_SCHEDULES,
+        help="How guidance changes along the sequence of tokens. Default: constant.",
+    )
+    samples.add_argument(
         "--guidance_temperature",
         type=float,
         default=defaults.guidance_temperature,
@@ -220,5 +230,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error(f"--guidance_scales must be at least 1.0, which is off, but are {args.guidance_scales}.")
     if args.write_best_guidance and args.features is None:
         parser.error("--write_best_guidance needs --features to compare guidance scales by.")
+    if args.write_best_guidance and args.guidance_schedule == "linear":
+        parser.error("--write_best_guidance is for the constant --guidance_schedule: a pipeline saves no other.")
     if args.write_best_guidance and not Path(args.model).is_dir():
         parser.error(f"--write_best_guidance needs a --model folder to write to, but {args.model!r} is none.")

@@ -4,6 +4,7 @@
 import argparse
 from dataclasses import dataclass, fields
 
+from flowback_hf_cli.command import add_debug_argument
 from flowback_hf_cli.data import add_data_arguments, check_data_arguments, check_minimum
 
 
@@ -371,7 +372,8 @@ def add_run_arguments(group: argparse._ArgumentGroup):
     group.add_argument(
         "--validation_class_labels",
         nargs="+",
-        help="Classes of the sample grids, by number or name. Default: the first ten.",
+        help="Classes of the sample grids, by name or number; name:7 and id:7 say which is meant. Default: the first"
+        " ten.",
     )
     group.add_argument(
         "--validation_guidance_scale",
@@ -382,13 +384,15 @@ def add_run_arguments(group: argparse._ArgumentGroup):
     )
     group.add_argument(
         "--report_to",
-        help="A tracker to log to beside metrics.jsonl: tensorboard, wandb, comet_ml or all. Default: none.",
+        help="A tracker to log to beside metrics.jsonl: tensorboard, wandb, another of Accelerate's, or all that are"
+        " installed. Default: none.",
     )
     group.add_argument(
         "--tracker_project_name",
         default=defaults.tracker_project_name,
         help="The project's name in the tracker. Default: %(default)s.",
     )
+    add_debug_argument(group)
 
 
 def add_hub_arguments(group: argparse._ArgumentGroup):

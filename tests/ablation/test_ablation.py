@@ -449,7 +449,7 @@ GRID = {"alignment": ["none", "reverse"], "seeds": [0]}
         ({"alignment": ["none"]}, "grid.json has no 'seeds', but every cell needs one"),
         (GRID | {"alignment_weight": 0.1}, "must have a list of values for 'alignment_weight', but has 0.1"),
         (GRID | {"teacher": ["strict"]}, r"names the teachers \['strict'\], but they are \['given', 'random'\]"),
-        ("{", "grid.json is not JSON"),
+        ("{", "grid.json is not a JSON file: Expecting"),
         ("[]", "grid.json must hold a JSON object, but holds"),
         (GRID | {"alignment_blocks": [[4]]}, "variant 'reverse' cannot be run: `places` names flow block 4"),
         (GRID | {"alignment_layer": [3]}, "variant 'reverse' cannot be run: `places` names layer 3 of flow block 2"),

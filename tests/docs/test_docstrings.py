@@ -8,9 +8,13 @@ import pkgutil
 import pytest
 
 import flowback_hf
+import flowback_hf_cli
 
 
-MODULES = [module.name for module in pkgutil.walk_packages(flowback_hf.__path__, "flowback_hf.")]
+PACKAGES = (flowback_hf, flowback_hf_cli)
+MODULES = [
+    module.name for package in PACKAGES for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+]
 
 
 def own_examples(name: str) -> list[doctest.DocTest]:

@@ -1,6 +1,5 @@
 """The commands that are thin above the package: they answer at once, and say what is wrong in one line."""
 
-import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -21,12 +20,6 @@ SCRIPTS = {
     "pipelines/sample.py": ["--model", "nowhere/flow", "--output_dir", "o"],
     "training/ablate.py": "--grid nowhere.json --settings s --output_dir o --data_dir . --teacher t --judge j".split(),
 }
-
-
-def run_script(script, arguments, folder):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(REPOSITORY / script), *arguments]
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -52,16 +45,6 @@ def test_a_wrong_value_ends_the_script_with_a_message(script, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_message_is_all_that_is_printed(tmp_path):
-    script = "training/ablate.py"
-    done = run_script(script, SCRIPTS[script], tmp_path)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"{Path(script).name}: error: `--") and "nowhere" in last
-    assert not list(tmp_path.iterdir())
-
-
 def test_defaults_of_the_flags_are_those_of_the_arguments():
     args = vars(evaluation.parse_args(["--model", "m", "--output_dir", "o", "--data_dir", "d"]))
     defaults = vars(evaluation.EvaluationArguments("m", Path("o"), data_dir="d"))
@@ -73,5 +56,5 @@ def test_defaults_of_the_flags_are_those_of_the_arguments():
 def test_choices_are_the_librarys():
     sample = load_script(REPOSITORY / "pipelines" / "sample.py")
     assert evaluation.METHODS == METHODS
-    assert evaluation.GUIDANCE_RULES == sample.GUIDANCE_RULES == GUIDANCE_RULES
-    assert sample.GUIDANCE_SCHEDULES == GUIDANCE_SCHEDULES and sample.SOLVERS == SOLVERS
+    assert evaluation.GUIDANCE_RULES == GUIDANCE_RULES
+    assert evaluation.GUIDANCE_SCHEDULES == GUIDANCE_SCHEDULES and sample.SOLVERS == SOLVERS

@@ -36,9 +36,22 @@ def test_a_folder_in_a_table_out(script, model_folder, image_folder, tmp_path, c
         assert [row["label_1"], row["label_2"]] == [entry["label"] for entry in classes]
         assert float(row["score_1"]) == pytest.approx(classes[0]["score"], rel=1e-4)
         assert row["label_1"] in CLASS_NAMES
-    printed = capsys.readouterr().out
-    assert "12 images classified by 'shortlist'" in printed and "skipped" not in printed
+    printed = capsys.readouterr()
+    assert printed.out == "" and "12 images classified by 'shortlist'" in printed.err and "skipped" not in printed.err
     assert [path.name for path in output.parent.iterdir()] == ["table.csv"]
+
+
+def test_the_table_is_printed_unless_a_file_is_named(
+    script, model_folder, image_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    options = {"model": model_folder, "images": image_folder / "validation", "top_k": 1}
+    run(script, output=tmp_path / "table.csv", **options)
+    capsys.readouterr()
+    run(script, **options)
+    printed = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert printed == read_table(tmp_path / "table.csv") and len(printed) == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
 
 
 def test_what_is_no_image_is_skipped_counted_and_named(script, model_folder, tmp_path, capsys):
@@ -49,7 +62,7 @@ def test_what_is_no_image_is_skipped_counted_and_named(script, model_folder, tmp
     (tmp_path / "images" / ".hidden").write_text("not looked at")
     PIL.Image.new("P", (4, 4)).save(tmp_path / "images" / "palette.png")
     run(script, model=model_folder, images=tmp_path / "images", output=tmp_path / "table.csv", method="bayes")
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "4 images classified by 'bayes'" in printed
     assert "2 files are not images and were skipped" in printed
     assert "notes.txt" in printed and "truncated.png" in printed and ".hidden" not in printed
@@ -81,6 +94,20 @@ def test_nothing_to_classify(script, model_folder, tmp_path):
     with pytest.raises(ValueError, match="None of the 1 files is an image; the first is '.*a.txt'"):
         run(script, model=model_folder, images=tmp_path / "empty", output=tmp_path / "table.csv")
     assert not (tmp_path / "table.csv").exists()
+
+
+@pytest.mark.parametrize("device", ["gpu7", "meta:x"])
+def test_a_device_that_is_none_is_refused(script, model_folder, image_folder, device):
+    classify = script("classify")
+    with pytest.raises(ValueError, match=f"`--device` '{device}' cannot be used: Invalid device string"):
+        classify.main(classify.parse_args(command_line(model=model_folder, images=image_folder, device=device)))
+
+
+@pytest.mark.parametrize("option, value, minimum", [("top_k", 0, 1), ("batch_size", 0, 1), ("num_noise_draws", -1, 0)])
+def test_the_parser_refuses_numbers(script, capsys, option, value, minimum):
+    with pytest.raises(SystemExit):
+        script("classify").parse_args(command_line(model="m", images="i", **{option: value}))
+    assert f"--{option} must be at least {minimum}, but is {value}" in capsys.readouterr().err
 
 
 def test_an_unconditional_flow_is_refused(script, unconditional_folder, image_folder, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
+from flowback_hf.data import make_generator
 from flowback_hf.evaluation import EvaluationArguments, evaluate
 from flowback_hf.hub import load_pipeline
 from flowback_hf.metrics import FrechetDistance, ImageFeatureExtractor, ReferenceFeatures
@@ -238,6 +239,21 @@ def test_the_best_guidance_is_written_where_it_is_asked_for(model_folder, option
     assert config.guidance_rule == "product"
 
 
+def test_the_guidance_schedule_is_the_pipelines(model_folder, options, tmp_path):
+    options = {**options, "guidance_scales": [3.0], "methods": [], "num_samples": 5}
+    run(output_dir=tmp_path, guidance_schedule="linear", **options)
+    pipeline = FlowBackPipeline.from_pretrained(model_folder)
+    pixels = np.asarray(PIL.Image.open(tmp_path / "samples" / "guidance_3.0" / "000001.png")).astype(int)
+
+    def distance(schedule):
+        image = pipeline(class_labels=[1], guidance_scale=3.0, guidance_schedule=schedule,
+                         generator=make_generator(0, 1)).images[0]  # fmt: skip
+        return np.abs(np.asarray(image) - pixels).max()
+
+    assert distance("linear") <= 1 < distance("constant")
+    assert read_results(tmp_path)["guidance_schedule"] == "linear"
+
+
 def test_a_saved_reference_is_used_again(options, tmp_path):
     run(output_dir=tmp_path / "first", **options)
     reference = tmp_path / "first" / "reference.npz"
@@ -376,6 +392,10 @@ def test_another_evaluations_folder_is_refused(options, tmp_path):
         (["--data_dir", "d", "--guidance_scales", "0.5"], "--guidance_scales must be at least 1.0"),
         (["--data_dir", "d", "--write_best_guidance"], "--write_best_guidance needs --features"),
         (["--data_dir", "d", "--features", "f", "--write_best_guidance"], "needs a --model folder to write to"),
+        (
+            ["--data_dir", "d", "--features", "f", "--write_best_guidance", "--guidance_schedule", "linear"],
+            "--write_best_guidance is for the constant --guidance_schedule",
+        ),
         (["--data_dir", "d", "--methods", "guess"], "invalid choice: 'guess'"),
     ],
 )

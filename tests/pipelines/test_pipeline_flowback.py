@@ -435,6 +435,31 @@ def test_labels_for_an_unconditional_flow_raise(unconditional_pipe):
         unconditional_pipe(class_labels=[1])
 
 
+@pytest.fixture
+def digits(randomised_model):
+    """Five classes: 0 is called 3, 1 is called 1, 2 is called 12, 3 and 4 are called cat and dog, hound."""
+    return FlowBackPipeline(randomised_model(), id2label={0: "3", 1: "1", 2: "12", 3: "cat", 4: "dog, hound"})
+
+
+def test_a_label_is_a_name_if_it_is_known_and_a_number_otherwise(digits):
+    labels = ["cat", "hound", "12", "0", "-1", "1"]  # 12 is no class's number, and class 1 is called 1
+    assert digits.get_label_ids(labels) == [3, 4, 2, 0, -1, 1]
+    assert digits.normalize_class_labels([*labels, 3, ["dog"]]) == [3, 4, 2, 0, -1, 1, 3, 4]
+
+
+def test_a_label_of_two_classes_is_refused_and_either_can_be_written(digits):
+    message = "'3' is the name of class 0 and the number of class 3. Write 'name:3' for the former or 'id:3' for the"
+    with pytest.raises(ValueError, match=message):
+        digits(class_labels=["3"])
+    assert digits.normalize_class_labels(["name:3", "id:3", 3]) == [0, 3, 3]
+    with pytest.raises(ValueError, match="'name:7' is not one"):
+        digits.get_label_ids("name:7")
+    with pytest.raises(ValueError, match="'id:cat' is not one"):
+        digits.get_label_ids("id:cat")
+    with pytest.raises(ValueError, match="must lie between 0 and 4, or be -1 for no class, but one is 9"):
+        digits(class_labels="id:9")
+
+
 def test_names_without_id2label_raise(randomised_model):
     with pytest.raises(ValueError, match="This pipeline has no `id2label`"):
         FlowBackPipeline(randomised_model())(class_labels="goldfish")

@@ -104,9 +104,11 @@ def test_an_unconditional_flow(script, unconditional_folder, tmp_path):
         assert file["arr_1"].tolist() == [-1] * 11
 
 
-def test_names_win_over_numbers_where_classes_are_called_by_digits(randomised_model):
-    pipeline = FlowBackPipeline(randomised_model(), id2label={0: "4", 1: "3", 2: "2", 3: "1", 4: "0"})
-    assert choose_class_labels(pipeline, ["0", "3", "-1"]) == [4, 1, -1]
+def test_the_command_reads_labels_as_the_pipeline_does(randomised_model):
+    pipeline = FlowBackPipeline(randomised_model(), id2label={0: "4", 1: "cat"})
+    assert choose_class_labels(pipeline, ["name:4", "id:4", "cat", "3", "-1"]) == [0, 4, 1, 3, -1]
+    with pytest.raises(ValueError, match="'4' is the name of class 0 and the number of class 4"):
+        choose_class_labels(pipeline, ["4"])
 
 
 # Bad input
@@ -141,6 +143,31 @@ def test_labels_for_an_unconditional_flow_raise(script, unconditional_folder, tm
         run(script, model=unconditional_folder, class_labels=[1], output_dir=tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tolerance": -1}, "--tolerance must be at least 0 and finite, but is -1.0"),
+        ({"tolerance": "nan"}, "--tolerance must be at least 0 and finite, but is nan"),
+        ({"guidance_temperature": 0}, "--guidance_temperature must be positive and finite, but is 0.0"),
+    ],
+)
+def test_the_parser_refuses_numbers(script, capsys, options, message):
+    with pytest.raises(SystemExit):
+        script("sample").parse_args(command_line(model="m", output_dir="o", **options))
+    assert message in capsys.readouterr().err
+
+
+def test_the_tolerance_is_the_solvers(script, model_folder, tmp_path):
+    options = {"model": model_folder, "num_images": 3, "solver": "jacobi"}
+    run(script, output_dir=tmp_path / "exact", tolerance=0, **options)
+    run(script, output_dir=tmp_path / "sloppy", tolerance=100, **options)
+    run(script, output_dir=tmp_path / "sequential", **{**options, "solver": "sequential"})
+    assert_same_images(tmp_path / "exact", tmp_path / "sequential")
+    with pytest.raises(AssertionError):
+        assert_same_images(tmp_path / "sloppy", tmp_path / "sequential")
+    assert json.loads((tmp_path / "sloppy" / "sampling.json").read_text())["tolerance"] == 100
+
+
 @pytest.mark.parametrize("option", ["num_images", "batch_size"])
 def test_the_parser_refuses_counts_below_one(script, capsys, option):
     with pytest.raises(SystemExit):
@@ -170,7 +197,7 @@ def test_a_model_that_is_nowhere_is_said(script, tmp_path, monkeypatch, name, op
         options = {"images": tmp_path}
     else:
         options = {**options, "output_dir": tmp_path / "out"}
-    message = "`--model` must be a folder that holds a saved pipeline, or its id on the Hub, but 'nowhere/flow' is no"
+    message = "`--model` must be a folder that holds a saved pipeline, or its id on the Hub, but 'nowhere/flow' is ne"
     with pytest.raises(ValueError, match=message):
         line = command_line(model="nowhere/flow", **options)
         module.main(module.parse_args(line), *([line] if name == "evaluate_flow" else []))

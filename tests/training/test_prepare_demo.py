@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 from flowback_hf.data import demo
 
-from ..conftest import load_script
+from ..conftest import end_of_command, load_script
 
 
 SCRIPT = Path(__file__).parents[2] / "training" / "prepare_demo.py"
@@ -32,6 +32,10 @@ NUM_IMAGES = {"digits": {"train": 1500, "validation": 297}, "shapes": {"train": 
 
 
 prepare_demo = load_script(SCRIPT)
+
+
+def run(line: list[str]):
+    prepare_demo.main(prepare_demo.parse_args(line))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +160,7 @@ def test_both_networks_learn_the_digits(demos):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_seed_gives_the_same_images_and_weights_to_the_bit(demos, tmp_path, kind):
-    prepare_demo.main([*ARGUMENTS[kind], "--output_dir", str(tmp_path / "again")])
+    run([*ARGUMENTS[kind], "--output_dir", str(tmp_path / "again")])
     first, second = read_files(demos[kind]), read_files(tmp_path / "again")
     first_report, second_report = json.loads(first.pop("demo.json")), json.loads(second.pop("demo.json"))
     assert first == second
@@ -207,31 +211,25 @@ def test_the_shape_classes_are_in_the_order_of_an_image_folder():
         (["--kind", "cats"], "invalid choice: 'cats'"),
     ],
 )
-def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, capsys, arguments, message):
-    with pytest.raises(SystemExit) as stopped:
-        prepare_demo.main([*arguments, "--output_dir", str(tmp_path / "parent" / "demo")])
-    assert stopped.value.code != 0
-    assert message in capsys.readouterr().err
+def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, monkeypatch, arguments, message):
+    line = [*arguments, "--output_dir", str(tmp_path / "parent" / "demo")]
+    assert message in end_of_command(SCRIPT, line, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_as_output_dir_is_refused(tmp_path, capsys):
+def test_a_file_as_output_dir_is_refused(tmp_path, monkeypatch):
     (tmp_path / "demo").write_text("mine")
-    with pytest.raises(SystemExit) as stopped:
-        prepare_demo.main([*ARGUMENTS["shapes"], "--output_dir", str(tmp_path / "demo")])
-    assert stopped.value.code != 0
-    assert "is a file" in capsys.readouterr().err
+    line = [*ARGUMENTS["shapes"], "--output_dir", str(tmp_path / "demo")]
+    assert "is a file" in end_of_command(SCRIPT, line, monkeypatch)
     assert (tmp_path / "demo").read_text() == "mine"
 
 
-def test_a_folder_with_something_in_it_is_refused_and_left_as_it_was(tmp_path, capsys):
+def test_a_folder_with_something_in_it_is_refused_and_left_as_it_was(tmp_path, monkeypatch):
     output_dir = tmp_path / "demo"
     output_dir.mkdir()
     (output_dir / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit) as stopped:
-        prepare_demo.main([*ARGUMENTS["shapes"], "--output_dir", str(output_dir)])
-    assert stopped.value.code != 0
-    assert f"--output_dir {output_dir} is not empty" in capsys.readouterr().err
+    line = [*ARGUMENTS["shapes"], "--output_dir", str(output_dir)]
+    assert f"--output_dir {output_dir} is not empty" in end_of_command(SCRIPT, line, monkeypatch)
     assert read_files(tmp_path) == {"demo/notes.txt": b"mine"}
 
 
@@ -242,5 +240,5 @@ def test_a_failure_half_way_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(demo, "make_judge", fail)
     with pytest.raises(RuntimeError, match="out of luck"):
-        prepare_demo.main([*ARGUMENTS["shapes"], "--output_dir", str(tmp_path / "demo")])
+        run([*ARGUMENTS["shapes"], "--output_dir", str(tmp_path / "demo")])
     assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,7 @@ from flowback_hf import (
     FlowBackPipeline,
 )
 from flowback_hf.files import read_json_lines
+from flowback_hf.training import trainer
 from flowback_hf.training.checkpoints import read_progress
 
 from ..conftest import REPOSITORY, start_two_processes, write_images
@@ -320,6 +321,30 @@ def test_bad_arguments_raise_and_leave_nothing(train_rra, arguments, tmp_path, o
     with pytest.raises(ValueError, match=message):
         train_rra.main(train_rra.parse_args(arguments(output_dir=tmp_path / "run", **options)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name, installed, error, message",
+    [
+        ("tensorboard", [], ImportError, r'tensorboard finds no such .*: pip install "flowback_hf\[tensorboard\]"'),
+        ("wandb", ["tensorboard"], ImportError, r'wandb finds no such .*: pip install "flowback_hf\[wandb\]"'),
+        ("comet_ml", ["tensorboard"], ImportError, "comet_ml finds no such .*: pip install comet_ml, or leave it out"),
+        ("all", [], ImportError, r'all finds no such .*: pip install "flowback_hf\[tensorboard\]"'),
+        ("tensorbored", ["tensorboard"], ValueError, "must be one of .*, tensorboard, .* but is 'tensorbored'"),
+    ],
+)
+def test_a_tracker_that_cannot_log_is_an_error_before_any_work(
+    train_rra, arguments, tmp_path, monkeypatch, name, installed, error, message
+):
+    monkeypatch.setattr(trainer, "get_available_trackers", lambda: installed)
+    with pytest.raises(error, match=f"`--report_to` {message}"):
+        train_rra.main(train_rra.parse_args(arguments(output_dir=tmp_path / "run", report_to=name)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_trackers_with_an_extra_are_in_setup():
+    setup = (REPOSITORY / "setup.py").read_text()
+    assert all(f'"{name}": ["{name}>=' in setup for name in trainer.TRACKER_EXTRAS)
 
 
 @pytest.mark.parametrize(

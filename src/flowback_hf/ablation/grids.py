@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -148,10 +147,7 @@ def read_object(path: Path, option: str, keys: Iterable[str]) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError if there is none, or if it has other keys."""
     if not path.is_file():
         raise ValueError(f"`--{option}` must be an existing JSON file, but is {str(path)!r}.")
-    try:
-        content = read_json(path)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`--{option}` {path} is not JSON: {error}.") from error
+    content = read_json(path)
     check_keys(content, f"`--{option}` {path}", keys)
     return content
 

@@ -67,7 +67,7 @@ class DataSource:
             builder = {"path": "parquet", "data_files": self.name}
         try:
             return datasets.load_dataset(**builder, cache_dir=self.cache_dir, streaming=streaming)
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"`{self.option}` {self.name!r} holds no images that can be loaded: {error}") from error
 
 

@@ -178,6 +178,7 @@ class Evaluation:
                 "num_samples": options.num_samples,
                 "guidance_scale": scale,
                 "guidance_rule": self.guidance_rule,
+                "guidance_schedule": options.guidance_schedule,
                 "guidance_temperature": options.guidance_temperature,
             }
         if self.probe_images is not None:
@@ -252,6 +253,7 @@ class Evaluation:
                     seed=options.seed,
                     guidance_scale=scale,
                     guidance_rule=self.guidance_rule,
+                    guidance_schedule=options.guidance_schedule or "constant",
                     guidance_temperature=options.guidance_temperature,
                 )
                 return {f"{key}/guidance_{scale}": value for key, value in measured.items()}
@@ -263,6 +265,7 @@ class Evaluation:
             "best_guidance_scale": best,
             "best_frechet_distance": distances[best],
             "guidance_rule": self.guidance_rule,
+            "guidance_schedule": options.guidance_schedule or "constant",
             "features": extractor.name,
             "reference": reference.name,
             "num_reference_images": reference.num_images,

@@ -163,22 +163,16 @@ def choose_class_labels(pipeline: FlowBackPipeline, labels: list[str] | None) ->
 
     Args:
         pipeline ([`FlowBackPipeline`]): The flow and the names of its classes.
-        labels (`list[str]`, *optional*): Names or numbers. A name wins over a number: digits are called by their
-            names.
+        labels (`list[str]`, *optional*): Names or numbers, as in [`FlowBackPipeline.get_label_ids`].
     Returns:
         `list[int]`: class ids, by default of all classes; `None` for an unconditional flow.
     Raises:
-        ValueError: if a label is not one of the flow's.
+        ValueError: if a label is unknown, or can be read in two ways.
     """
     num_classes = pipeline.transformer.config.num_classes
     if labels is None:
         return None if num_classes is None else list(range(num_classes))
-
-    def name_or_number(label: str) -> str | int:
-        is_number = label.removeprefix("-").isdigit() and label not in pipeline.labels
-        return int(label) if is_number else label
-
-    return pipeline.normalize_class_labels([name_or_number(label) for label in labels])
+    return pipeline.normalize_class_labels(labels)
 
 
 def draw_grid(rows: dict[str, list[PIL.Image.Image]], path: Path):

@@ -74,6 +74,11 @@ def read_pipeline_index(index: dict[str, Any], module_name: str) -> dict[str, An
     return index
 
 
+def read_whole_number(text: str) -> int | None:
+    """Return the whole number that a text consists of; `None` if it is something else."""
+    return int(text) if text.removeprefix("-").isdecimal() else None
+
+
 def fit_image(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     """
     Cut the middle square out of an image and resize it. Training and classification both fit images this way.
@@ -381,33 +386,63 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """
-        Look up the ids of class names.
+        Look up the class ids of labels that are strings. The command line and Python read labels alike.
+
+        A known name is a name, and any other whole number is a class id. A string that is the name of one class and
+        the id of another is refused: `"name:7"` is the class that is called 7, and `"id:7"` is class 7, as is the
+        number 7 in Python.
 
         Args:
-            label (`str` or `list[str]`): Names or synonyms from `id2label`.
+            label (`str` or `list[str]`): Names or synonyms from `id2label`, or class ids, or `"-1"` for no class.
         Returns:
-            `list[int]`: one id for each name.
+            `list[int]`: one id for each label. Their range is not checked.
         Raises:
-            ValueError: if a name is unknown. The message suggests the most similar known names.
+            ValueError: if a label is neither a known name nor a whole number, or if it can be read in two ways. The
+                message suggests the most similar known names, or shows how to write either class.
+
+        Example:
+            ```py
+            >>> from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+
+            >>> flow = TarFlowTransformer2DModel(8, 4, 3, num_blocks=1, num_layers=1, num_classes=3)
+            >>> pipe = FlowBackPipeline(flow, id2label={0: "cat, house cat", 1: "2", 2: "dog"})
+            >>> pipe.get_label_ids(["house cat", "0", "name:2", "id:2"])
+            [0, 0, 1, 2]
+            ```
         """
-        names = [label] if isinstance(label, str) else list(label)
-        for name in names:
-            if name not in self.labels:
-                nearest = difflib.get_close_matches(name, self.labels, n=3, cutoff=0.0)
-                known = f"The nearest known ones are {nearest}." if nearest else "This pipeline has no `id2label`."
-                raise ValueError(f"`class_labels` must be known names, but {name!r} is not one. {known}")
-        return [self.labels[name] for name in names]
+        return [self._get_label_id(name) for name in ([label] if isinstance(label, str) else label)]
+
+    def _get_label_id(self, label: str) -> int:
+        kind, _, rest = label.partition(":")
+        if label in self.labels:
+            label_id = self.labels[label]
+            other = read_whole_number(label)
+            if other is not None and other != label_id and 0 <= other < (self.transformer.config.num_classes or 0):
+                raise ValueError(
+                    f"`class_labels` must name one class, but {label!r} is the name of class {label_id} and the number"
+                    f" of class {other}. Write 'name:{label}' for the former or 'id:{label}' for the latter."
+                )
+            return label_id
+        if kind == "name" and rest in self.labels:
+            return self.labels[rest]
+        label_id = read_whole_number(rest if kind == "id" else label)
+        if label_id is None:
+            nearest = difflib.get_close_matches(label, self.labels, n=3, cutoff=0.0)
+            known = f"The nearest known ones are {nearest}." if nearest else "This pipeline has no `id2label`."
+            raise ValueError(f"`class_labels` must be known names or numbers, but {label!r} is not one. {known}")
+        return label_id
 
     def normalize_class_labels(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
         """
         Turn class labels of any accepted form into one flat list of class ids.
 
         Args:
-            class_labels (`int`, `str`, a nested list of them or a `torch.Tensor`): Class ids or names.
+            class_labels (`int`, `str`, a nested list of them or a `torch.Tensor`):
+                Class ids, or strings as in [`~FlowBackPipeline.get_label_ids`].
         Returns:
             `list[int]`: the class ids. Their range is not checked.
         Raises:
-            ValueError: if a name is unknown, or a label is neither a whole number nor a name.
+            ValueError: as [`~FlowBackPipeline.get_label_ids`], or if a label is neither a whole number nor a string.
         """
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.tolist()
@@ -702,8 +737,9 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
 
         Args:
             class_labels (`int`, `str`, a list of them or a `torch.Tensor`, *optional*):
-                The class of each image, by id or name; -1 means no class. With `None`, images are sampled without a
-                class. An unconditional flow takes `None` only.
+                The class of each image, by id or name; -1 means no class. A string is read as
+                [`~FlowBackPipeline.get_label_ids`] says. With `None`, images are sampled without a class. An
+                unconditional flow takes `None` only.
             guidance_scale (`float`, *optional*, defaults to the pipeline's):
                 The strength of classifier-free guidance, at least 1.0, which turns it off. More guidance makes classes
                 more distinct and images less varied.

@@ -12,6 +12,7 @@ from flowback_hf import AlignedFlowObjective, FlowBackPipeline, RepresentationTe
 from flowback_hf.data import ImageSource, LatentSource, Splits, load_teacher, load_teacher_features
 from flowback_hf.data.latents import hash_weights, load_vae
 from flowback_hf.files import read_json
+from flowback_hf.hub import load_pipeline
 from flowback_hf.places import choose_places
 from flowback_hf.training.adapters import add_lora
 
@@ -45,7 +46,8 @@ def make_flow(args: argparse.Namespace, class_names: list[str] | None, data_size
     """
     sizes = model_flags(args)
     if args.pretrained_model_name_or_path is not None:
-        pipeline = FlowBackPipeline.from_pretrained(args.pretrained_model_name_or_path, cache_dir=args.cache_dir)
+        option = "--pretrained_model_name_or_path"
+        pipeline = load_pipeline(FlowBackPipeline, args.pretrained_model_name_or_path, option, args.cache_dir)
         check_contradictions("--pretrained_model_name_or_path", pipeline.transformer.config, sizes)
         labelled = add_classes(pipeline, class_names)
         if args.lora_rank is not None:

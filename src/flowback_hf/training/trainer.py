@@ -12,7 +12,8 @@ import datasets
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
@@ -44,9 +45,42 @@ from flowback_hf_cli.training import TrainingArguments
 
 logger = get_logger(__name__, log_level="INFO")
 
+# Trackers whose package an extra of the same name installs.
+TRACKER_EXTRAS = ("tensorboard", "wandb")
+
+
+def check_tracker(name: str | None):
+    """
+    Check that a tracker can be logged to. Accelerate itself trains on without one whose package is missing.
+
+    Args:
+        name (`str`, *optional*): A tracker of Accelerate's, or `"all"` that are installed. `None` logs to none.
+    Raises:
+        ValueError: if there is no such tracker.
+        ImportError: if its package is missing. The message says what to install.
+    """
+    names = [str(kind) for kind in LoggerType if kind != LoggerType.ALL]
+    installed = [str(kind) for kind in get_available_trackers()]
+    if name is None or name in installed or (name == "all" and installed):
+        return
+    if name not in [*names, "all"]:
+        raise ValueError(f"`--report_to` must be one of {', '.join(names)} and all, but is {name!r}.")
+    tracker = TRACKER_EXTRAS[0] if name == "all" else name
+    package = f'"flowback_hf[{tracker}]"' if tracker in TRACKER_EXTRAS else tracker
+    raise ImportError(
+        f"`--report_to` {name} finds no such package installed: pip install {package}, or leave it out."
+        " metrics.jsonl is written without it."
+    )
+
 
 def make_accelerator(arguments: TrainingArguments) -> Accelerator:
-    """Make the accelerator of a run, set up its logging, and seed the global generators."""
+    """
+    Make the accelerator of a run, set up its logging, and seed the global generators.
+
+    Raises:
+        ValueError, ImportError: as [`check_tracker`].
+    """
+    check_tracker(arguments.report_to)
     folder = Path(arguments.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
@@ -193,7 +227,6 @@ class Trainer:
         labels = self.arguments.validation_class_labels
         if labels is None:
             return None
-        labels = [int(label) if str(label).isdigit() else label for label in labels]
         labels = self.pipeline.normalize_class_labels(labels)
         self.pipeline.check_inputs(labels, self.arguments.validation_guidance_scale)
         return labels
