@@ -784,7 +784,7 @@ def test_an_unconditional_flow_has_likelihoods_and_no_classes(randomised_model):
         ([0, 5], "`class_labels` must lie between 0 and 4, or be -1 for no class, but are"),
         ([0], "one for each image, but holds 1 for more images"),
         ([0, 1, 2], "one for each image, but holds 3 for 2 images"),
-        (["goldfish", "gold"], "`class_labels` must be known names, but 'gold' is not one"),
+        (["goldfish", "gold"], "`class_labels` must be known names or numbers, but 'gold' is not one"),
     ],
 )
 def test_labels_that_do_not_fit_raise(pipe, labels, message):
