@@ -13,7 +13,7 @@ extras = {
     # training/train_rra.py draws its loss curve
     "train": ["matplotlib>=3.8"],
     # adapters: load_lora_weights, and training/train_rra.py --lora_rank
-    "lora": ["peft>=0.17"],
+    "lora": ["peft>=0.18"],
     # training/train_rra.py --report_to
     "tensorboard": ["tensorboard>=2.18"],
     "wandb": ["wandb>=0.18"],
@@ -25,7 +25,7 @@ extras = {
     "fid": ["torch-fidelity>=0.3", "torchmetrics>=1.9", "torchvision"],
     "test": [
         "hypothesis>=6.100",
-        "peft>=0.17",
+        "peft>=0.18",
         "pytest>=8.0",
         "pytest-xdist>=3.5",
         "ruff>=0.6",

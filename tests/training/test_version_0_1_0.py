@@ -44,8 +44,12 @@ def test_a_run_resumes_and_ends_as_it_would_have(train_rra, killed_run):
     before = load_file(killed_run / "checkpoint-2" / "model.safetensors")
     moved = 0.0
     for name, tensor in expected.items():
-        # other processors add up in another order
-        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-5)
+        is_compared = torch.ones_like(tensor, dtype=torch.bool)
+        if name.endswith("to_qkv.bias"):
+            # Softmax ignores the keys' biases, so their gradient is rounding, which Adam scales up: it depends on the
+            # processor.
+            is_compared[len(tensor) // 3 : 2 * len(tensor) // 3] = False
+        torch.testing.assert_close(actual[name][is_compared], tensor[is_compared], rtol=0, atol=1e-6)
         moved = max(moved, (tensor - before[f"flow.{name}"]).abs().max())
     assert moved > 1e-3
     records = read_json_lines(killed_run / "metrics.jsonl")
