@@ -44,6 +44,50 @@ class TarFlowLayerNorm(nn.LayerNorm):
         )
 
 
+# On other CPUs than Intel's, MKL takes several times as long for a product of two rows as reading the weights does.
+MKL_SUITS_CPU = not torch.backends.mkl.is_available() or "Intel" in getattr(torch.cpu, "get_capabilities", dict)().get(
+    "cpu_name", "Intel"
+)
+
+
+def linear(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Compute `F.linear`, in a compiled step of one or two rows in operations that a compiler can fuse."""
+    device_type = hidden_states.device.type
+    if (
+        MKL_SUITS_CPU
+        or not torch.compiler.is_compiling()
+        or device_type != "cpu"
+        or torch.is_autocast_enabled(device_type)
+        or type(weight) not in (torch.Tensor, nn.Parameter)  # a quantized weight has a product of its own
+        or hidden_states.shape[:-1].numel() > 2
+    ):
+        return F.linear(hidden_states, weight, bias)
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    rows = hidden_states.contiguous()
+    # Inductor keeps the argument of `as_strided` in memory. It would otherwise compute the operations before the
+    # product, such as an activation, anew for each row of the weight.
+    rows = rows.as_strided(rows.shape, rows.stride())
+    product = (rows.unsqueeze(-2).to(dtype) * weight.to(dtype)).sum(dim=-1)
+    if bias is not None:
+        product = product + bias.to(dtype)
+    return product.to(hidden_states.dtype)
+
+
+class TarFlowLinear(nn.Linear):
+    """An `nn.Linear` that is also fast for the few rows of a decoding step."""
+
+    @classmethod
+    def from_linear(cls, module: nn.Linear) -> "TarFlowLinear":
+        """Return one with the parameters of `module`, without drawing any."""
+        with torch.device("meta"):
+            twin = cls(module.in_features, module.out_features, bias=module.bias is not None)
+        twin.weight, twin.bias = module.weight, module.bias
+        return twin
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return linear(hidden_states, self.weight, self.bias)
+
+
 class TarFlowOutputProjection(nn.Linear):
     """
     Projects hidden states to log-scales and shifts in float32, or in the input's dtype if that is wider.
@@ -58,7 +102,7 @@ class TarFlowOutputProjection(nn.Linear):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return F.linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+            return linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 def rotary_embedding(grid_size: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -102,7 +146,8 @@ class KeyValueCache(NamedTuple):
             Keys and values of all tokens; the layer writes those of the window. Entries that have not been written
             must be finite: the mask multiplies them by 0.
         positions (`torch.LongTensor` of shape `(num_rows or 1, window_size)`):
-            Positions of the window's tokens in the sequence, counted from 0.
+            Positions of the window's tokens in the sequence, counted from 0. A single token is at the same position in
+            all rows.
         attention_mask (`torch.BoolTensor` of shape `(num_rows or 1, 1, window_size, length)`):
             True where a token of the window may attend to one of the first `length` tokens.
     """
@@ -171,8 +216,12 @@ class TarFlowAttnProcessor:
         if in_window:
             is_finite = keys_and_values.isfinite().flatten(2).all(dim=2)[..., None, None]
             keys_and_values = torch.where(is_finite[..., None], keys_and_values, 0.0)
-        rows = torch.arange(len(query), device=query.device).unsqueeze(1)
-        cached[rows, :, :, positions] = keys_and_values.to(cached.dtype)
+        keys_and_values = keys_and_values.to(cached.dtype)
+        if in_window:
+            rows = torch.arange(len(query), device=query.device).unsqueeze(1)
+            cached[rows, :, :, positions] = keys_and_values
+        else:
+            cached.index_copy_(3, positions[0], keys_and_values.permute(0, 2, 3, 1, 4))
         # A causal kernel would align the window with the start of the cache, so this needs a mask. The backends of
         # `dispatch_attention_fn` do not help here: they are made for long sequences, and choosing one takes as long
         # as a small product.
@@ -196,8 +245,8 @@ class TarFlowAttention(nn.Module, AttentionModuleMixin):
         self.heads = heads
         self.head_dim = head_dim
         width = heads * head_dim
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_qkv = TarFlowLinear(width, 3 * width)
+        self.to_out = nn.ModuleList([TarFlowLinear(width, width)])
         self.set_processor(self._default_processor_cls())
 
     def forward(
@@ -231,6 +280,8 @@ class TarFlowLayer(nn.Module):
         self.attn = TarFlowAttention(heads, head_dim)
         self.norm2 = TarFlowLayerNorm(width)
         self.ff = FeedForward(width, inner_dim=inner_dim, activation_fn=activation_fn)
+        for name in [name for name, module in self.ff.named_modules() if type(module) is nn.Linear]:
+            self.ff.set_submodule(name, TarFlowLinear.from_linear(self.ff.get_submodule(name)))
 
     def forward(
         self,
@@ -549,7 +600,7 @@ def allocate_key_value_caches(
 
 
 def evaluate_window(
-    block: "TarFlowBlock", state: InverseState, positions: torch.Tensor, length: int
+    block: "TarFlowBlock", state: InverseState, positions: torch.Tensor, cached_positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Evaluate the block's network once, on a window of tokens.
@@ -558,7 +609,9 @@ def evaluate_window(
         block ([`TarFlowBlock`]): The block to invert.
         state ([`InverseState`]): Keys and values of the window are written to its caches.
         positions (`torch.LongTensor` of shape `(batch_size or 1, window_size)`): The tokens of the window.
-        length (`int`): How many tokens of the cache to attend to; larger than all `positions`.
+        cached_positions (`torch.LongTensor` of shape `(length,)`):
+            The first positions, from 0 on, at least up to the last of `positions`: the tokens of the cache to attend
+            to. A tensor, and not its length, so that a compiled step takes any length in one graph.
     Returns:
         `tuple` of two `torch.Tensor` of shape `(batch_size, window_size, token_dim)`: guided log-scale and shift of
         the tokens that follow those of the window.
@@ -574,7 +627,7 @@ def evaluate_window(
     if state.position_embedding is not None:
         hidden_states = hidden_states + state.position_embedding[row_positions]
     rotary = None if state.rotary is None else state.rotary[:, row_positions]
-    attention_mask = torch.arange(length, device=positions.device) <= row_positions[:, None, :, None]
+    attention_mask = cached_positions <= row_positions[:, None, :, None]
     for layer, cache in zip(block.layers, state.key_value_caches):
         key_value_cache = KeyValueCache(cache.flatten(0, 1), row_positions, attention_mask)
         hidden_states = layer(hidden_states, rotary, temperature, key_value_cache=key_value_cache)
@@ -586,28 +639,35 @@ def evaluate_window(
     return log_scale, shift
 
 
-def round_up_length(length: int, num_tokens: int) -> int:
+def attended_positions(block: "TarFlowBlock", length: int, num_tokens: int, device: torch.device) -> torch.Tensor:
     """
-    Round up how many tokens of the cache to attend to, to one of at most eight lengths.
+    Return the positions of the cache that a step attends to: those before `length`, and more where that is faster.
 
-    A compiled step has a graph for each length.
+    CUDA replays a graph for each length, so there compiled steps get one of at most eight lengths. Elsewhere one graph
+    takes any length; a length of 1 would get a graph of its own.
     """
-    multiple = max(32, math.ceil(num_tokens / 8))
-    return min(num_tokens, multiple * math.ceil(length / multiple))
+    if not block.steps_are_compiled:
+        return torch.arange(length, device=device)
+    if device.type == "cuda":
+        multiple = max(32, math.ceil(num_tokens / 8))
+        return torch.arange(min(num_tokens, multiple * math.ceil(length / multiple)), device=device)
+    positions = torch.arange(max(length, 2), device=device)
+    torch._dynamo.maybe_mark_dynamic(positions, 0)
+    return positions
 
 
-def decode_token(block: "TarFlowBlock", state: InverseState, position: torch.Tensor, length: int):
+def decode_token(block: "TarFlowBlock", state: InverseState, position: torch.Tensor, cached_positions: torch.Tensor):
     """
     Decode the token after `position`: one step of the sequential solver.
 
-    Shapes and addresses are the same for every token, and no value is read back. So the step compiles into one graph,
-    which a CUDA graph can replay.
+    Addresses are the same for every token, and no value is read back. So the step compiles into one graph, which a
+    CUDA graph can replay.
 
     Args:
-        block, state, length: As in [`evaluate_window`].
+        block, state, cached_positions: As in [`evaluate_window`].
         position (`torch.LongTensor` of shape `(1, 1)`): The last decoded token of all samples. Increased by 1.
     """
-    log_scale, shift = evaluate_window(block, state, position, length)
+    log_scale, shift = evaluate_window(block, state, position, cached_positions)
     next_position = position[0] + 1
     latents = state.latents.index_select(1, next_position)
     state.log_scale.index_copy_(1, next_position, log_scale)
@@ -618,12 +678,12 @@ def decode_token(block: "TarFlowBlock", state: InverseState, position: torch.Ten
 
 def run_sequential_solver(block: "TarFlowBlock", state: InverseState, last: int):
     """Decode the tokens after position `last` one by one. Each is exact to rounding."""
-    num_tokens = state.tokens.shape[1]
+    num_tokens, device = state.tokens.shape[1], state.tokens.device
     if block.steps_are_compiled:
         state.mark_batch_dynamic()
-    position = torch.full((1, 1), last, device=state.tokens.device)
+    position = torch.full((1, 1), last, device=device)
     for length in range(last + 1, num_tokens):
-        block.decode_token(block, state, position, round_up_length(length, num_tokens))
+        block.decode_token(block, state, position, attended_positions(block, length, num_tokens, device))
 
 
 # A sweep leaves a value unchanged if it changes it by at most this share of the tolerance. The share is small because
@@ -634,13 +694,18 @@ UNCHANGED_EPSILONS = 8
 
 
 def sweep_window(
-    block: "TarFlowBlock", state: InverseState, last: torch.Tensor, window_size: int, length: int, tolerance: float
+    block: "TarFlowBlock",
+    state: InverseState,
+    last: torch.Tensor,
+    window_size: int,
+    cached_positions: torch.Tensor,
+    tolerance: float,
 ) -> torch.Tensor:
     """
     Sweep once over a window of each sample, `u <- m(u) + exp(a(u)) z`: one step of the Jacobi solver.
 
     Args:
-        block, state, length: As in [`evaluate_window`].
+        block, state, cached_positions: As in [`evaluate_window`].
         last (`torch.LongTensor` of shape `(batch_size,)`): The last settled token of each sample.
         window_size (`int`): Tokens in the window, which follows the last settled token where there are that many.
         tolerance (`float`): As in [`TarFlowTransformer2DModel.forward`].
@@ -652,7 +717,7 @@ def sweep_window(
     positions = start.unsqueeze(1) + torch.arange(window_size, device=last.device)
     next_positions = positions + 1
     samples = torch.arange(len(last), device=last.device).unsqueeze(1)
-    log_scale, shift = evaluate_window(block, state, positions, length)
+    log_scale, shift = evaluate_window(block, state, positions, cached_positions)
     old_tokens = state.tokens[samples, next_positions]
     tokens = shift + torch.exp(log_scale) * state.latents[samples, next_positions]
 
@@ -717,14 +782,15 @@ def run_jacobi_solver(
     sweeps = [0] * batch_size  # of each sample
     num_active, num_sweeps = batch_size, 0
     while num_active > 0:
-        length = round_up_length(max(settled[:num_active]) + window_size, num_tokens)
+        length = min(max(settled[:num_active]) + window_size, num_tokens)
+        cached_positions = attended_positions(block, length, num_tokens, device)
         for start in range(0, num_active, max_samples):
             rows = slice(start, min(start + max_samples, num_active))
             last = torch.tensor(settled[rows], device=device)
             selected = state.select(rows)
             if block.steps_are_compiled:
                 selected.mark_batch_dynamic(last)
-            last = block.sweep_window(block, selected, last, window_size, length, settings.tolerance)
+            last = block.sweep_window(block, selected, last, window_size, cached_positions, settings.tolerance)
             settled[rows] = last.tolist()
         num_sweeps += 1
         for row in reversed(range(num_active)):
@@ -1100,7 +1166,7 @@ class TarFlowBlock(nn.Module):
         self.attention_head_dim = attention_head_dim
         self.reverse_order = reverse_order
         self.width = width = num_attention_heads * attention_head_dim
-        self.proj_in = nn.Linear(token_dim, width)
+        self.proj_in = TarFlowLinear(token_dim, width)
         self.pos_embed = None
         if position_embedding == "learned":
             self.pos_embed = nn.Parameter(0.01 * torch.randn(grid_size**2, width))  # in raster order
