@@ -117,7 +117,7 @@ def test_a_profile_of_other_weights_is_not_used(randomised_model, monkeypatch):
     profile = model.profile_inverse(latents)
     used = []
 
-    def profile_of_block(given, number):
+    def profile_of_block(given, number, device_type):
         used.append(given)
         return transformer_tarflow.BlockProfile("latents", {4: 1.0}) if given else None
 

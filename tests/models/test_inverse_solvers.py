@@ -47,8 +47,8 @@ def record_sweeps(model, monkeypatch):
     records = []
     sweep_window = transformer_tarflow.sweep_window
 
-    def recorded(block, state, last, window_size, length, tolerance):
-        settled = sweep_window(block, state, last, window_size, length, tolerance)
+    def recorded(block, state, last, window_size, cached_positions, tolerance):
+        settled = sweep_window(block, state, last, window_size, cached_positions, tolerance)
         caches = tuple(cache.clone() for cache in state.key_value_caches)
         records.append((state._replace(tokens=state.tokens.clone(), key_value_caches=caches), last, settled))
         return settled
@@ -312,19 +312,23 @@ def test_report_tells_what_was_done(randomised_model, guidance):
 
 def test_auto_weighs_the_profile_against_the_costs(randomised_model, monkeypatch):
     model = randomised_model(sample_size=8)
+    for block in model.blocks[:2]:
+        block.proj_out.weight.data *= 0.05  # few sweeps settle them
     latents, class_labels = noise(model, 2), torch.tensor([2, 4])
+    monkeypatch.setitem(STEP_COSTS, "cpu", {False: StepCosts(1e9, 1, 1e9)})  # rows cost nothing
     profile = model.profile_inverse(latents, class_labels, guidance_scale=2.0)
     assert profile == model.config.inverse_profile
     assert profile["num_tokens"] == 16 and profile["num_layers"] == [1, 1, 1] and profile["window_sizes"] == [4, 15]
-    assert len(profile["sweeps"]) == 3 and all(15 / 4 <= by_4 and by_15 <= 15 for by_4, by_15 in profile["sweeps"])
+    counted = [sweeps for by_window in profile["sweeps"] for sweeps in by_window if sweeps is not None]
+    assert [None in sweeps for sweeps in profile["sweeps"]] == [False, False, True]
+    assert all(1 < sweeps <= 0.75 * 15 for sweeps in counted)
     options = {"inverse": True, "output_report": True}
     expected = model(latents, class_labels, solver="sequential", **options)
 
-    monkeypatch.setitem(STEP_COSTS, "cpu", {False: StepCosts(1e9, 1, 1e9)})  # rows cost nothing
     output = model(latents, class_labels, **options)
     evaluations = [output.report.network_evaluations[block] for block in (1, 2, 3)]
     for block, (evaluated, sweeps) in enumerate(zip(evaluations, profile["sweeps"]), start=1):
-        assert output.report.solvers[block] == ("jacobi" if min(sweeps) <= 0.75 * 15 else "sequential")
+        assert output.report.solvers[block] == ("sequential" if set(sweeps) == {None} else "jacobi")
         assert evaluated <= 15
     assert_close(output.sample, expected.sample, atol=1e-9)
 
@@ -350,6 +354,46 @@ def test_auto_without_a_profile_stops_sweeping_if_sweeps_settle_too_few_tokens(r
     assert output.report.network_evaluations != swept.network_evaluations
     assert model.config.inverse_profile is None
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+
+
+def test_profile_counts_the_sweeps_that_the_report_counts(randomised_model, monkeypatch):
+    model = randomised_model(sample_size=8)
+    latents, class_labels = noise(model), torch.tensor([2, -1, 4])
+    monkeypatch.setitem(STEP_COSTS, "cpu", {False: StepCosts(1e9, 1e9, 1)})  # sweeps cost nothing
+    profile = model.profile_inverse(latents, class_labels, guidance_scale=2.0)
+    options = {"inverse": True, "solver": "jacobi", "guidance_scale": 2.0, "output_report": True}
+    for index, window_size in enumerate(profile["window_sizes"]):
+        report = model(latents, class_labels, window_size=window_size, **options).report
+        for number, sweeps in report.sweeps.items():
+            assert profile["sweeps"][number - 1][index] == pytest.approx(sweeps.float().mean().item())
+
+
+def test_profile_gives_up_where_sweeps_cannot_win(randomised_model, monkeypatch):
+    model = randomised_model(sample_size=8)
+    latents, class_labels = noise(model), torch.tensor([2, -1, 4])
+    records = record_sweeps(model, monkeypatch)
+    numbers = {}
+    for name, costs in {"always": StepCosts(1e9, 1e9, 1), "rarely": StepCosts(1, 1, 8)}.items():
+        monkeypatch.setitem(STEP_COSTS, "cpu", {False: costs})
+        records.clear()
+        profile = model.profile_inverse(latents, class_labels)
+        numbers[name] = len(records)
+        assert [[sweeps is None for sweeps in by_window] for by_window in profile["sweeps"]] == (
+            [[name == "rarely"] * 2] * 3
+        )
+    assert numbers["rarely"] <= 3 * 2 * (2 + 1) < numbers["always"]
+
+    # Here they cannot win. A device of another type tries for itself, as without a profile.
+    options = {"inverse": True, "output_report": True}
+    assert set(model(latents, class_labels, **options).report.solvers.values()) == {"sequential"}
+    monkeypatch.setitem(STEP_COSTS, "cpu", {False: StepCosts(20, 1, 20)})
+    assert set(model(latents, class_labels, **options).report.solvers.values()) == {"sequential"}
+    model.register_to_config(inverse_profile={**profile, "device_type": "cuda"})
+    assert set(model(latents, class_labels, **options).report.solvers.values()) == {"jacobi"}
+    # Asked to sweep, the flow sweeps.
+    model.register_to_config(inverse_profile=profile)
+    output = model(latents, class_labels, solver="jacobi", **options)
+    assert set(output.report.solvers.values()) == {"jacobi"} and output.report.residual.max() < 1e-8
 
 
 def test_profile_travels_with_the_model(randomised_model, tmp_path):
@@ -447,14 +491,15 @@ def test_cuda_graph_replays_the_token_step(randomised_model):
     with torch.no_grad():
         state = transformer_tarflow.allocate_state(block, latents, class_labels, guidance, SolverSettings())
         position = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+        cached_positions = torch.arange(16, device="cuda")
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # a warm-up run
-            transformer_tarflow.decode_token(block, state, position, 16)
+            transformer_tarflow.decode_token(block, state, position, cached_positions)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            transformer_tarflow.decode_token(block, state, position, 16)
+            transformer_tarflow.decode_token(block, state, position, cached_positions)
         position.zero_()
         for _ in range(15):
             graph.replay()

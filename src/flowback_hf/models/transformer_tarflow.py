@@ -539,12 +539,15 @@ class SolverSettings:
         min_tokens_per_sweep (`float`, defaults to 0.0):
             If the first [`TRIAL_SWEEPS`] sweeps settle fewer tokens than this on average, the block is finished
             token by token. 0 never switches.
+        max_sweeps (`int`, *optional*):
+            Give up after so many sweeps: what has not settled stays a guess, and its sample counts as 0 sweeps.
     """
 
     window_size: int = 0
     initial_guess: str = "latents"
     tolerance: float = 0.0
     min_tokens_per_sweep: float = 0.0
+    max_sweeps: int | None = None
 
 
 def allocate_state(
@@ -770,7 +773,7 @@ def run_jacobi_solver(
 
     Returns:
         `tuple` of two `torch.LongTensor` of shape `(batch_size,)`: the row of `state` that holds each sample, and the
-        sweeps of each sample.
+        sweeps of each sample, 0 for those that were given up.
     """
     batch_size, num_tokens, _ = state.tokens.shape
     device = state.tokens.device
@@ -800,6 +803,8 @@ def run_jacobi_solver(
                 state.swap_out(row, num_active)
                 for each in (order, settled):
                     each[row], each[num_active] = each[num_active], each[row]
+        if num_sweeps == settings.max_sweeps:
+            break
         tokens_per_sweep = sum(settled) / (num_sweeps * batch_size)
         if num_sweeps == TRIAL_SWEEPS and num_active > 0 and tokens_per_sweep < settings.min_tokens_per_sweep:
             slowest = min(settled[:num_active])
@@ -894,19 +899,29 @@ class BlockProfile(NamedTuple):
 
     Args:
         initial_guess (`str`): The better one.
-        sweeps (`dict` of `int` to `float`): Mean sweeps of a sample, by window size.
+        sweeps (`dict` of `int` to `float`):
+            Mean sweeps of a sample, by window size; infinite where they were too many to win.
     """
 
     initial_guess: str
     sweeps: dict[int, float]
 
 
-def profile_of_block(profile: dict[str, Any] | None, number: int) -> BlockProfile | None:
-    """Return what `inverse_profile` says of block `number`, counted from 1."""
+def profile_of_block(profile: dict[str, Any] | None, number: int, device_type: str) -> BlockProfile | None:
+    """
+    Return what `inverse_profile` says of block `number`, counted from 1, to a device.
+
+    It says nothing if no window size won on the device that measured and the flow is on a device of another type.
+    """
     if profile is None:
         return None
-    sweeps = zip(profile["window_sizes"], profile["sweeps"][number - 1])
-    return BlockProfile(profile["initial_guesses"][number - 1], dict(sweeps))
+    sweeps = {
+        size: math.inf if sweeps is None else sweeps
+        for size, sweeps in zip(profile["window_sizes"], profile["sweeps"][number - 1])
+    }
+    if min(sweeps.values()) == math.inf and profile.get("device_type", device_type) != device_type:
+        return None
+    return BlockProfile(profile["initial_guesses"][number - 1], sweeps)
 
 
 def choose_settings(
@@ -941,7 +956,10 @@ def choose_settings(
 
     if profile is not None:
         settings = replace(settings, initial_guess=profile.initial_guess)
-    if profile is not None and window_size is None:
+    is_known = profile is not None and min(profile.sweeps.values()) < math.inf
+    if profile is not None and not is_known and solver == "auto" and window_size is None:
+        return settings
+    if is_known and window_size is None:
         block_costs = {size: sweeps * (costs.sweep + size * rows) for size, sweeps in profile.sweeps.items()}
         best = min(block_costs, key=block_costs.get)
         pays = block_costs[best] <= (1 - MIN_JACOBI_SAVING) * num_steps * token_cost
@@ -1039,7 +1057,41 @@ def measure_residual(
 PROFILE_WINDOW_SIZES = (4, 16, 64, 256)
 
 
+def max_sweeps_to_win(device_type: str, num_branches: int, num_steps: int, window_size: int) -> int:
+    """
+    Return how many sweeps `"auto"` may take for a block, at the batch size and in the mode that allow the most.
+
+    It is at least 1, because a solver sweeps at least once.
+    """
+    sweeps_a_step = []
+    for costs in STEP_COSTS.get(device_type, STEP_COSTS["cpu"]).values():
+        # How much more a sweep costs than a token changes in one direction from one sample to infinitely many.
+        token, sweep = costs.token + num_branches * costs.token_row, costs.sweep + num_branches * window_size
+        sweeps_a_step += [token / sweep, costs.token_row / window_size]
+    return max(1, min(math.floor((1 - MIN_JACOBI_SAVING) * num_steps * max(sweeps_a_step)), num_steps))
+
+
 @torch.no_grad()
+def measure_block_sweeps(
+    block: "TarFlowBlock",
+    latents: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    guidance: Guidance,
+    settings: SolverSettings,
+) -> float | None:
+    """
+    Return the mean sweeps of a sample, or `None` if one takes more than `settings.max_sweeps`.
+
+    The first sample goes ahead: mostly it shows whether the others need to follow.
+    """
+    for samples in (slice(1), slice(None)):
+        labels = None if class_labels is None else class_labels[samples]
+        sweeps = block(latents[samples], labels, inverse=True, guidance=guidance, settings=settings).sweeps
+        if not sweeps.all():
+            return None
+    return sweeps.float().mean().item()
+
+
 def measure_sweeps(
     blocks: Iterable["TarFlowBlock"],
     latents: torch.Tensor,
@@ -1057,21 +1109,32 @@ def measure_sweeps(
         guidance ([`Guidance`]): Of all blocks.
     Returns:
         `dict`: `window_sizes`; and from block 1 on, `initial_guesses`, the better one of each block, and `sweeps`, its
-        mean sweeps for each window size.
+        mean sweeps for each window size, or `None` where they cannot win on this device.
     """
-    window_sizes = sorted({min(size, max(latents.shape[1] - 1, 1)) for size in PROFILE_WINDOW_SIZES})
+    num_steps = max(latents.shape[1] - 1, 1)
+    window_sizes = sorted({min(size, num_steps) for size in PROFILE_WINDOW_SIZES})
+    limits = [max_sweeps_to_win(latents.device.type, guidance.num_branches, num_steps, size) for size in window_sizes]
     tokens, initial_guesses, all_sweeps = latents, [], []
     for block in logging.tqdm(list(reversed(list(blocks))), desc="Profiling the inverse"):
-        sweeps = {initial_guess: [] for initial_guess in INITIAL_GUESSES}
-        for initial_guess in INITIAL_GUESSES:
-            for window_size in window_sizes:
-                settings = SolverSettings(window_size, initial_guess, tolerance)
-                output = block(tokens, class_labels, inverse=True, guidance=guidance, settings=settings)
-                sweeps[initial_guess].append(output.sweeps.float().mean().item())
-        tokens = output.tokens
-        best = min(INITIAL_GUESSES, key=lambda initial_guess: sum(sweeps[initial_guess]))
+        sweeps = {
+            initial_guess: [
+                measure_block_sweeps(
+                    block,
+                    tokens,
+                    class_labels,
+                    guidance,
+                    SolverSettings(size, initial_guess, tolerance, max_sweeps=limit),
+                )
+                for size, limit in zip(window_sizes, limits)
+            ]
+            for initial_guess in INITIAL_GUESSES
+        }
+        best = min(
+            INITIAL_GUESSES, key=lambda guess: sum(num_steps if each is None else each for each in sweeps[guess])
+        )
         initial_guesses.insert(0, best)
         all_sweeps.insert(0, sweeps[best])
+        tokens = block(tokens, class_labels, inverse=True, guidance=guidance).tokens
     return {"window_sizes": window_sizes, "initial_guesses": initial_guesses, "sweeps": all_sweeps}
 
 
@@ -1592,7 +1655,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
             settings = {
                 number: choose_settings(
                     block,
-                    profile_of_block(profile, number),
+                    profile_of_block(profile, number, tokens.device.type),
                     tokens,
                     guidance,
                     solver,
@@ -1668,9 +1731,10 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
         r"""
         Measure how many Jacobi sweeps each flow block needs, by window size and initial guess, for `solver="auto"`.
 
-        The profile depends on the flow and its guidance, not on the device. It is registered as the config's
-        `inverse_profile` and saved with the model. `"auto"` combines it with the costs of the device that samples.
-        It belongs to the weights that it was measured with: measure again after training.
+        The profile is registered as the config's `inverse_profile` and saved with the model. `"auto"` combines it with
+        the costs of the device that samples. Where sweeps cannot win on the device that measures, it stops early and
+        leaves their number out, so measure on the device that you will sample with. The profile belongs to the
+        weights that it was measured with: measure again after training.
 
         Args:
             latents (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
@@ -1679,7 +1743,8 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
                 As in [`~TarFlowTransformer2DModel.forward`]. Use those that you will sample with.
         Returns:
             `dict`: `num_tokens` and `num_layers`, which identify the architecture; `window_sizes`; from block 1 on,
-            `initial_guesses` and the mean `sweeps` for each window size; guidance and tolerance of the measurement.
+            `initial_guesses` and the mean `sweeps` for each window size, `None` where they are too many to win on this
+            device; `device_type`, guidance and tolerance of the measurement.
         Raises:
             ValueError: as [`~TarFlowTransformer2DModel.forward`], or if adapters are attached.
 
@@ -1714,6 +1779,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
             "num_tokens": self._num_tokens,
             "num_layers": [len(block.layers) for block in self.blocks],
             **measure_sweeps(self.blocks, tokens, class_labels, guidance, tolerance),
+            "device_type": tokens.device.type,
             "guidance_scale": guidance_scale,
             "guidance_rule": guidance_rule,
             "guidance_schedule": guidance_schedule,
@@ -1761,9 +1827,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
         """
         Compile the layers and the steps of the solvers, each as a whole. Takes the arguments of `torch.compile`.
 
-        On a CPU, sampling is fastest with `freezing` and `max_autotune` set in `torch._inductor.config`. (`freezing`
-        has no effect as an option of this call.) Each flow block then has its own graphs, so raise
-        `torch._dynamo.config.recompile_limit`.
+        [`FlowBackPipeline.compile`] chooses them for the device.
         """
         super().compile_repeated_blocks(*args, **kwargs)
         for block in self.blocks:
