@@ -1,18 +1,24 @@
 """
 Times sampling from a trained flow: the package's solvers, plain and compiled, against the published token loop and the
 two published Jacobi recipes, alternately and in one run; refuses to report times of wrong results. Draws how far each
-is from what the hardware allows. Written as it goes.
+is from what the hardware allows. With --cold, times the first call instead: each sampler starts in a new process.
+Written as it goes.
 
     python benchmarks/prepare_flow.py
     python benchmarks/sampling.py --compile
+    python benchmarks/sampling.py --cold --guidance_scales 2 --batch_sizes 1 16 4
 """
 
 import argparse
 import copy
 import json
+import multiprocessing
+import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +34,8 @@ from flowback_hf.reporting import markdown_table
 
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 BASELINES = ("published loop", "GS-Jacobi", "SeJD")
+# Each in a new process. The second compiled one finds on the disk what the first has compiled.
+COLD_SAMPLERS = ("published loop", "plain", "compiled", "compiled, second process")
 # A baseline's run that took longer is not repeated.
 REPEATED_SECONDS = 10.0
 
@@ -79,8 +87,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="The dtype of the weights. Default: %(default)s.",
     )
     parser.add_argument("--compile", action="store_true", help="Also time the solvers with compiled steps.")
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="Time each sampler's first call in a new process, and later calls. Default output: sampling_cold.json.",
+    )
     add_run_arguments(parser, "sampling.json")
     args = parser.parse_args(arguments)
+    if args.cold and args.output == parser.get_default("output"):
+        args.output = args.output.with_name("sampling_cold.json")
     if min(args.repeats, *args.batch_sizes) < 1:
         parser.error("--repeats and --batch_sizes must be at least 1")
     if not (args.model / "model_index.json").exists():
@@ -104,19 +119,10 @@ def draw_noise_and_labels(
     return latents.to(args.device, dtype), class_labels.to(args.device)
 
 
-def compile_steps(model: TarFlowTransformer2DModel, device: str) -> TarFlowTransformer2DModel:
-    """A copy whose solvers' steps are compiled as its device likes it best."""
-    model = copy.deepcopy(model)
-    # Frozen, each block has graphs of its own, for each batch size with and without guidance.
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.accumulated_recompile_limit = 1024
-    if torch.device(device).type == "cuda":
-        model.compile_repeated_blocks(fullgraph=True, mode="reduce-overhead")
-    else:
-        torch._inductor.config.freezing = True
-        torch._inductor.config.max_autotune = True
-        model.compile_repeated_blocks(fullgraph=True)
-    return model
+def compile_copy(model: TarFlowTransformer2DModel) -> TarFlowTransformer2DModel:
+    pipe = FlowBackPipeline(copy.deepcopy(model))
+    pipe.compile()
+    return pipe.transformer
 
 
 def build_samplers(
@@ -165,7 +171,6 @@ def measure(
 ) -> dict:
     inputs = draw_noise_and_labels(model, args, batch_size)
     samples, seconds, residuals = {}, {}, {}
-    torch.compiler.reset()  # what is compiled is tuned for the batch size that it meets first
     for name, sampler in samplers.items():
         # Warms up, and compiles.
         first_seconds = seconds_of(lambda: samples.update({name: sampler(*inputs)}), args.device)
@@ -350,12 +355,81 @@ def report(
     draw(results, args.output.with_suffix(".png"))
 
 
+def cold_start(args: argparse.Namespace, name: str) -> list[dict]:
+    """
+    Load the pipeline and time a sampler's first call at each batch size, from noise to finished images, and later
+    calls, the inversion alone: alternately with the published loop, so that whatever else the machine does meets both.
+    """
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    pipe = FlowBackPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
+    pipe.transformer.requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    if name.startswith("compiled"):
+        pipe.compile()
+
+    def finish(sample: torch.Tensor, class_labels: torch.Tensor):
+        pipe.denoise(sample, class_labels)
+
+    results = []
+    for scale in args.guidance_scales:
+        published = partial(published_token_loop, pipe.transformer, guidance_scale=scale)
+        is_published = name == "published loop"
+        sampler = published if is_published else partial(sample, pipe.transformer, args, scale, "auto")
+        for batch_size in args.batch_sizes:
+            inputs = draw_noise_and_labels(pipe.transformer, args, batch_size)
+            first = seconds_of(lambda: finish(sampler(*inputs), inputs[1]), args.device)
+            seconds, published_seconds = [], []
+            for _ in range(args.repeats):
+                published_seconds.append(seconds_of(lambda: published(*inputs), args.device))
+                if not is_published:
+                    seconds.append(seconds_of(lambda: sampler(*inputs), args.device))
+            worst = residual(pipe.transformer, sampler(*inputs), *inputs, scale)
+            later = summarise(seconds or published_seconds, statistics.median(published_seconds))
+            setting = {"sampler": name, "batch_size": batch_size, "guidance_scale": scale}
+            results.append({**setting, "first_seconds": first, **later, "residual": worst})
+    return results
+
+
+def cold_table(results: list[dict]) -> str:
+    rows = [
+        [
+            f"{result['batch_size']}",
+            f"{result['guidance_scale']:g}",
+            result["sampler"],
+            f"{result['first_seconds']:.2f}",
+            f"{result['median_seconds']:.3f}",
+            f"{result['times_faster_than_published_loop']:.2f}",
+        ]
+        for result in results
+    ]
+    return markdown_table(["batch", "guidance", "sampler", "first call", "later", "times faster"], rows)
+
+
+def report_cold_starts(args: argparse.Namespace, arguments: list[str] | None):
+    results = []
+    # An empty cache, so that nothing is compiled before.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        for name in tqdm(COLD_SAMPLERS, desc="Starting"):
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+                results += executor.submit(cold_start, args, name).result()
+            for result in results:
+                if not result["residual"] <= args.largest_residual:  # NaN is refused too
+                    sys.exit(f"The samples are wrong, so their times are not compared: {result}.")
+            write_report(args.output, arguments, args.device, results, cold_table(results))
+    print(cold_table(results))
+
+
 def main(arguments: list[str] | None = None):
     args = parse_args(arguments)
+    if args.cold:
+        report_cold_starts(args, arguments)
+        return
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = load_model(args)
-    compiled_model = compile_steps(model, args.device) if args.compile else None
+    compiled_model = compile_copy(model) if args.compile else None
     floor = Floor(model, args.device)
     results = []
     with torch.no_grad(), tqdm(total=len(args.guidance_scales) * len(args.batch_sizes), desc="Timing") as progress:

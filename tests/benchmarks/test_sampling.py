@@ -130,13 +130,12 @@ def test_compiled_rows_are_of_a_compiled_copy(benchmark_script, monkeypatch, tin
     options, output = tiny_options
     compiled = []
 
-    def compile_without_code_generation(model, device):
-        torch.compiler.reset()
-        compiled.append(sampling.copy.deepcopy(model))
-        compiled[-1].compile_repeated_blocks(backend="aot_eager", fullgraph=True)
-        return compiled[-1]
+    def compile_without_code_generation(pipe):
+        compiled.append(pipe.transformer)
+        pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
 
-    monkeypatch.setattr(sampling, "compile_steps", compile_without_code_generation)
+    monkeypatch.setattr(sampling.FlowBackPipeline, "compile", compile_without_code_generation)
+    torch.compiler.reset()
     sampling.main([*options, "--batch_sizes", "2", "--guidance_scales", "2", "--compile"])
     torch.compiler.reset()
     (result,) = json.loads(output.read_text())["results"]["sampling"]
@@ -191,3 +190,19 @@ def test_flow_is_made_once_and_kept(benchmark_script, tmp_path):
     (tmp_path / "flow").mkdir()
     (tmp_path / "flow" / "model_index.json").touch()
     assert prepare_flow.commands(args) == []
+
+
+def test_cold_starts_are_timed_in_new_processes(benchmark_script, monkeypatch, tiny_options, capsys):
+    sampling = benchmark_script("sampling")
+    options, output = tiny_options
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # in the new processes
+    monkeypatch.setattr(sampling, "COLD_SAMPLERS", ("published loop", "compiled"))
+    sampling.main([*options, "--cold", "--guidance_scales", "2", "--batch_sizes", "1", "2"])
+    results = json.loads(output.read_text())["results"]
+    cases = [(name, batch_size) for name in ("published loop", "compiled") for batch_size in (1, 2)]
+    assert [(result["sampler"], result["batch_size"]) for result in results] == cases
+    for result in results:
+        assert 0 < result["min_seconds"] <= result["median_seconds"] and 0 < result["first_seconds"]
+        assert result["residual"] < 1e-2
+    assert {result["times_faster_than_published_loop"] for result in results[:2]} == {1.0}
+    assert capsys.readouterr().out.count("| compiled |") == 2
