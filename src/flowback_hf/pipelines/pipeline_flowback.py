@@ -3,13 +3,16 @@
 # This file is uploaded beside a model's weights, so that the model loads without the package. It therefore imports
 # torch, diffusers and Pillow only, which diffusers requires.
 
+import contextlib
 import difflib
 import importlib
 import itertools
 import operator
 import os
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +338,8 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
         self.register_to_config(id2label=id2label or None, guidance_scale=guidance_scale, guidance_rule=guidance_rule)
         self.image_processor = VaeImageProcessor()
+        self._running_calls: dict[int, CallState] = {}  # by thread
+        self._last_call = CallState()
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
@@ -537,6 +542,22 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         return scale_latents(latents.to(dtype), self.vae.config)
 
 
+@dataclass
+class CallState:
+    """
+    What a callback can ask a running call of [`FlowBackPipeline`], and what it can tell it.
+
+    Args:
+        guidance_scale (`float`, defaults to 1.0): Read before every flow block. 1.0 is off.
+        num_timesteps (`int`, defaults to 0): The number of steps. A step inverts one flow block.
+        interrupt (`bool`, defaults to `False`): Whether to stop before the next block.
+    """
+
+    guidance_scale: float = 1.0
+    num_timesteps: int = 0
+    interrupt: bool = False
+
+
 class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
     r"""
     Generate images with a normalizing flow, of given classes or unconditionally.
@@ -544,6 +565,9 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
     A call draws noise and inverts the flow blocks one by one, from the noise to the image. If the flow was trained
     with Gaussian noise, one step along its exact score then removes that noise. If the flow has a VAE, the VAE decodes
     the result.
+
+    Several threads may call one pipeline at the same time, each with its own options and generator. In a callback,
+    `guidance_scale`, `num_timesteps` and `interrupt` are those of the call that runs the callback.
 
     Args:
         transformer ([`TarFlowTransformer2DModel`]): The flow.
@@ -580,9 +604,6 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
-    _guidance_scale = 1.0
-    _num_timesteps = 0
-    _interrupt = False
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
         """
@@ -700,17 +721,61 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
     @property
     def guidance_scale(self) -> float:
         """The guidance scale of the running call, which reads it before every flow block. 1.0 is off."""
-        return self._guidance_scale
+        return self._call.guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """The number of steps of the last call. A step inverts one flow block."""
-        return self._num_timesteps
+        """The number of steps of the running call or the last one. A step inverts one flow block."""
+        return self._call.num_timesteps
 
     @property
     def interrupt(self) -> bool:
         """Whether the running call is to stop. Set `pipe._interrupt = True` in a callback to stop after its block."""
-        return self._interrupt
+        return self._call.interrupt
+
+    # Names that callbacks written for diffusers assign to. From a thread without a call, as the button of a page runs
+    # in, an assignment is meant for all running calls.
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._call.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, guidance_scale: float):
+        for call in self._addressed_calls():
+            call.guidance_scale = guidance_scale
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._call.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, interrupt: bool):
+        for call in self._addressed_calls():
+            call.interrupt = interrupt
+
+    @property
+    def _call(self) -> CallState:
+        """The call that runs in this thread; without one, the call that was started last."""
+        return self._running_calls.get(threading.get_ident(), self._last_call)
+
+    def _addressed_calls(self) -> list[CallState]:
+        own = self._running_calls.get(threading.get_ident())
+        return list(self._running_calls.values()) if own is None else [own]
+
+    @contextlib.contextmanager
+    def _running(self, call: CallState) -> Iterator[CallState]:
+        """Make a call the one that runs in this thread."""
+        thread = threading.get_ident()
+        outer = self._running_calls.get(thread)  # a callback may itself call the pipeline
+        self._running_calls[thread] = self._last_call = call
+        try:
+            yield call
+        finally:
+            if outer is None:
+                del self._running_calls[thread]
+            else:
+                self._running_calls[thread] = outer
 
     @torch.no_grad()
     def __call__(
@@ -939,22 +1004,21 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         Returns:
             `torch.Tensor` of the same shape: data that are as noisy as those the flow was trained on.
         """
-        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         guidance_rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
-        self._interrupt = False
         latents = latents.to(self._execution_device)
         num_blocks = self.transformer.config.num_blocks
-        self._num_timesteps = num_blocks
-        with self.progress_bar(total=num_blocks) as progress_bar:
+        call = CallState(guidance_scale, num_timesteps=num_blocks)
+        with self._running(call), self.progress_bar(total=num_blocks) as progress_bar:
             for step, block in enumerate(range(num_blocks, 0, -1)):
-                if self.interrupt:
+                if call.interrupt:
                     break
                 latents = self.transformer(
                     latents,
                     class_labels,
                     blocks=[block],
                     inverse=True,
-                    guidance_scale=self.guidance_scale,
+                    guidance_scale=call.guidance_scale,
                     guidance_rule=guidance_rule,
                     guidance_schedule=guidance_schedule,
                     guidance_temperature=guidance_temperature,
