@@ -7,7 +7,7 @@ Classify the images of a folder with a trained flow, and print a table.
     python pipelines/classify.py --model outputs/flow --images path/to/folder --output predictions.csv
 
 Folders are searched recursively. The table has one row an image, `file,label_1,score_1,label_2,...`. Files that cannot
-be read as images are skipped, and named at the end on stderr.
+be used as images are skipped, and named at the end on stderr.
 """
 
 from __future__ import annotations
@@ -100,19 +100,18 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError(f"`--device` {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def read_images(files: list[Path], read: list[Path], skipped: list[Path]) -> Iterator[PIL.Image.Image]:
-    """Yield the images one by one. Their files are added to `read`, and files that are not images to `skipped`."""
-    import PIL.Image
+def read_images(files: list[Path], read: list[Path], skipped: list[str]) -> Iterator[PIL.Image.Image]:
+    """Yield the images one by one. Their files are added to `read`, and those that cannot be used to `skipped`."""
     from tqdm.auto import tqdm
 
-    from flowback_hf.data.images import UNREADABLE
+    from flowback_hf.pipelines.pipeline_flowback import open_image, to_eight_bits
 
     for file in tqdm(files, desc="Classifying"):
         try:
-            with PIL.Image.open(file) as image:
-                image.load()
-        except UNREADABLE:
-            skipped.append(file)
+            image = open_image(file)
+            to_eight_bits(image, "RGB")
+        except ValueError as error:
+            skipped.append(f"{file} {error}")
             continue
         read.append(file)
         yield image
@@ -144,7 +143,7 @@ def main(args: argparse.Namespace):
     images = read_images(files, read, skipped)
     first = next(images, None)
     if first is None:
-        raise ValueError(f"None of the {len(files)} files is an image; the first is {str(files[0])!r}.")
+        raise ValueError(f"None of the {len(files)} files is an image that can be used. The first: {skipped[0]}.")
 
     def all_images() -> Iterator[PIL.Image.Image]:
         yield first
@@ -168,8 +167,8 @@ def main(args: argparse.Namespace):
     where = "" if args.output is None else f": {args.output}"
     print(f"{len(read)} images classified by {args.method!r}{where}", file=sys.stderr)
     if skipped:
-        names = ", ".join(str(file) for file in skipped[:10]) + (", ..." if len(skipped) > 10 else "")
-        print(f"{len(skipped)} files are not images and were skipped: {names}", file=sys.stderr)
+        names = ", ".join(skipped[:10]) + (", ..." if len(skipped) > 10 else "")
+        print(f"{len(skipped)} files cannot be used and were skipped: {names}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -221,11 +221,11 @@ def test_what_is_no_image_is_skipped(precompute_latents, latents_arguments, tmp_
     (folder / "train" / "cat" / "text.png").write_text("not an image")
     with caplog.at_level("WARNING"):
         run(precompute_latents, latents_arguments(train_data_dir=folder))
-    assert caplog.text.count("text.png: it cannot be decoded") == 1
+    assert caplog.text.count("text.png cannot be read: it is not an image") == 1
     assert len(load_latents(tmp_path / "latents", tmp_path / "cache")["train"]) == 4
     for path in folder.rglob("*.png"):
         path.write_text("not an image")
-    with pytest.raises(ValueError, match="None of 5 images that follow one another can be decoded"):
+    with pytest.raises(ValueError, match="None of 5 images that follow one another can be used"):
         run(precompute_latents, latents_arguments(train_data_dir=folder, output_dir=tmp_path / "none"))
 
 

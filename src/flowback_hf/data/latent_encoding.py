@@ -18,7 +18,7 @@ from diffusers.models import AutoencoderKL
 from tqdm.auto import tqdm
 
 from flowback_hf.alignment.teacher import DEFAULT_TEACHER, RepresentationTeacher
-from flowback_hf.data.images import UNREADABLE, decode_image, image_mode, image_to_tensor, name_of_file
+from flowback_hf.data.images import decode_image, image_mode, image_to_tensor, name_of_file
 from flowback_hf.data.latents import SETTINGS_FILE, hash_weights, missing_shards, shard_name
 from flowback_hf.data.splits import DataSource, check_column, check_train_split, held_out_split
 from flowback_hf.files import compare_settings, read_json, write_json, write_whole
@@ -213,18 +213,18 @@ class LatentEncoder:
 
     def __call__(self, rows: list[dict[str, Any]], progress_bar: tqdm) -> dict[str, Any]:
         """
-        Encode rows. One whose image cannot be decoded is left out, with a warning.
+        Encode rows. One whose image cannot be used is left out, with a warning.
 
         Raises:
-            ValueError: if no image can be decoded.
+            ValueError: if no image can be used.
         """
         kept, values = [], {}
         batch = []
         # decoded ahead of what is encoded
         for number, image in enumerate(self.executor.map(self._decode, rows)):
-            if image is None:
+            if isinstance(image, ValueError):
                 name = name_of_file(rows[number][self.image_column], f"row {number} of a shard")
-                logger.warning(f"Skipped {name}: it cannot be decoded.", main_process_only=False)
+                logger.warning(f"Skipped an image: {name} {image}.", main_process_only=False)
             else:
                 kept.append(rows[number])
                 batch.append(image)
@@ -234,17 +234,17 @@ class LatentEncoder:
                 batch = []
             progress_bar.update()
         if not kept:
-            raise ValueError(f"None of {len(rows)} images that follow one another can be decoded: is this image data?")
+            raise ValueError(f"None of {len(rows)} images that follow one another can be used: is this image data?")
         if self.label_column is not None:
             values["label"] = [row[self.label_column] for row in kept]
         return values
 
-    def _decode(self, row: dict[str, Any]) -> PIL.Image.Image | None:
-        """The image, resized and center-cropped; `None` if it cannot be decoded."""
+    def _decode(self, row: dict[str, Any]) -> PIL.Image.Image | ValueError:
+        """The image, resized and center-cropped; if it cannot be used, the reason."""
         try:
             image = decode_image(row[self.image_column], self.mode)
-        except UNREADABLE:
-            return None
+        except ValueError as error:
+            return error
         return fit_image(image, self.settings["resolution"])
 
     @torch.no_grad()

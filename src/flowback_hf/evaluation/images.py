@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import PIL.Image
 
-from flowback_hf.data.images import UNREADABLE, decode_image, image_mode, name_of_file
+from flowback_hf.data.images import decode_image, image_mode, name_of_file
 from flowback_hf.data.splits import check_column
 from flowback_hf.evaluation.parts import Arrays
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline, fit_image
@@ -16,12 +16,12 @@ from flowback_hf.pipelines.pipeline_flowback_classification import FlowBackClass
 
 class ImageBatch(NamedTuple):
     """
-    Images that could be decoded.
+    Images that can be used.
 
     Args:
         images (`list[PIL.Image.Image]`): At the flow's size.
         class_labels (`list[int]`): The flow's class ids; -1 for an unconditional flow.
-        report (`dict` of `np.ndarray`): `skipped`, the names of what cannot be decoded, and `num_resized`.
+        report (`dict` of `np.ndarray`): `skipped`, the names of what cannot be used, and why; and `num_resized`.
     """
 
     images: list[PIL.Image.Image]
@@ -31,7 +31,7 @@ class ImageBatch(NamedTuple):
 
 class LabelledImages:
     """
-    Images of a split at a flow's size, with the flow's class ids. Images that cannot be decoded are left out.
+    Images of a split at a flow's size, with the flow's class ids. Images that cannot be used are left out.
 
     Args:
         rows (`datasets.Dataset`): Rows with an image column.
@@ -53,7 +53,7 @@ class LabelledImages:
         >>> rows = datasets.Dataset.from_dict({"image": files}, features)
         >>> batch = LabelledImages(rows, "image", [2, 2], num_channels=3, image_size=4).load(range(2))
         >>> batch.images[0].size, batch.class_labels, batch.report["skipped"].tolist()
-        ((4, 4), [2], ['row 1'])
+        ((4, 4), [2], ['row 1 cannot be read: it is not an image'])
         ```
     """
 
@@ -100,8 +100,8 @@ class LabelledImages:
             name = name_of_file(file, f"row {index}")
             try:
                 image = decode_image(file, self.mode)
-            except UNREADABLE:
-                skipped.append(name)
+            except ValueError as error:
+                skipped.append(f"{name} {error}")
                 continue
             if image.size != (self.image_size, self.image_size):
                 if self.strict:

@@ -177,7 +177,7 @@ def percent(value: float | None) -> str:
 def describe_data(results: Results) -> list[str]:
     lines = [f"Data: {results['dataset']}, {results['num_images']} images of the split {results['split']!r}."]
     if results["num_images_skipped"]:
-        lines += [f"{results['num_images_skipped']} more cannot be decoded and were skipped."]
+        lines += [f"{results['num_images_skipped']} more cannot be used and were skipped."]
     if results["num_images_resized"]:
         lines += [f"{results['num_images_resized']} were resized and center-cropped."]
     return lines

@@ -104,6 +104,77 @@ def fit_image(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     return PIL.ImageOps.fit(image, (size, size), PIL.Image.Resampling.BICUBIC)
 
 
+@contextlib.contextmanager
+def reading_image() -> Iterator[None]:
+    """Raise ValueError with an end of a sentence about the image, whatever its reader raises for a damaged file."""
+    try:
+        yield
+    except PIL.UnidentifiedImageError:
+        raise ValueError("cannot be read: it is not an image") from None
+    except Exception as error:  # PIL's readers raise errors of any kind
+        raise ValueError(f"cannot be read: {error}") from error
+
+
+def open_image(image: str | os.PathLike | PIL.Image.Image) -> PIL.Image.Image:
+    """
+    Read an image in its own mode, turned upright as its EXIF orientation says. Of an animation, it is the first frame.
+
+    Args:
+        image (`str`, `os.PathLike` or `PIL.Image.Image`): A path or an address, or an image that was opened before.
+    Returns:
+        `PIL.Image.Image`: a new image. Its `filename` is the path, if there is one.
+    Raises:
+        ValueError: if there is no such file, or if it is not an image, is damaged or is too large to be safe to read.
+    """
+    is_path = isinstance(image, (str, os.PathLike))
+    with reading_image():
+        upright = load_image(os.fspath(image) if is_path else image, convert_method=lambda opened: opened)
+    upright.filename = os.fspath(image) if is_path else getattr(image, "filename", "")
+    return upright
+
+
+def to_eight_bits(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    """
+    Convert an image to 8 bits per channel. Training, evaluation and classification all convert images this way.
+
+    Values of 16 bits are divided by 257, and floats from 0 to 1 are multiplied by 255. Nothing is clipped.
+
+    Args:
+        image (`PIL.Image.Image`): An image of any mode, as [`open_image`] returns it.
+        mode (`str`): `"L"` or `"RGB"`. Palettes, CMYK, transparent and coloured images are converted by Pillow.
+    Returns:
+        `PIL.Image.Image`: a new image of this mode, without metadata.
+    Raises:
+        ValueError: if the image has no pixels, a mode that Pillow does not convert, or values whose range is not
+            known: floats outside [0, 1], or 32-bit integers.
+
+    Example:
+        ```py
+        >>> import PIL.Image
+        >>> from flowback_hf.pipelines.pipeline_flowback import to_eight_bits
+
+        >>> to_eight_bits(PIL.Image.new("I;16", (2, 2), 0x8080), "L").getpixel((0, 0))
+        128
+        ```
+    """
+    if 0 in image.size:
+        raise ValueError(f"must have pixels, but has a size of {image.width}x{image.height}")
+    if image.mode == "I":
+        raise ValueError("must have 8 or 16 bits, or floats in [0, 1], but has 32-bit integers of an unknown range")
+    if image.mode == "F" or image.mode.startswith("I;16"):
+        white = 1.0 if image.mode == "F" else 65535.0
+        values = VaeImageProcessor.pil_to_numpy([image]) * (255.0 / white)  # it divides by 255
+        if not (values.min() >= 0 and values.max() <= 1):  # NaN is refused too
+            raise ValueError(f"must hold values from 0 to {white:g}, but they are {image.getextrema()}")
+        (image,) = VaeImageProcessor.numpy_to_pil(values[..., None])
+    try:
+        converted = image.convert(mode)
+    except ValueError as error:
+        raise ValueError(f"cannot be converted: {error}") from error
+    converted.info = {}
+    return converted
+
+
 def array_to_pixels(image: Any, number: int) -> torch.Tensor:
     """Turn an array (height, width[, channels]) or a tensor ([channels, ]height, width) into the latter, in [0, 1]."""
     if isinstance(image, torch.Tensor):
@@ -118,6 +189,8 @@ def array_to_pixels(image: Any, number: int) -> torch.Tensor:
         )
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
         raise ValueError(f"Image {number} must have 1 or 3 channels, but its shape is {tuple(image.shape)}.")
+    if pixels.numel() == 0:
+        raise ValueError(f"Image {number} must have pixels, but its shape is {tuple(image.shape)}.")
     if pixels.dtype == torch.uint8:
         pixels = pixels.float() / 255
     if not pixels.is_floating_point() or not ((pixels >= 0) & (pixels <= 1)).all():
@@ -497,39 +570,39 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         """Turn one image into pixels in [0, 1], of shape `(channels, image_size, image_size)`."""
         size = self.image_size
         channels = self.num_channels
-        if isinstance(image, (str, os.PathLike)):
-            path = os.fspath(image)
+        mode = {1: "L", 3: "RGB"}[channels]
+        name = f"Image {number}"
+        if isinstance(image, (str, os.PathLike)) or hasattr(image, "convert"):
+            filename = os.fspath(image) if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "")
+            name += f", {str(filename)!r}," if filename else ""
             try:
-                image = load_image(path)
-            # These are raised for a missing file, a file that is not an image, and a truncated image.
-            except (OSError, ValueError, SyntaxError) as error:
-                raise ValueError(f"Image {number}, {path!r}, cannot be read: {error}") from error
-            if channels == 1:
-                image = image.convert("L")
-        if not hasattr(image, "convert"):
+                image = open_image(image)
+                converted = to_eight_bits(image, mode)
+            except ValueError as error:
+                raise ValueError(f"{name} {error}.") from error
+        else:
             pixels = array_to_pixels(image, number)
             if tuple(pixels.shape) == (channels, size, size):
                 return pixels
             if strict:
                 raise ValueError(
-                    f"Image {number} must have {channels} channels of {size}x{size} pixels, but has shape"
+                    f"{name} must have {channels} channels of {size}x{size} pixels, but has shape"
                     f" {tuple(pixels.shape)} (channels first). Convert it, or leave out `strict`."
                 )
             array = VaeImageProcessor.pt_to_numpy(pixels[None])
             (image,) = VaeImageProcessor.numpy_to_pil(array)
-        mode = {1: "L", 3: "RGB"}[channels]
+            converted = image.convert(mode)
         if strict and (image.mode != mode or image.size != (size, size)):
             raise ValueError(
-                f"Image {number} must be {size}x{size} pixels of mode {mode}, but is {image.width}x{image.height} of"
+                f"{name} must be {size}x{size} pixels of mode {mode}, but is {image.width}x{image.height} of"
                 f" mode {image.mode}. Convert it, or leave out `strict`."
             )
-        image = image.convert(mode)
-        if image.size != (size, size):
+        if converted.size != (size, size):
             warnings.warn(
                 f"Images that are not {size}x{size} pixels are resized and center-cropped; `strict=True` refuses them."
             )
-            image = fit_image(image, size)
-        return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy([image]))[0]
+            converted = fit_image(converted, size)
+        return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy([converted]))[0]
 
     def _encode_pixels(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Turn pixels in [0, 1] into the data that the flow models."""

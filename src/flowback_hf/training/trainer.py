@@ -397,10 +397,10 @@ class Trainer:
         )
 
     def _report_skipped(self, names: list[str]):
-        """Warn once of each file that cannot be decoded."""
+        """Warn once of each file that cannot be used."""
         self.num_skipped += len(names)
         for name in set(names) - self.skipped_files:
-            logger.warning(f"Skipped {name}: it cannot be decoded.", main_process_only=False)
+            logger.warning(f"Skipped an image: {name}.", main_process_only=False)
         self.skipped_files.update(names)
 
     # Between steps
@@ -459,7 +459,7 @@ class Trainer:
                 save_adapter(self.pipeline, self.folder, trains_class_tables(self.flow))
             else:
                 save_pipeline(self.pipeline, self.folder)
-            skipped = f"; skipped {len(self.skipped_files)} files that cannot be decoded" if self.skipped_files else ""
+            skipped = f"; skipped {len(self.skipped_files)} files that cannot be used" if self.skipped_files else ""
             kind = "adapter" if self.flow.attached_adapters else "pipeline"
             logger.info(f"Saved the {kind} in {self.folder}{skipped}.")
         self.accelerator.wait_for_everyone()
