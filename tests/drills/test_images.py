@@ -16,6 +16,7 @@ from flowback_hf.evaluation import LabelledImages
 
 
 SIZE = 8
+ROUNDS = [pytest.param(8, id="short"), pytest.param(300, id="long", marks=pytest.mark.drill)]  # of each format
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["grey", "colour"])
@@ -44,7 +45,7 @@ def read_everywhere(path, pipe) -> dict[str, torch.Tensor | str]:
         try:
             image = PIL.Image.open(path)
         except Exception as error:  # not ours: a user's own call
-            raise ValueError(f"{path} is not an image, or cannot be read: {error}") from error
+            raise ValueError(f"{path} cannot be read: it is not an image, or {error}") from error
         return pipe.encode(image)[0]
 
     classifier = FlowBackClassificationPipeline(pipe.transformer)
@@ -140,9 +141,8 @@ def test_pictures_stand_upright_everywhere(pipe, tmp_path, orientation):
     image.save(path, exif=exif)
     answers = read_everywhere(path, pipe)
     assert_same(answers, np.asarray(PIL.ImageOps.exif_transpose(PIL.Image.open(path))))
-    assert (orientation == 1) == bool(
-        np.array_equal(np.asarray(image), ((answers["training"][0] + 1) * 127.5).round())
-    )
+    as_it_lies = np.array_equal(image, ((answers["training"][0] + 1) * 127.5).round())
+    assert as_it_lies == (orientation == 1)
 
 
 def test_modes_that_pillow_converts(pipe, tmp_path):
@@ -157,9 +157,8 @@ def test_an_animation_is_its_first_frame(pipe, tmp_path):
     frames = [PIL.Image.new("L", (SIZE, SIZE), shade) for shade in (0, 255)]
     for ending in ("gif", "png", "tif", "webp"):
         path = tmp_path / f"frames.{ending}"
-        frames[0].save(
-            path, save_all=True, append_images=frames[1:], **({"lossless": True} if ending == "webp" else {})
-        )
+        options = {"lossless": True} if ending == "webp" else {}
+        frames[0].save(path, save_all=True, append_images=frames[1:], **options)
         assert_same(read_everywhere(path, pipe), np.zeros((SIZE, SIZE)))
 
 
@@ -187,9 +186,7 @@ def test_strict_refuses_other_depths_and_modes_of_files(pipe, tmp_path):
         pipe.encode(path, strict=True)
 
 
-@pytest.mark.parametrize(
-    "rounds", [pytest.param(8, id="short"), pytest.param(300, id="long", marks=pytest.mark.drill)]
-)
+@pytest.mark.parametrize("rounds", ROUNDS)
 def test_damaged_files_are_read_or_refused(pipe, tmp_path, rounds):
     """Random bytes of files of every format are changed, or their ends are cut off."""
     generator = random.Random(0)
