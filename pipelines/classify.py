@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from flowback_hf_cli.command import add_debug_argument, run_command
-from flowback_hf_cli.data import check_minimum
+from flowback_hf_cli.numbers import COUNT, SEED, Number
 
 
 if TYPE_CHECKING:
@@ -47,15 +47,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="How to classify: Bayes' rule among the five classes that one gradient ranks first, or among all classes;"
         " that gradient in the class logits itself; or several steps of ascent along it. Default: %(default)s.",
     )
-    parser.add_argument("--top_k", type=int, default=5, help="Classes to write for each image. Default: %(default)s.")
+    parser.add_argument(
+        "--top_k", type=COUNT, default=5, help="Classes to write for each image. Default: %(default)s."
+    )
     parser.add_argument(
         "--num_noise_draws",
-        type=int,
+        type=Number(int, at_least=0),
         default=1,
         help="Draws of the training noise to average over for each image; 0 adds no noise. Default: %(default)s.",
     )
-    parser.add_argument("--batch_size", type=int, default=32, help="Images per batch. Default: %(default)s.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the noise. Default: %(default)s.")
+    parser.add_argument("--batch_size", type=COUNT, default=32, help="Images per batch. Default: %(default)s.")
+    parser.add_argument("--seed", type=SEED, default=0, help="Seed of the noise. Default: %(default)s.")
     parser.add_argument(
         "--strict",
         action="store_true",
@@ -63,10 +65,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="Device to compute on, such as cpu or cuda:1. Default: cuda, or cpu without.")
     add_debug_argument(parser)
-    args = parser.parse_args(arguments)
-    check_minimum(parser, args, 1, "top_k", "batch_size")
-    check_minimum(parser, args, 0, "num_noise_draws")
-    return args
+    return parser.parse_args(arguments)
 
 
 def find_files(paths: list[Path]) -> list[Path]:

@@ -129,7 +129,7 @@ def test_another_runs_folder_is_refused(script, model_folder, tmp_path):
     [
         ({"class_labels": ["dog"]}, "'dog' is not one. The nearest known ones are"),
         ({"class_labels": [3]}, "`class_labels` must lie between 0 and 2"),
-        ({"guidance_scale": 0.5}, "`guidance_scale` must be at least 1.0"),
+        ({"guidance_scale": 0.5}, "`guidance_scale` must be a finite number of at least 1.0"),
     ],
 )
 def test_bad_arguments_leave_nothing(script, model_folder, tmp_path, options, message):

@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 
 from flowback_hf.pipelines.pipeline_flowback import fit_image, reading_image, to_eight_bits
+from flowback_hf_cli.numbers import check_number
 
 
 def image_mode(num_channels: int) -> str:
@@ -104,6 +105,7 @@ class ImageDataset(torch.utils.data.Dataset):
         in_channels: int,
         teacher_features: datasets.Dataset | None = None,
     ):
+        check_number("sample_size", sample_size, int, at_least=1)
         self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
         self.image_column = image_column
         self.label_column = label_column

@@ -322,7 +322,12 @@ def check_flow(pipeline: FlowBackPipeline, options: EvaluationArguments):
                 " off."
             )
     for scale in options.guidance_scales if samples else []:
-        pipeline.check_inputs(None, scale)
+        pipeline.check_inputs(
+            guidance_scale=scale,
+            guidance_rule=options.guidance_rule,
+            guidance_schedule=options.guidance_schedule or "constant",
+            guidance_temperature=options.guidance_temperature,
+        )
 
 
 def model_name(model: str) -> str:

@@ -7,6 +7,8 @@ import contextlib
 import difflib
 import importlib
 import itertools
+import math
+import numbers
 import operator
 import os
 import threading
@@ -32,6 +34,32 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ON_OVERFLOW = ("warn", "raise")
+
+
+# Copied from flowback_hf_cli.numbers.check_number
+def check_number(
+    name: str,
+    value: Any,
+    kind: type,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+):
+    """Raise ValueError unless a value is a number of a kind, `int` or (finite) `float`, within these bounds."""
+    is_kind = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    if (
+        is_kind
+        and -math.inf < value < math.inf  # NaN is refused, too
+        and (at_least is None or value >= at_least)
+        and (above is None or value > above)
+        and (at_most is None or value <= at_most)
+        and (below is None or value < below)
+    ):
+        return
+    bounds = {" of at least": at_least, " above": above, " at most": at_most, " below": below}
+    expected = " and".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+    raise ValueError(f"`{name}` must be a {'whole' if kind is int else 'finite'} number{expected}, but is {value!r}.")
 
 
 def scale_latents(latents: torch.Tensor, vae_config: Any) -> torch.Tensor:
@@ -87,7 +115,7 @@ def fit_image(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     Cut the middle square out of an image and resize it. Training and classification both fit images this way.
 
     Args:
-        image (`PIL.Image.Image`): An image of any size and mode.
+        image (`PIL.Image.Image`): An image of any size and mode, with pixels.
         size (`int`): Height and width of the result, in pixels.
     Returns:
         `PIL.Image.Image`: a new image of `size` times `size` pixels in the same mode, interpolated bicubically.
@@ -401,6 +429,7 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         guidance_rule: str = "linear",
     ):
         super().__init__()
+        check_number("guidance_scale", guidance_scale, float, at_least=1.0)
         if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
             raise ValueError(
                 f"`vae` must have as many latent channels as the flow has `in_channels`, but they are"
@@ -529,6 +558,8 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         if isinstance(class_labels, Iterable):
             return [label for entry in class_labels for label in self.normalize_class_labels(entry)]
         try:
+            if isinstance(class_labels, bool):
+                raise TypeError
             return [operator.index(class_labels)]
         except TypeError:
             raise ValueError(f"`class_labels` must be whole numbers or names, but one is {class_labels!r}.") from None
@@ -921,6 +952,11 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
             on_overflow,
+            guidance_rule,
+            guidance_schedule,
+            guidance_temperature,
+            solver,
+            tolerance,
         )
         class_labels, num_images = self.encode_labels(class_labels, num_images_per_prompt)
         latents = self.prepare_latents(num_images, generator, latents)
@@ -952,6 +988,11 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         output_type: str = "pil",
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         on_overflow: str = "warn",
+        guidance_rule: str | None = None,
+        guidance_schedule: str = "constant",
+        guidance_temperature: float = 1.0,
+        solver: str = "auto",
+        tolerance: float | None = None,
     ):
         """
         Check the arguments of a call.
@@ -959,11 +1000,11 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         Args:
             class_labels, guidance_scale, num_images_per_prompt, generator, latents: Arguments of a call.
             output_type, callback_on_step_end_tensor_inputs, on_overflow: Arguments of a call.
+            guidance_rule, guidance_schedule, guidance_temperature, solver, tolerance: Arguments of a call.
         Raises:
             ValueError: for the first argument that is out of its range, in one sentence.
         """
         config = self.transformer.config
-        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if class_labels is not None:
             class_labels = self.normalize_class_labels(class_labels)
             if config.num_classes is None:
@@ -976,19 +1017,29 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                         f"`class_labels` must lie between 0 and {config.num_classes - 1}, or be -1 for no class, but"
                         f" one is {label}."
                     )
-        if not guidance_scale >= 1.0:  # NaN is refused too
-            raise ValueError(f"`guidance_scale` must be at least 1.0, which is off, but is {guidance_scale}.")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be at least 1, but is {num_images_per_prompt}.")
+        self.transformer.check_inverse_arguments(
+            self.config.guidance_scale if guidance_scale is None else guidance_scale,
+            self.config.guidance_rule if guidance_rule is None else guidance_rule,
+            guidance_schedule,
+            guidance_temperature,
+            solver,
+            tolerance,
+        )
+        check_number("num_images_per_prompt", num_images_per_prompt, int, at_least=1)
         num_images = num_images_per_prompt * (1 if class_labels is None else len(class_labels))
-        if isinstance(generator, list) and len(generator) != num_images:
+        generators = generator if isinstance(generator, list) else [generator] * num_images
+        if len(generators) != num_images:
             raise ValueError(
                 f"`generator` must be one generator, or a list of one for each of the {num_images} images, but has"
                 f" {len(generator)}."
             )
+        for each in generators:
+            if not isinstance(each, torch.Generator | None):
+                raise ValueError(f"`generator` must be a `torch.Generator`, a list of them or None, but is {each!r}.")
         expected = (num_images, config.in_channels, config.sample_size, config.sample_size)
-        if latents is not None and tuple(latents.shape) != expected:
-            raise ValueError(f"`latents` must have shape {expected}, but have shape {tuple(latents.shape)}.")
+        if latents is not None and tuple(getattr(latents, "shape", ())) != expected:
+            shape = f"have shape {tuple(latents.shape)}" if isinstance(latents, torch.Tensor) else f"are {latents!r}"
+            raise ValueError(f"`latents` must be a tensor of shape {expected}, but {shape}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but is {output_type!r}.")
         if on_overflow not in ON_OVERFLOW:
@@ -1040,6 +1091,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: float32, or float64 for a
             float64 flow.
         """
+        check_number("num_images", num_images, int, at_least=1)
         dtype = torch.promote_types(self.transformer.dtype, torch.float32)
         if latents is not None:
             return latents.to(dtype)

@@ -366,7 +366,9 @@ class Trainer:
                 self._unlogged_scalars.clear()
                 values = dict(zip(scalars, gathered.mean(dim=0).tolist()))
                 values["max_log_scale"] = gathered[:, -1].amax().item()
-                gradient_norm = accelerator.clip_grad_norm_(self.objective.parameters(), self.arguments.max_grad_norm)
+                gradient_norm = accelerator.clip_grad_norm_(
+                    self.objective.parameters(), self.arguments.max_grad_norm or math.inf
+                )
                 values["gradient_norm"] = gradient_norm.item()
                 self._check_finite(values)
             self.optimizer.step()
