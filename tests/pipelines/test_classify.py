@@ -110,7 +110,9 @@ def test_a_device_that_is_none_is_refused(script, model_folder, image_folder, de
 def test_the_parser_refuses_numbers(script, capsys, option, value, minimum):
     with pytest.raises(SystemExit):
         script("classify").parse_args(command_line(model="m", images="i", **{option: value}))
-    assert f"argument --{option}: must be a whole number of at least {minimum}, but is {value}" in capsys.readouterr().err
+    assert (
+        f"argument --{option}: must be a whole number of at least {minimum}, but is {value}" in capsys.readouterr().err
+    )
 
 
 def test_an_unconditional_flow_is_refused(script, unconditional_folder, image_folder, tmp_path):

@@ -388,8 +388,14 @@ def test_another_evaluations_folder_is_refused(options, tmp_path):
     "line, message",
     [
         ([], "give one of --dataset_name and --data_dir"),
-        (["--data_dir", "d", "--num_samples", "1"], "argument --num_samples: must be a whole number of at least 2, but is 1"),
-        (["--data_dir", "d", "--guidance_scales", "0.5"], "argument --guidance_scales: must be a finite number of at least 1"),
+        (
+            ["--data_dir", "d", "--num_samples", "1"],
+            "argument --num_samples: must be a whole number of at least 2, but is 1",
+        ),
+        (
+            ["--data_dir", "d", "--guidance_scales", "0.5"],
+            "argument --guidance_scales: must be a finite number of at least 1",
+        ),
         (["--data_dir", "d", "--write_best_guidance"], "--write_best_guidance needs --features"),
         (["--data_dir", "d", "--features", "f", "--write_best_guidance"], "needs a --model folder to write to"),
         (

@@ -335,7 +335,10 @@ def test_labels_without_names_are_refused(precompute_latents, latents_arguments,
         (["--output_dir", "x"], "give one of --dataset_name and --train_data_dir"),
         (["--output_dir", "x", "--train_data_dir", "y", "--store", "features"], "--grid_size belongs to --store"),
         (["--output_dir", "x", "--train_data_dir", "y", "--grid_size", "2"], "--grid_size belongs to --store"),
-        (["--output_dir", "x", "--train_data_dir", "y", "--batch_size", "0"], "argument --batch_size: must be a whole number of at least 1"),
+        (
+            ["--output_dir", "x", "--train_data_dir", "y", "--batch_size", "0"],
+            "argument --batch_size: must be a whole number of at least 1",
+        ),
     ],
 )
 def test_the_parser_refuses(precompute_latents, capsys, line, message):

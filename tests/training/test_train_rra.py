@@ -351,7 +351,10 @@ def test_trackers_with_an_extra_are_in_setup():
     "line, message",
     [
         (["--output_dir", "x"], "give one of --dataset_name, --train_data_dir and --latents"),
-        (["--output_dir", "x", "--train_data_dir", "y", "--train_batch_size", "0"], "argument --train_batch_size: must"),
+        (
+            ["--output_dir", "x", "--train_data_dir", "y", "--train_batch_size", "0"],
+            "argument --train_batch_size: must",
+        ),
         (
             ["--output_dir", "x", "--train_data_dir", "y", "--label_dropout", "2"],
             "argument --label_dropout: must be a finite number of at least 0 and at most 1, but is 2.0",

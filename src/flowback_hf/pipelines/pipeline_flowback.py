@@ -430,6 +430,7 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
     ):
         super().__init__()
         check_number("guidance_scale", guidance_scale, float, at_least=1.0)
+        transformer.check_inverse_arguments(guidance_rule=guidance_rule)
         if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
             raise ValueError(
                 f"`vae` must have as many latent channels as the flow has `in_channels`, but they are"
@@ -699,7 +700,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         ```
 
     Raises:
-        ValueError: if the VAE's latents and the flow's data differ in their number of channels.
+        ValueError: if the VAE's latents and the flow's data differ in their number of channels, or the guidance is out
+            of its range.
 
     References: Zhai et al., Normalizing Flows are Capable Generative Models, https://arxiv.org/abs/2412.06329;
     Flowing Backwards: Improving Normalizing Flows via Reverse Representation Alignment,
