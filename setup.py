@@ -25,6 +25,7 @@ extras = {
     "fid": ["torch-fidelity>=0.3", "torchmetrics>=1.9", "torchvision"],
     "test": [
         "hypothesis>=6.100",
+        "markdown-it-py>=3.0",
         "peft>=0.18",
         "pytest>=8.0",
         "pytest-xdist>=3.5",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,14 +119,30 @@ def read_images(files: list[Path], read: list[Path], skipped: list[str]) -> Iter
 
 def write_table(file: TextIO, files: list[Path], classes: list[list[dict[str, str | float]]]):
     """Write a CSV table with a row for each image: its file, then the label and the score of each class."""
+    from flowback_hf.reporting import spreadsheet_text
+
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["file"] + [f"{name}_{rank + 1}" for rank in range(len(classes[0])) for name in classes[0][0]])
     for path, entries in zip(files, classes):
-        writer.writerow([path] + [value for entry in entries for value in entry.values()])
+        # A relative path stays one that can be opened.
+        name = f"./{path}" if str(path)[0] in "=+-@" else str(path)
+        values = [value for entry in entries for value in (spreadsheet_text(entry["label"]), entry["score"])]
+        writer.writerow([spreadsheet_text(name), *values])
+
+
+def check_output(path: Path):
+    """Raise ValueError if a table cannot be written there. Nothing is written yet."""
+    if path.is_dir():
+        raise ValueError(f"`--output` must be a file, but {str(path)!r} is a folder.")
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"`--output` {str(path)!r} cannot be written: {str(existing)!r} is no folder to write to.")
 
 
 def main(args: argparse.Namespace):
     files = find_files(args.images)
+    if args.output is not None:
+        check_output(args.output)
 
     # Imports that take seconds stand below the checks: `--help` and wrong arguments are answered at once.
     import torch
@@ -161,7 +178,7 @@ def main(args: argparse.Namespace):
         write_table(sys.stdout, read, classes)
     else:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(args.output) as partial, partial.open("w", newline="") as file:
+        with write_whole(args.output) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             write_table(file, read, classes)
     where = "" if args.output is None else f": {args.output}"
     print(f"{len(read)} images classified by {args.method!r}{where}", file=sys.stderr)

@@ -95,6 +95,7 @@ def main(args: argparse.Namespace):
     args.unconditional = True  # labels play no part
     rows = load_splits(args).train
     dataset = ImageDataset(rows, args.image_column, None, [], args.resolution, args.in_channels)
+    dataset[0]  # raises if none of its images can be used
     teacher_name = args.teacher_model_name_or_path
     teacher = load_teacher(teacher_name, args.resolution // args.patch_size, accelerator, args.cache_dir)
     settings = describe_features(teacher_name, teacher, dataset, args.images_per_shard)

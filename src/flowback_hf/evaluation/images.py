@@ -1,6 +1,7 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """Labelled images of a split, at a flow's size and with a flow's classes."""
 
+import itertools
 from typing import NamedTuple
 
 import datasets
@@ -91,6 +92,16 @@ class LabelledImages:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def check_usable(self):
+        """Raise ValueError unless at least two images can be used. It looks no further than the second that can."""
+        usable = (index for index in range(len(self)) if self.load(range(index, index + 1)).images)
+        num_usable = len(list(itertools.islice(usable, 2)))
+        if num_usable < 2:
+            raise ValueError(
+                f"An evaluation needs at least two images, but {num_usable} of the {len(self)} of the split"
+                f" {self.split!r} can be used."
+            )
 
     def load(self, indices: range) -> ImageBatch:
         """Decode and fit the images of some rows."""

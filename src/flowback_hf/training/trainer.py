@@ -121,7 +121,7 @@ class Trainer:
         accelerator ([`~accelerate.Accelerator`], *optional*): Default: [`make_accelerator`] of `arguments`.
     Raises:
         ValueError: before anything is written, if the output folder holds another run, a validation label is unknown,
-            there are fewer images than a batch takes, or the flow has several adapters.
+            there are fewer images than a batch takes or none that can be used, or the flow has several adapters.
 
     Example:
         ```py
@@ -177,6 +177,8 @@ class Trainer:
         self.validation_class_labels = self._normalize_class_labels()
         self.images_per_batch = arguments.train_batch_size * self.accelerator.num_processes
         self._check_batch_size()
+        for dataset in (source.train_dataset, source.validation_dataset):
+            dataset[0]  # raises if none of its images can be used
         self.checkpoint = self._find_checkpoint()
 
         # A copy holds the averaged weights when they are looked at: the trained ones are never touched, and compiled
