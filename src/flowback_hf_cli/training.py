@@ -65,7 +65,7 @@ class TrainingArguments:
     mixed_precision: str | None = None
     allow_tf32: bool = False
     torch_compile: bool = False
-    learning_rate: float = number_field(1e-4, Number(float, above=0))
+    learning_rate: float = number_field(1e-4, Number(float, at_least=0))
     scale_lr: bool = False
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = number_field(500, Number(int, at_least=0))

@@ -371,6 +371,7 @@ def test_an_empty_folder_and_one_of_broken_images(options, tmp_path):
             (tmp_path / "broken" / split / name / "0.png").write_text("not an image")
     with pytest.raises(ValueError, match="at least two images, but 0 of the 3 of the split 'validation' can be used"):
         run(output_dir=tmp_path / "evaluation", **{**options, "data_dir": tmp_path / "broken"})
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_another_evaluations_folder_is_refused(options, tmp_path):
