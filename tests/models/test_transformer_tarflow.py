@@ -1188,7 +1188,7 @@ def test_bad_config_is_refused(randomised_model, config, match):
 
 WRONG_SAMPLE = r"`sample` must have shape \(batch_size, 3, 4, 4\), as in this model's config, but has shape "
 WRONG_LABELS = r"`class_labels` must be integers of shape \(2,\) or floating-point class weights of shape \(2, 5\), "
-WRONG_BLOCKS = r"`blocks` must be different numbers from 1 to 3, but are "
+WRONG_BLOCK = r"`blocks` must be a whole number of at least 1 and at most 3, but is "
 WRONG_PLACE = (
     r"`output_hidden_states` asks for layer {} of flow block {}, but the blocks that run are {}, with {} layers"
 )
@@ -1207,9 +1207,11 @@ WRONG_PLACE = (
         ({"class_labels": torch.tensor([1])}, WRONG_LABELS + r"but are torch.int64 of shape \(1,\)\."),
         ({"class_labels": torch.tensor([[1], [1]])}, WRONG_LABELS + r"but are torch.int64 of shape \(2, 1\)\."),
         ({"class_labels": torch.tensor([True, False])}, WRONG_LABELS + r"but are torch.bool of shape \(2,\)\."),
-        ({"blocks": [0]}, WRONG_BLOCKS + r"\[0\]\."),
-        ({"blocks": [4]}, WRONG_BLOCKS + r"\[4\]\."),
-        ({"blocks": [2, 2]}, WRONG_BLOCKS + r"\[2, 2\]\."),
+        ({"class_labels": torch.tensor([0, -2])}, r"`class_labels` must lie between 0 and 4, or be -1 .*\[0, -2\]\."),
+        ({"class_labels": torch.tensor([0, 5])}, r"`class_labels` must lie between 0 and 4, or be -1 .*\[0, 5\]\."),
+        ({"blocks": [0]}, WRONG_BLOCK + r"0\."),
+        ({"blocks": [4]}, WRONG_BLOCK + r"4\."),
+        ({"blocks": [2, 2]}, r"`blocks` must be different numbers from 1 to 3, but are \[2, 2\]\."),
         ({"output_hidden_states": [(4, 1)]}, WRONG_PLACE.format(1, 4, r"\[1, 2, 3\]", r"\[1, 1, 1\]")),
         ({"output_hidden_states": [(0, 1)]}, WRONG_PLACE.format(1, 0, r"\[1, 2, 3\]", r"\[1, 1, 1\]")),
         ({"output_hidden_states": [(1, 0)]}, WRONG_PLACE.format(0, 1, r"\[1, 2, 3\]", r"\[1, 1, 1\]")),
