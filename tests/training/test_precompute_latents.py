@@ -225,7 +225,7 @@ def test_what_is_no_image_is_skipped(precompute_latents, latents_arguments, tmp_
     assert len(load_latents(tmp_path / "latents", tmp_path / "cache")["train"]) == 4
     for path in folder.rglob("*.png"):
         path.write_text("not an image")
-    with pytest.raises(ValueError, match="None of the images of the split 'train' can be used. The last: .*png cannot"):
+    with pytest.raises(ValueError, match="None of the images of the split 'train' can be used. The last: .*png"):
         run(precompute_latents, latents_arguments(train_data_dir=folder, output_dir=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
