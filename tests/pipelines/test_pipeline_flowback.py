@@ -405,6 +405,17 @@ def test_same_images_in_a_new_process(pipe, tmp_path, dtype, max_shard_size):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (
+            {"class_labels": [1], "generator": 42},
+            "`generator` must be a `torch.Generator`, a list of them or None, but",
+        ),
+        ({"class_labels": [1], "generator": [42]}, "`generator` must be a `torch.Generator`, a list of them or None"),
+        (
+            {"class_labels": [1], "latents": [0.0]},
+            r"`latents` must be a tensor of shape \(1, 3, 4, 4\), but are \[0.0\]",
+        ),
+        ({"class_labels": [True]}, "`class_labels` must be whole numbers or names, but one is True"),
+        ({"class_labels": [1], "solver": "newton"}, "`solver` must be one of"),
         ({"class_labels": [5]}, r"`class_labels` must lie between 0 and 4, or be -1 for no class, but one is 5"),
         ({"class_labels": [-2]}, "one is -2"),
         ({"class_labels": []}, "must name at least one class"),
