@@ -25,6 +25,7 @@ extras = {
     "fid": ["torch-fidelity>=0.3", "torchmetrics>=1.9", "torchvision"],
     "test": [
         "hypothesis>=6.100",
+        "markdown-it-py>=3.0",
         "peft>=0.18",
         "pytest>=8.0",
         "pytest-xdist>=3.5",
@@ -56,7 +57,7 @@ setup(
         "huggingface_hub>=1.0",
         "jinja2>=3.1",
         "evaluate>=0.4.5",
-        "pillow>=10.0",
+        "pillow>=10.4",
         "tqdm>=4.66",
     ],
     extras_require=extras,

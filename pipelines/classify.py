@@ -7,20 +7,21 @@ Classify the images of a folder with a trained flow, and print a table.
     python pipelines/classify.py --model outputs/flow --images path/to/folder --output predictions.csv
 
 Folders are searched recursively. The table has one row an image, `file,label_1,score_1,label_2,...`. Files that cannot
-be read as images are skipped, and named at the end on stderr.
+be used as images are skipped, and named at the end on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from flowback_hf_cli.command import add_debug_argument, run_command
-from flowback_hf_cli.data import check_minimum
+from flowback_hf_cli.numbers import COUNT, SEED, Number
 
 
 if TYPE_CHECKING:
@@ -47,15 +48,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="How to classify: Bayes' rule among the five classes that one gradient ranks first, or among all classes;"
         " that gradient in the class logits itself; or several steps of ascent along it. Default: %(default)s.",
     )
-    parser.add_argument("--top_k", type=int, default=5, help="Classes to write for each image. Default: %(default)s.")
+    parser.add_argument(
+        "--top_k", type=COUNT, default=5, help="Classes to write for each image. Default: %(default)s."
+    )
     parser.add_argument(
         "--num_noise_draws",
-        type=int,
+        type=Number(int, at_least=0),
         default=1,
         help="Draws of the training noise to average over for each image; 0 adds no noise. Default: %(default)s.",
     )
-    parser.add_argument("--batch_size", type=int, default=32, help="Images per batch. Default: %(default)s.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the noise. Default: %(default)s.")
+    parser.add_argument("--batch_size", type=COUNT, default=32, help="Images per batch. Default: %(default)s.")
+    parser.add_argument("--seed", type=SEED, default=0, help="Seed of the noise. Default: %(default)s.")
     parser.add_argument(
         "--strict",
         action="store_true",
@@ -63,10 +66,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="Device to compute on, such as cpu or cuda:1. Default: cuda, or cpu without.")
     add_debug_argument(parser)
-    args = parser.parse_args(arguments)
-    check_minimum(parser, args, 1, "top_k", "batch_size")
-    check_minimum(parser, args, 0, "num_noise_draws")
-    return args
+    return parser.parse_args(arguments)
 
 
 def find_files(paths: list[Path]) -> list[Path]:
@@ -100,19 +100,18 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError(f"`--device` {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def read_images(files: list[Path], read: list[Path], skipped: list[Path]) -> Iterator[PIL.Image.Image]:
-    """Yield the images one by one. Their files are added to `read`, and files that are not images to `skipped`."""
-    import PIL.Image
+def read_images(files: list[Path], read: list[Path], skipped: list[str]) -> Iterator[PIL.Image.Image]:
+    """Yield the images one by one. Their files are added to `read`, and those that cannot be used to `skipped`."""
     from tqdm.auto import tqdm
 
-    from flowback_hf.data.images import UNREADABLE
+    from flowback_hf.pipelines.pipeline_flowback import open_image, to_eight_bits
 
     for file in tqdm(files, desc="Classifying"):
         try:
-            with PIL.Image.open(file) as image:
-                image.load()
-        except UNREADABLE:
-            skipped.append(file)
+            image = open_image(file)
+            to_eight_bits(image, "RGB")
+        except ValueError as error:
+            skipped.append(f"{file} {error}")
             continue
         read.append(file)
         yield image
@@ -120,14 +119,30 @@ def read_images(files: list[Path], read: list[Path], skipped: list[Path]) -> Ite
 
 def write_table(file: TextIO, files: list[Path], classes: list[list[dict[str, str | float]]]):
     """Write a CSV table with a row for each image: its file, then the label and the score of each class."""
+    from flowback_hf.reporting import spreadsheet_text
+
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["file"] + [f"{name}_{rank + 1}" for rank in range(len(classes[0])) for name in classes[0][0]])
     for path, entries in zip(files, classes):
-        writer.writerow([path] + [value for entry in entries for value in entry.values()])
+        # A relative path stays one that can be opened.
+        name = f"./{path}" if str(path)[0] in "=+-@" else str(path)
+        values = [value for entry in entries for value in (spreadsheet_text(entry["label"]), entry["score"])]
+        writer.writerow([spreadsheet_text(name), *values])
+
+
+def check_output(path: Path):
+    """Raise ValueError if a table cannot be written there. Nothing is written yet."""
+    if path.is_dir():
+        raise ValueError(f"`--output` must be a file, but {str(path)!r} is a folder.")
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"`--output` {str(path)!r} cannot be written: {str(existing)!r} is no folder to write to.")
 
 
 def main(args: argparse.Namespace):
     files = find_files(args.images)
+    if args.output is not None:
+        check_output(args.output)
 
     # Imports that take seconds stand below the checks: `--help` and wrong arguments are answered at once.
     import torch
@@ -144,7 +159,7 @@ def main(args: argparse.Namespace):
     images = read_images(files, read, skipped)
     first = next(images, None)
     if first is None:
-        raise ValueError(f"None of the {len(files)} files is an image; the first is {str(files[0])!r}.")
+        raise ValueError(f"None of the {len(files)} files is an image that can be used. The first: {skipped[0]}.")
 
     def all_images() -> Iterator[PIL.Image.Image]:
         yield first
@@ -163,13 +178,13 @@ def main(args: argparse.Namespace):
         write_table(sys.stdout, read, classes)
     else:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(args.output) as partial, partial.open("w", newline="") as file:
+        with write_whole(args.output) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             write_table(file, read, classes)
     where = "" if args.output is None else f": {args.output}"
     print(f"{len(read)} images classified by {args.method!r}{where}", file=sys.stderr)
     if skipped:
-        names = ", ".join(str(file) for file in skipped[:10]) + (", ..." if len(skipped) > 10 else "")
-        print(f"{len(skipped)} files are not images and were skipped: {names}", file=sys.stderr)
+        names = ", ".join(skipped[:10]) + (", ..." if len(skipped) > 10 else "")
+        print(f"{len(skipped)} files cannot be used and were skipped: {names}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 
 from flowback_hf_cli.command import add_debug_argument, run_command
+from flowback_hf_cli.numbers import COUNT, Number
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -28,11 +29,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="The original file, .pth or .safetensors, or user/repository:file on the Hub. No code in it is run.",
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="New or empty folder for the pipeline.")
-    parser.add_argument("--sample_size", type=int, required=True, help="Height and width of the images, in pixels.")
-    parser.add_argument("--in_channels", type=int, default=3, help="Channels of the images. Default: %(default)s.")
+    parser.add_argument("--sample_size", type=COUNT, required=True, help="Height and width of the images, in pixels.")
+    parser.add_argument("--in_channels", type=COUNT, default=3, help="Channels of the images. Default: %(default)s.")
     parser.add_argument(
         "--noise_std",
-        type=float,
+        type=Number(float, at_least=0),
         required=True,
         help="Standard deviation of the Gaussian training noise, for images in [-1, 1]. Samples are denoised with it.",
     )

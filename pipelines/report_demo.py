@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowback_hf_cli.command import add_debug_argument, run_command
+from flowback_hf_cli.numbers import COUNT, SEED, Number
 
 
 if TYPE_CHECKING:
@@ -32,13 +33,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_dir", type=Path, required=True, help="Output folder of training/prepare_demo.py.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for samples.png and report.json.")
     parser.add_argument(
-        "--images_per_class", type=int, default=10, help="Images to sample of each class. Default: %(default)s."
+        "--images_per_class", type=COUNT, default=10, help="Images to sample of each class. Default: %(default)s."
     )
     parser.add_argument(
-        "--guidance_scale", type=float, help="Guidance scale of the samples; 1.0 is off. Default: the pipeline's."
+        "--guidance_scale",
+        type=Number(float, at_least=1),
+        help="Guidance scale of the samples; 1.0 is off. Default: the pipeline's.",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="Seed of the noise that becomes the samples. Default: %(default)s."
+        "--seed", type=SEED, default=0, help="Seed of the noise that becomes the samples. Default: %(default)s."
     )
     add_debug_argument(parser)
     return parser.parse_args(arguments)
@@ -78,8 +81,6 @@ def draw_grid(images: list[PIL.Image.Image], labels: list[str], judged: list[str
 
 
 def main(args: argparse.Namespace):
-    if args.images_per_class < 1:
-        raise ValueError(f"`--images_per_class` must be at least 1, but is {args.images_per_class}.")
 
     # Imports that take seconds stand below the checks: `--help` and wrong arguments are answered at once.
     import torch

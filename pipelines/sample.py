@@ -12,12 +12,11 @@ evaluator reads. Image i depends on the seed and on i only: the same command res
 """
 
 import argparse
-import math
 from pathlib import Path
 
 from flowback_hf_cli.command import add_debug_argument, run_command
-from flowback_hf_cli.data import check_minimum
 from flowback_hf_cli.evaluation import GUIDANCE_RULES, GUIDANCE_SCHEDULES
+from flowback_hf_cli.numbers import COUNT, SEED, Number
 
 
 SOLVERS = ("auto", "sequential", "jacobi")
@@ -34,9 +33,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         " Default: all classes.",
     )
     parser.add_argument(
-        "--num_images", type=int, default=64, help="Images that the folder holds in the end. Default: %(default)s."
+        "--num_images", type=COUNT, default=64, help="Images that the folder holds in the end. Default: %(default)s."
     )
-    parser.add_argument("--guidance_scale", type=float, help="Guidance scale. 1.0 is off. Default: the pipeline's.")
+    parser.add_argument(
+        "--guidance_scale", type=Number(float, at_least=1), help="Guidance scale. 1.0 is off. Default: the pipeline's."
+    )
     parser.add_argument("--guidance_rule", choices=GUIDANCE_RULES, help="Guidance rule. Default: the pipeline's.")
     parser.add_argument(
         "--guidance_schedule",
@@ -46,7 +47,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--guidance_temperature",
-        type=float,
+        type=Number(float, above=0),
         default=1.0,
         help="Attention temperature that guides an unconditional flow. 1.0 is off. Default: %(default)s.",
     )
@@ -55,24 +56,18 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=Number(float, at_least=0),
         help="How exactly the solver jacobi inverts a block: the largest change of a token that it still accepts. 0 is"
         " exact. Default: the model's.",
     )
     parser.add_argument("--no_denoise", action="store_true", help="Leave the noise of training in the images.")
     parser.add_argument(
-        "--batch_size", type=int, default=32, help="Images per process and pass. Default: %(default)s."
+        "--batch_size", type=COUNT, default=32, help="Images per process and pass. Default: %(default)s."
     )
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the noise. Default: %(default)s.")
+    parser.add_argument("--seed", type=SEED, default=0, help="Seed of the noise. Default: %(default)s.")
     parser.add_argument("--npz", action="store_true", help="Also write all images into one file.")
     add_debug_argument(parser)
-    args = parser.parse_args(arguments)
-    check_minimum(parser, args, 1, "num_images", "batch_size")
-    if not 0 < args.guidance_temperature < math.inf:
-        parser.error(f"--guidance_temperature must be positive and finite, but is {args.guidance_temperature}.")
-    if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
-        parser.error(f"--tolerance must be at least 0 and finite, but is {args.tolerance}.")
-    return args
+    return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace):

@@ -1,6 +1,7 @@
 """The house: who may import whom."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -111,6 +112,18 @@ def test_the_light_package_imports_the_standard_library_only():
     for path in (SOURCES / "flowback_hf_cli").glob("*.py"):
         outside = {name.split(".")[0] for name in imports_of(path)} - sys.stdlib_module_names
         assert outside <= {"flowback_hf_cli"}, path
+
+
+def test_what_is_copied_stays_a_copy():
+    """Files that are uploaded with a model cannot import it, so they hold copies, marked as diffusers marks them."""
+    copies = 0
+    for path in MODULES:
+        for name, copy in re.findall(r"^# Copied from ([\w.]+)\n(.*?)(?=\n\n\n)", path.read_text(), re.S | re.M):
+            module, _, function = name.rpartition(".")
+            original = (SOURCES / f"{module.replace('.', '/')}.py").read_text()
+            assert f"\n{copy}\n\n\n" in original and copy.startswith(f"def {function}("), f"{path}: {name}"
+            copies += 1
+    assert copies == 2
 
 
 def test_nothing_imports_a_script_or_changes_the_path():

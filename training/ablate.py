@@ -26,7 +26,8 @@ import sys
 from pathlib import Path
 
 from flowback_hf_cli.command import add_debug_argument, run_command
-from flowback_hf_cli.data import check_minimum, check_one_source
+from flowback_hf_cli.data import check_one_source
+from flowback_hf_cli.numbers import COUNT, SEED
 
 
 FOLDER = Path(__file__).resolve().parent
@@ -50,9 +51,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--judge", required=True, help="Independent classifier or encoder whose features compare samples and images."
     )
     parser.add_argument("--variants", nargs="+", help="Names of the variants to run. Default: all of the grid.")
-    parser.add_argument("--seeds", type=int, nargs="+", help="Seeds to run. Default: the grid's.")
-    parser.add_argument("--jobs", type=int, default=1, help="Cells that run side by side. Default: %(default)s.")
-    parser.add_argument("--threads", type=int, help="Threads of each cell. Default: the cores, shared among the jobs.")
+    parser.add_argument("--seeds", type=SEED, nargs="+", help="Seeds to run. Default: the grid's.")
+    parser.add_argument("--jobs", type=COUNT, default=1, help="Cells that run side by side. Default: %(default)s.")
+    parser.add_argument(
+        "--threads", type=COUNT, help="Threads of each cell. Default: the cores, shared among the jobs."
+    )
     parser.add_argument(
         "--dry_run", action="store_true", help="Print the cells and an estimate of the hours, and run nothing else."
     )
@@ -61,8 +64,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args.command = sys.argv[1:] if arguments is None else arguments
     check_one_source(parser, args, "dataset_name", "data_dir")
     if args.threads is None:
-        args.threads = max(1, (os.cpu_count() or 1) // max(1, args.jobs))
-    check_minimum(parser, args, 1, "jobs", "threads")
+        args.threads = max(1, (os.cpu_count() or 1) // args.jobs)
     return args
 
 

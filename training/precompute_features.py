@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 from flowback_hf_cli.command import add_debug_argument, run_command
-from flowback_hf_cli.data import add_data_arguments, check_data_arguments, check_minimum
+from flowback_hf_cli.data import add_data_arguments, check_data_arguments
+from flowback_hf_cli.numbers import COUNT, SEED, Number
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,7 +28,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("features")
     group.add_argument(
         "--seed",
-        type=int,
+        type=SEED,
         default=0,
         help="The seed of the training run, which decides which images are held out. Default: %(default)s.",
     )
@@ -37,13 +38,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--resolution",
-        type=int,
+        type=COUNT,
         default=64,
         help="Height and width of the flow's images, in pixels, as the teacher sees them. Default: %(default)s.",
     )
     group.add_argument(
         "--patch_size",
-        type=int,
+        type=COUNT,
         default=4,
         help="Height and width of the flow's tokens, in pixels. Default: %(default)s.",
     )
@@ -60,20 +61,19 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="The precision of the teacher's weights. Default: as configured in Accelerate.",
     )
     group.add_argument(
-        "--batch_size", type=int, default=64, help="Images per process and batch. Default: %(default)s."
+        "--batch_size", type=COUNT, default=64, help="Images per process and batch. Default: %(default)s."
     )
     group.add_argument(
         "--dataloader_num_workers",
-        type=int,
+        type=Number(int, at_least=0),
         default=0,
         help="Processes that load images, beside each process. Default: %(default)s.",
     )
-    group.add_argument("--images_per_shard", type=int, default=2048, help="Images in a shard. Default: %(default)s.")
+    group.add_argument("--images_per_shard", type=COUNT, default=2048, help="Images in a shard. Default: %(default)s.")
     group.add_argument("--output_dir", required=True, help="The folder to write the features to.")
     add_debug_argument(group)
     args = parser.parse_args(arguments)
     check_data_arguments(parser, args)
-    check_minimum(parser, args, 1, "batch_size", "images_per_shard", "resolution", "patch_size")
     if args.resolution % args.patch_size != 0:
         parser.error(
             f"--resolution must be divisible by --patch_size, but they are {args.resolution} and {args.patch_size}."
@@ -95,6 +95,7 @@ def main(args: argparse.Namespace):
     args.unconditional = True  # labels play no part
     rows = load_splits(args).train
     dataset = ImageDataset(rows, args.image_column, None, [], args.resolution, args.in_channels)
+    dataset[0]  # raises if none of its images can be used
     teacher_name = args.teacher_model_name_or_path
     teacher = load_teacher(teacher_name, args.resolution // args.patch_size, accelerator, args.cache_dir)
     settings = describe_features(teacher_name, teacher, dataset, args.images_per_shard)

@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 
 from flowback_hf_cli.command import add_debug_argument, run_command
-from flowback_hf_cli.data import add_source_arguments, check_minimum, check_one_source
+from flowback_hf_cli.data import add_source_arguments, check_one_source
+from flowback_hf_cli.numbers import COUNT
 
 
 STORES = ("image", "features", "none")
@@ -40,7 +41,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae_subfolder", help="The folder of the VAE inside a pipeline, usually vae.")
     parser.add_argument(
         "--resolution",
-        type=int,
+        type=COUNT,
         default=256,
         help="Resize and center-crop images to this height and width, in pixels. Default: %(default)s.",
     )
@@ -52,7 +53,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--image_size",
-        type=int,
+        type=COUNT,
         help="Height and width of stored images, in pixels. Default: the resolution, at most 224.",
     )
     parser.add_argument(
@@ -62,7 +63,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--grid_size",
-        type=int,
+        type=COUNT,
         help="Height and width of the flow's token grid, sample_size // patch_size, on which stored features lie.",
     )
     parser.add_argument(
@@ -71,18 +72,18 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="The precision of the VAE and the teacher. Default: as configured in Accelerate.",
     )
     parser.add_argument(
-        "--batch_size", type=int, default=32, help="Images per process and batch. Default: %(default)s."
+        "--batch_size", type=COUNT, default=32, help="Images per process and batch. Default: %(default)s."
     )
     parser.add_argument(
-        "--dataloader_num_workers", type=int, default=4, help="Threads that decode images. Default: %(default)s."
+        "--dataloader_num_workers", type=COUNT, default=4, help="Threads that decode images. Default: %(default)s."
     )
-    parser.add_argument("--images_per_shard", type=int, default=1024, help="Images in a shard. Default: %(default)s.")
+    parser.add_argument(
+        "--images_per_shard", type=COUNT, default=1024, help="Images in a shard. Default: %(default)s."
+    )
     parser.add_argument("--output_dir", required=True, help="The folder to write the latents to.")
     add_debug_argument(parser)
     args = parser.parse_args(arguments)
     check_one_source(parser, args, "dataset_name", "train_data_dir")
-    positive = ["resolution", "image_size", "grid_size", "batch_size", "dataloader_num_workers", "images_per_shard"]
-    check_minimum(parser, args, 1, *positive)
     if (args.store == "features") != (args.grid_size is not None):
         parser.error("--grid_size belongs to --store features: give both, or neither.")
     if args.store != "image" and args.image_size is not None:

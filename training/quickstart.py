@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from flowback_hf_cli.command import add_debug_argument, run_command
+from flowback_hf_cli.numbers import COUNT, SEED, Number
 
 
 FOLDER = Path(__file__).resolve().parent
@@ -32,11 +33,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default=Path("outputs/quickstart"),
         help="The folder to write everything to. Default: %(default)s.",
     )
-    parser.add_argument("--max_train_steps", type=int, default=1200, help="Optimizer steps. Default: %(default)s.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the training. Default: %(default)s.")
+    parser.add_argument("--max_train_steps", type=COUNT, default=1200, help="Optimizer steps. Default: %(default)s.")
+    parser.add_argument("--seed", type=SEED, default=0, help="Seed of the training. Default: %(default)s.")
     parser.add_argument(
         "--setup_seconds",
-        type=int,
+        type=Number(int, at_least=0),
         default=0,
         help="Seconds that the set-up took, for the report. Default: %(default)s.",
     )

@@ -17,7 +17,7 @@ from flowback_hf.files import read_json, read_json_lines
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
 from flowback_hf.places import Place, parse_place
-from flowback_hf.reporting import markdown_table
+from flowback_hf.reporting import markdown_code, markdown_table, markdown_text
 
 
 HASH_LINE = re.compile(r"\n*<!-- flowback_hf: written by (?:model_card|hub)\.py, sha256 ([0-9a-f]{64}) -->\s*\Z")
@@ -223,7 +223,7 @@ def render_model_card(
     card = ModelCard.from_template(
         card_data,
         template_str=template,
-        title=repo_id.split("/")[-1],
+        title=markdown_text(repo_id.split("/")[-1]),
         repo_id=repo_id,
         summary=describe_flow(pipeline, run.is_aligned),
         call=example_call(config, id2label),
@@ -232,7 +232,7 @@ def render_model_card(
         grid=None if run.grid is None else f"samples/{run.grid.name}",
         grid_caption=None if run.grid is None else describe_grid(run, config),
         model_table=settings_table(model_settings(pipeline)),
-        classes=", ".join(id2label.values()) if 0 < len(id2label) <= MAX_NAMED_CLASSES else None,
+        classes=markdown_text(", ".join(id2label.values())) if 0 < len(id2label) <= MAX_NAMED_CLASSES else None,
         training_table=settings_table(training_settings(run)) if run.args else None,
         metrics_table=results_table(measurements(run.metrics)) if run.metrics else None,
         metrics_how=describe_metrics(run),
@@ -256,19 +256,23 @@ def render_adapter_card(pipeline: FlowBackPipeline, run_dir: str | os.PathLike, 
     """
     run = Run.read(run_dir)
     flow, id2label = pipeline.transformer, pipeline.config.id2label or {}
-    base = run.args.get("pretrained_model_name_or_path")
+    folder_name = Path(os.path.abspath(run_dir)).name
+    source = run.args.get("pretrained_model_name_or_path")
+    base = hub_id(source) or f"path/to/{Path(source or 'flow').name}"
     card_data = ModelCardData(
         library_name="diffusers",
         tags=["flowback_hf", "normalizing-flow", "tarflow", "lora"],
         datasets=hub_id(run.data),
-        base_model=hub_id(base),
+        base_model=hub_id(source),
     )
     template = resources.files("flowback_hf").joinpath("adapter_card_template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(
         card_data,
         template_str=template,
-        title=Path(os.path.abspath(run_dir)).name,
-        base=hub_id(base) or f"path/to/{Path(base or 'flow').name}",
+        title=markdown_text(folder_name),
+        base=markdown_code(base),
+        base_code=json.dumps(base, ensure_ascii=False),
+        folder_code=json.dumps(f"path/to/{folder_name}", ensure_ascii=False),
         with_class_tables=with_class_tables,
         call=example_call(flow.config, id2label),
         guidance_scale=pipeline.config.guidance_scale,
@@ -284,7 +288,8 @@ def settings_table(settings: dict[str, Any]) -> str:
 
 
 def results_table(results: dict[str, Any]) -> str:
-    return markdown_table(["result", "value"], results.items())
+    escaped = [(markdown_text(name), markdown_text(value)) for name, value in results.items()]
+    return markdown_table(["result", "value"], escaped)
 
 
 # Names that mean something on other machines
@@ -299,9 +304,7 @@ def hub_id(source: str | None) -> str | None:
 
 def public_name(source: str) -> str:
     """Return what a card calls a source, as Markdown code: its id on the Hub, or the last two parts of its path."""
-    if hub_id(source) is not None:
-        return f"`{source}`"
-    return f"`{'/'.join(Path(os.path.abspath(source)).parts[-2:])}`"
+    return markdown_code(hub_id(source) or "/".join(Path(os.path.abspath(source)).parts[-2:]))
 
 
 # Sentences

@@ -3,8 +3,11 @@
 Places in a flow: a flow block and a transformer layer in it, both numbered from 1, block 1 next to the image.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
+
+from flowback_hf_cli.numbers import check_number
 
 
 Place = tuple[int, int]
@@ -49,6 +52,8 @@ def check_places(places: Iterable[Sequence[int]] | None, num_layers: Sequence[in
         ValueError: if there are none, or if one is named twice or lies outside the flow.
     """
     places = [tuple(place) for place in places or []]
+    for number in itertools.chain(*places):
+        check_number("places", number, int)
     if not places or len(set(places)) != len(places):
         raise ValueError(f"`places` must hold at least one (block, layer), each of them once, but are {places}.")
     for block, layer in places:

@@ -3,6 +3,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from functools import cache
@@ -32,6 +33,45 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows])
 
 
+def one_line(text: Any) -> str:
+    """Replace line breaks, control characters and whatever else cannot be printed by spaces, and join those."""
+    return " ".join("".join(each if each.isprintable() else " " for each in str(text)).split())
+
+
+def markdown_text(text: Any) -> str:
+    """
+    Escape a text that people chose, such as a class name, so that Markdown and HTML show it as it is, on one line.
+
+    Example:
+        ```py
+        >>> from flowback_hf.reporting import markdown_text
+
+        >>> print(markdown_text("golden_retriever <script> [link](https://example.com)"))
+        golden_retriever \\<script\\> \\[link\\](https\\://example.com)
+        ```
+    """
+    special = r"[\\`*\[\]<>#|~$&@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\."
+    return re.sub(special, r"\\\g<0>", one_line(text))
+
+
+def markdown_code(text: Any) -> str:
+    """Return a text that people chose as a code span, which may stand in a table."""
+    text = one_line(text)
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    padding = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{padding}{text}{padding}{fence}".replace("|", r"\|")
+
+
+def spreadsheet_text(text: str) -> str:
+    """
+    Mark a text that a spreadsheet would run as a formula as a text, with an apostrophe before it.
+
+    What has no encoding, such as bytes of a file's name, becomes an escape sequence.
+    """
+    text = text.encode(errors="backslashreplace").decode()
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def import_pyplot() -> Any:
     """
     Import matplotlib's `pyplot`, which then draws to files only.
@@ -46,7 +86,10 @@ def import_pyplot() -> Any:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    # Names of classes and runs are shown as they are: a dollar in them is no formula.
+    plt.rcParams.update(
+        {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
+    )
     return plt
 
 

@@ -1,7 +1,9 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
-"""Flags that several commands share: where the data are, and checks of numbers."""
+"""Flags that several commands share: where the data are."""
 
 import argparse
+
+from flowback_hf_cli.numbers import COUNT, Number
 
 
 def add_source_arguments(group: argparse._ArgumentGroup, folder_option: str = "--train_data_dir"):
@@ -30,17 +32,17 @@ def add_data_arguments(group: argparse._ArgumentGroup):
         "--cache_dir", help="The folder where data sets and models of the Hub are kept. Default: the libraries' own."
     )
     group.add_argument(
-        "--max_train_samples", type=int, help="Train on at most this many images, drawn at random. Default: all."
+        "--max_train_samples", type=COUNT, help="Train on at most this many images, drawn at random. Default: all."
     )
     group.add_argument(
         "--max_validation_samples",
-        type=int,
+        type=COUNT,
         default=1024,
         help="Validate with at most this many images. Default: %(default)s.",
     )
     group.add_argument(
         "--train_val_split",
-        type=float,
+        type=Number(float, above=0, below=1),
         default=0.05,
         help="The share of the training images to hold out if the data set has no validation split. Default:"
         " %(default)s.",
@@ -48,11 +50,8 @@ def add_data_arguments(group: argparse._ArgumentGroup):
 
 
 def check_data_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """End with an error unless the training data are named once and their numbers are in range."""
+    """End with an error unless the training data are named once."""
     check_one_source(parser, args, "dataset_name", "train_data_dir", "latents")
-    check_minimum(parser, args, 1, "max_train_samples", "max_validation_samples")
-    if not 0 < args.train_val_split < 1:
-        parser.error(f"--train_val_split must lie between 0 and 1, but is {args.train_val_split}.")
 
 
 def check_one_source(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str):
@@ -61,10 +60,3 @@ def check_one_source(parser: argparse.ArgumentParser, args: argparse.Namespace, 
     if sum(getattr(args, name) is not None for name in names) != 1:
         *others, last = (f"--{name}" for name in names)
         parser.error(f"give one of {', '.join(others)} and {last}.")
-
-
-def check_minimum(parser: argparse.ArgumentParser, args: argparse.Namespace, minimum: int, *names: str):
-    """End with an error if one of these flags is given and below the minimum."""
-    for name in names:
-        if getattr(args, name) is not None and getattr(args, name) < minimum:
-            parser.error(f"--{name} must be at least {minimum}, but is {getattr(args, name)}.")

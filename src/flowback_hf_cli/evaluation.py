@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowback_hf_cli.command import add_debug_argument
-from flowback_hf_cli.data import add_source_arguments, check_minimum, check_one_source
+from flowback_hf_cli.data import add_source_arguments, check_one_source
+from flowback_hf_cli.numbers import COUNT, SEED, Number, check_number_fields, number_field, number_of
 
 
 DESCRIPTION = """
@@ -58,6 +59,8 @@ class EvaluationArguments:
         linear_probe (`bool`, defaults to `False`): Fit linear probes to the hidden states.
         batch_size (`int`, defaults to 32): Images per process and pass.
         seed (`int`, defaults to 0): Decides all noise.
+    Raises:
+        ValueError: if a number is out of its range.
     """
 
     model: str
@@ -70,24 +73,27 @@ class EvaluationArguments:
     split: str = "validation"
     reference_split: str = "train"
     cache_dir: str | None = None
-    max_images: int | None = None
-    max_reference_images: int | None = 50_000
+    max_images: int | None = number_field(None, Number(int, at_least=2))
+    max_reference_images: int | None = number_field(50_000, Number(int, at_least=2))
     strict: bool = False
     methods: Sequence[str] = METHODS
-    num_noise_draws: int = 1
-    shortlist_size: int = 5
+    num_noise_draws: int = number_field(1, Number(int, at_least=0))
+    shortlist_size: int = number_field(5, COUNT)
     features: str | None = None
-    num_samples: int = 2000
-    guidance_scales: Sequence[float] = (1.0, 1.5, 2.0, 3.0)
+    num_samples: int = number_field(2000, Number(int, at_least=2))
+    guidance_scales: Sequence[float] = number_field((1.0, 1.5, 2.0, 3.0), Number(float, at_least=1))
     guidance_rule: str | None = None
     guidance_schedule: str | None = None
-    guidance_temperature: float = 1.0
+    guidance_temperature: float = number_field(1.0, Number(float, above=0))
     reference: Path | None = None
     write_best_guidance: bool = False
     linear_probe: bool = False
-    max_probe_images: int | None = 10_000
-    batch_size: int = 32
-    seed: int = 0
+    max_probe_images: int | None = number_field(10_000, Number(int, at_least=2))
+    batch_size: int = number_field(32, COUNT)
+    seed: int = number_field(0, SEED)
+
+    def __post_init__(self):
+        check_number_fields(self)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -108,11 +114,16 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument(
         "--batch_size",
-        type=int,
+        type=number_of(defaults, "batch_size"),
         default=defaults.batch_size,
         help="Images per process and pass. Default: %(default)s.",
     )
-    run.add_argument("--seed", type=int, default=defaults.seed, help="Seed of all noise. Default: %(default)s.")
+    run.add_argument(
+        "--seed",
+        type=number_of(defaults, "seed"),
+        default=defaults.seed,
+        help="Seed of all noise. Default: %(default)s.",
+    )
     add_debug_argument(run)
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
@@ -136,10 +147,14 @@ def add_data_arguments(parser: argparse.ArgumentParser):
         " contains images that training held out. Default: %(default)s.",
     )
     data.add_argument("--cache_dir", help="Folder where data sets and encoders are cached.")
-    data.add_argument("--max_images", type=int, help="Use at most this many images of --split. Default: all.")
+    data.add_argument(
+        "--max_images",
+        type=number_of(defaults, "max_images"),
+        help="Use at most this many images of --split. Default: all.",
+    )
     data.add_argument(
         "--max_reference_images",
-        type=int,
+        type=number_of(defaults, "max_reference_images"),
         default=defaults.max_reference_images,
         help="Compare samples with at most this many images of --reference_split. Default: %(default)s.",
     )
@@ -158,13 +173,13 @@ def add_part_arguments(parser: argparse.ArgumentParser):
     )
     classification.add_argument(
         "--num_noise_draws",
-        type=int,
+        type=number_of(defaults, "num_noise_draws"),
         default=defaults.num_noise_draws,
         help="Draws of the training noise per image. 0 classifies clean images. Default: %(default)s.",
     )
     classification.add_argument(
         "--shortlist_size",
-        type=int,
+        type=number_of(defaults, "shortlist_size"),
         default=defaults.shortlist_size,
         help="Classes that the method shortlist compares. Default: %(default)s.",
     )
@@ -177,13 +192,13 @@ def add_part_arguments(parser: argparse.ArgumentParser):
     )
     samples.add_argument(
         "--num_samples",
-        type=int,
+        type=number_of(defaults, "num_samples"),
         default=defaults.num_samples,
         help="Samples for each guidance scale. Default: %(default)s.",
     )
     samples.add_argument(
         "--guidance_scales",
-        type=float,
+        type=number_of(defaults, "guidance_scales"),
         nargs="+",
         default=list(defaults.guidance_scales),
         help="Guidance scales to sample at. 1.0 is off. Default: 1.0 1.5 2.0 3.0.",
@@ -196,7 +211,7 @@ def add_part_arguments(parser: argparse.ArgumentParser):
     )
     samples.add_argument(
         "--guidance_temperature",
-        type=float,
+        type=number_of(defaults, "guidance_temperature"),
         default=defaults.guidance_temperature,
         help="Attention temperature that guides an unconditional flow. 1.0 is off. Default: %(default)s.",
     )
@@ -215,7 +230,7 @@ def add_part_arguments(parser: argparse.ArgumentParser):
     )
     probe.add_argument(
         "--max_probe_images",
-        type=int,
+        type=number_of(defaults, "max_probe_images"),
         default=defaults.max_probe_images,
         help="Fit the probe to at most this many images of --reference_split. Default: %(default)s.",
     )
@@ -223,11 +238,6 @@ def add_part_arguments(parser: argparse.ArgumentParser):
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
     check_one_source(parser, args, "dataset_name", "data_dir")
-    check_minimum(parser, args, 2, "max_images", "max_reference_images", "max_probe_images", "num_samples")
-    check_minimum(parser, args, 1, "batch_size", "shortlist_size")
-    check_minimum(parser, args, 0, "num_noise_draws")
-    if min(args.guidance_scales) < 1:
-        parser.error(f"--guidance_scales must be at least 1.0, which is off, but are {args.guidance_scales}.")
     if args.write_best_guidance and args.features is None:
         parser.error("--write_best_guidance needs --features to compare guidance scales by.")
     if args.write_best_guidance and args.guidance_schedule == "linear":

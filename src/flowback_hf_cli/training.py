@@ -5,7 +5,8 @@ import argparse
 from dataclasses import dataclass, fields
 
 from flowback_hf_cli.command import add_debug_argument
-from flowback_hf_cli.data import add_data_arguments, check_data_arguments, check_minimum
+from flowback_hf_cli.data import add_data_arguments, check_data_arguments
+from flowback_hf_cli.numbers import COUNT, SEED, Number, check_number_fields, number_field, number_of
 
 
 DESCRIPTION = """
@@ -41,6 +42,9 @@ class TrainingArguments:
     How a run is trained, logged, validated and saved. Names and defaults are those of the flags of
     `training/train_rra.py`, whose `--help` describes each.
 
+    Raises:
+        ValueError: if a number is out of its range.
+
     Example:
         ```py
         >>> from flowback_hf.training import TrainingArguments
@@ -52,40 +56,43 @@ class TrainingArguments:
     """
 
     output_dir: str
-    train_batch_size: int = 32
-    eval_batch_size: int = 32
-    num_train_epochs: int = 100
-    max_train_steps: int | None = None
-    gradient_accumulation_steps: int = 1
+    train_batch_size: int = number_field(32, COUNT)
+    eval_batch_size: int = number_field(32, COUNT)
+    num_train_epochs: int = number_field(100, COUNT)
+    max_train_steps: int | None = number_field(None, COUNT)
+    gradient_accumulation_steps: int = number_field(1, COUNT)
     gradient_checkpointing: bool = False
     mixed_precision: str | None = None
     allow_tf32: bool = False
     torch_compile: bool = False
-    learning_rate: float = 1e-4
+    learning_rate: float = number_field(1e-4, Number(float, at_least=0))
     scale_lr: bool = False
     lr_scheduler: str = "cosine"
-    lr_warmup_steps: int = 500
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_weight_decay: float = 1e-4
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    label_dropout: float = 0.1
+    lr_warmup_steps: int = number_field(500, Number(int, at_least=0))
+    adam_beta1: float = number_field(0.9, Number(float, at_least=0, below=1))
+    adam_beta2: float = number_field(0.95, Number(float, at_least=0, below=1))
+    adam_weight_decay: float = number_field(1e-4, Number(float, at_least=0))
+    adam_epsilon: float = number_field(1e-8, Number(float, above=0))
+    max_grad_norm: float = number_field(1.0, Number(float, at_least=0))
+    label_dropout: float = number_field(0.1, Number(float, at_least=0, at_most=1))
     random_flip: bool = False
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: int = number_field(0, Number(int, at_least=0))
     use_ema: bool = True
-    ema_decay: float = 0.9999
+    ema_decay: float = number_field(0.9999, Number(float, at_least=0, below=1))
     logging_dir: str = "logs"
-    seed: int = 0
-    logging_steps: int = 10
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int | None = None
+    seed: int = number_field(0, SEED)
+    logging_steps: int = number_field(10, COUNT)
+    checkpointing_steps: int = number_field(500, COUNT)
+    checkpoints_total_limit: int | None = number_field(None, COUNT)
     resume_from_checkpoint: str | None = None
-    validation_steps: int = 500
+    validation_steps: int = number_field(500, COUNT)
     validation_class_labels: list[int | str] | None = None
-    validation_guidance_scale: float = 1.0
+    validation_guidance_scale: float = number_field(1.0, Number(float, at_least=1))
     report_to: str | None = None
     tracker_project_name: str = "flowback_hf"
+
+    def __post_init__(self):
+        check_number_fields(self)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "TrainingArguments":
@@ -137,7 +144,7 @@ def add_loading_arguments(group: argparse._ArgumentGroup):
     group.add_argument("--random_flip", action="store_true", help="Mirror half of the images at random.")
     group.add_argument(
         "--dataloader_num_workers",
-        type=int,
+        type=number_of(TrainingArguments, "dataloader_num_workers"),
         default=defaults.dataloader_num_workers,
         help="Processes that load images, beside each training process. Default: %(default)s, which loads in the"
         " training process.",
@@ -155,25 +162,25 @@ def add_model_arguments(group: argparse._ArgumentGroup):
     )
     group.add_argument(
         "--resolution",
-        type=int,
+        type=COUNT,
         help="Resize and center-crop images to this height and width, in pixels. Default: 64.",
     )
     group.add_argument(
         "--in_channels", type=int, choices=[1, 3], help="Channels of the images: 1 for grey, 3 for RGB. Default: 3."
     )
-    group.add_argument("--patch_size", type=int, help="Height and width of a token, in pixels. Default: 4.")
-    group.add_argument("--num_blocks", type=int, help="Flow blocks. Default: 8.")
+    group.add_argument("--patch_size", type=COUNT, help="Height and width of a token, in pixels. Default: 4.")
+    group.add_argument("--num_blocks", type=COUNT, help="Flow blocks. Default: 8.")
     group.add_argument(
         "--num_layers",
-        type=int,
+        type=COUNT,
         nargs="+",
         help="Transformer layers in each flow block: one number for all, or one for each from the image side."
         " Default: 8.",
     )
-    group.add_argument("--num_attention_heads", type=int, help="Attention heads. Default: 16.")
+    group.add_argument("--num_attention_heads", type=COUNT, help="Attention heads. Default: 16.")
     group.add_argument(
         "--attention_head_dim",
-        type=int,
+        type=COUNT,
         help="Width of an attention head. The model is heads times this wide. Default: 64.",
     )
     group.add_argument(
@@ -184,7 +191,7 @@ def add_model_arguments(group: argparse._ArgumentGroup):
     )
     group.add_argument(
         "--noise_std",
-        type=float,
+        type=Number(float, at_least=0),
         help="Standard deviation of the Gaussian noise added to the data; images are in [-1, 1]. Default: 0.05.",
     )
     group.add_argument(
@@ -198,13 +205,13 @@ def add_model_arguments(group: argparse._ArgumentGroup):
 def add_adapter_arguments(group: argparse._ArgumentGroup):
     group.add_argument(
         "--lora_rank",
-        type=int,
+        type=COUNT,
         help="Train a LoRA adapter of this rank and leave the pretrained flow as it is. Default: train the flow"
         " itself.",
     )
     group.add_argument(
         "--lora_alpha",
-        type=float,
+        type=Number(float, above=0),
         help="What the adapter adds is multiplied by this, divided by the rank. Default: the rank.",
     )
     group.add_argument(
@@ -241,18 +248,18 @@ def add_alignment_arguments(group: argparse._ArgumentGroup):
     )
     group.add_argument(
         "--alignment_blocks",
-        type=int,
+        type=COUNT,
         nargs="+",
         help="Flow blocks to align, counted from 1 at the image. Default: the last two.",
     )
     group.add_argument(
         "--alignment_layer",
-        type=int,
+        type=COUNT,
         help="Layer to align in each of these blocks, counted from 1. Default: three quarters up the block.",
     )
     group.add_argument(
         "--alignment_weight",
-        type=float,
+        type=Number(float, at_least=0),
         default=0.1,
         help="Weight of the alignment in the loss. Default: %(default)s.",
     )
@@ -263,7 +270,7 @@ def add_alignment_arguments(group: argparse._ArgumentGroup):
         " Default: 0.",
     )
     group.add_argument(
-        "--projector_dim", type=int, default=1024, help="Hidden width of the projectors. Default: %(default)s."
+        "--projector_dim", type=COUNT, default=1024, help="Hidden width of the projectors. Default: %(default)s."
     )
 
 
@@ -277,15 +284,21 @@ def add_optimization_arguments(group: argparse._ArgumentGroup):
     defaults = TrainingArguments
 
     def add(name: str, help: str, **options):
+        number = number_of(defaults, name)
+        options |= {} if number is None else {"type": number}
         group.add_argument(
             f"--{name}", default=getattr(defaults, name), help=f"{help} Default: %(default)s.", **options
         )
 
-    add("train_batch_size", "Images per process and batch.", type=int)
-    add("eval_batch_size", "Validation images per process and batch.", type=int)
-    add("num_train_epochs", "Passes over the training images, if --max_train_steps is not given.", type=int)
-    group.add_argument("--max_train_steps", type=int, help="Optimizer steps. Default: what --num_train_epochs make.")
-    add("gradient_accumulation_steps", "Batches whose gradients are summed up to one optimizer step.", type=int)
+    add("train_batch_size", "Images per process and batch.")
+    add("eval_batch_size", "Validation images per process and batch.")
+    add("num_train_epochs", "Passes over the training images, if --max_train_steps is not given.")
+    group.add_argument(
+        "--max_train_steps",
+        type=number_of(TrainingArguments, "max_train_steps"),
+        help="Optimizer steps. Default: what --num_train_epochs make.",
+    )
+    add("gradient_accumulation_steps", "Batches whose gradients are summed up to one optimizer step.")
     group.add_argument(
         "--gradient_checkpointing",
         action="store_true",
@@ -305,26 +318,26 @@ def add_optimization_arguments(group: argparse._ArgumentGroup):
         help="Compile the transformer layers. Training first times a few steps with all layers compiled and with some,"
         " and keeps the faster.",
     )
-    add("learning_rate", "Largest learning rate, reached after the warm-up.", type=float)
+    add("learning_rate", "Largest learning rate, reached after the warm-up.")
     group.add_argument(
         "--scale_lr",
         action="store_true",
         help="Multiply the learning rate by the images of an optimizer step on all processes.",
     )
     add("lr_scheduler", "How the learning rate falls after the warm-up.", choices=LR_SCHEDULERS)
-    add("lr_warmup_steps", "Optimizer steps over which the learning rate grows from 0.", type=int)
-    add("adam_beta1", "AdamW's decay of the gradient's mean.", type=float)
-    add("adam_beta2", "AdamW's decay of the squared gradient's mean.", type=float)
-    add("adam_weight_decay", "AdamW's weight decay.", type=float)
-    add("adam_epsilon", "AdamW's epsilon, added to the denominator.", type=float)
-    add("max_grad_norm", "Clip the norm of all gradients together to this.", type=float)
-    add("label_dropout", "Share of the labels that are replaced by no class, which guidance needs.", type=float)
+    add("lr_warmup_steps", "Optimizer steps over which the learning rate grows from 0.")
+    add("adam_beta1", "AdamW's decay of the gradient's mean.")
+    add("adam_beta2", "AdamW's decay of the squared gradient's mean.")
+    add("adam_weight_decay", "AdamW's weight decay.")
+    add("adam_epsilon", "AdamW's epsilon, added to the denominator.")
+    add("max_grad_norm", "Clip the norm of all gradients together to this; 0 does not clip.")
+    add("label_dropout", "Share of the labels that are replaced by no class, which guidance needs.")
     add(
         "use_ema",
         "Average the weights exponentially, and validate and save the average.",
         action=argparse.BooleanOptionalAction,
     )
-    add("ema_decay", "Largest decay of that average, per optimizer step.", type=float)
+    add("ema_decay", "Largest decay of that average, per optimizer step.")
 
 
 def add_run_arguments(group: argparse._ArgumentGroup):
@@ -337,26 +350,26 @@ def add_run_arguments(group: argparse._ArgumentGroup):
     )
     group.add_argument(
         "--seed",
-        type=int,
+        type=number_of(TrainingArguments, "seed"),
         default=defaults.seed,
         help="Seed of the initial weights, the order of the images, the noise and what is held out. Default:"
         " %(default)s.",
     )
     group.add_argument(
         "--logging_steps",
-        type=int,
+        type=number_of(TrainingArguments, "logging_steps"),
         default=defaults.logging_steps,
         help="Optimizer steps between two lines in metrics.jsonl. Default: %(default)s.",
     )
     group.add_argument(
         "--checkpointing_steps",
-        type=int,
+        type=number_of(TrainingArguments, "checkpointing_steps"),
         default=defaults.checkpointing_steps,
         help="Optimizer steps between two checkpoints. Default: %(default)s.",
     )
     group.add_argument(
         "--checkpoints_total_limit",
-        type=int,
+        type=number_of(TrainingArguments, "checkpoints_total_limit"),
         help="Keep this many checkpoints; older ones are deleted once a new one is safe. Default: keep all.",
     )
     group.add_argument(
@@ -365,7 +378,7 @@ def add_run_arguments(group: argparse._ArgumentGroup):
     )
     group.add_argument(
         "--validation_steps",
-        type=int,
+        type=number_of(TrainingArguments, "validation_steps"),
         default=defaults.validation_steps,
         help="Optimizer steps between two validations. Default: %(default)s.",
     )
@@ -377,7 +390,7 @@ def add_run_arguments(group: argparse._ArgumentGroup):
     )
     group.add_argument(
         "--validation_guidance_scale",
-        type=float,
+        type=number_of(TrainingArguments, "validation_guidance_scale"),
         default=defaults.validation_guidance_scale,
         help="Guidance scale of the sample grids and, by default, of the saved pipeline; 1.0 is off."
         " Default: %(default)s.",
@@ -408,7 +421,7 @@ def add_hub_arguments(group: argparse._ArgumentGroup):
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """End with an error for flags that contradict each other and numbers out of range."""
+    """End with an error for flags that contradict each other."""
     check_data_arguments(parser, args)
     check_adapter_arguments(parser, args)
     if args.latents is None and (args.vae_model_name_or_path or args.vae_subfolder):
@@ -417,14 +430,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error("--latents hold their own features: leave --teacher_features out.")
     if args.teacher_features is not None and (args.teacher_model_name_or_path or args.alignment == "none"):
         parser.error("--teacher_features take the place of --teacher_model_name_or_path, and --alignment needs them.")
-    at_least_one = ["train_batch_size", "eval_batch_size", "num_train_epochs", "gradient_accumulation_steps"]
-    at_least_one += ["max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"]
-    at_least_one += ["logging_steps", "projector_dim", "lora_rank"]
-    check_minimum(parser, args, 1, *at_least_one)
-    if not 0 <= args.label_dropout <= 1:
-        parser.error(f"--label_dropout must lie in [0, 1], but is {args.label_dropout}.")
-    if args.validation_guidance_scale < 1:
-        parser.error(f"--validation_guidance_scale must be at least 1.0, but is {args.validation_guidance_scale}.")
 
 
 def check_adapter_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
@@ -435,8 +440,6 @@ def check_adapter_arguments(parser: argparse.ArgumentParser, args: argparse.Name
         return
     if args.pretrained_model_name_or_path is None:
         parser.error("--lora_rank needs a flow to start from: give --pretrained_model_name_or_path.")
-    if args.lora_alpha is not None and not args.lora_alpha > 0:
-        parser.error(f"--lora_alpha must be positive, but is {args.lora_alpha}.")
     if args.push_to_hub:
         parser.error(
             "--push_to_hub publishes a whole flow: leave it out with --lora_rank, and upload the adapter's files with"

@@ -475,8 +475,14 @@ def test_a_bad_grid_raises_and_nothing_runs(ablate, line, tmp_path, grid, messag
         ({"train": {"width": 3}}, r"'train' of `--settings` .* has the unknown keys \['width'\]"),
         ({"train": {"seed": 3}}, r"'train' of `--settings` .* has the unknown keys \['seed'\]"),
         ({"evaluate": {"model": "m"}}, r"'evaluate' of `--settings` .* has the unknown keys \['model'\]"),
-        ({"train": {"train_batch_size": 0}}, "--train_batch_size must be at least 1, but is 0"),
-        ({"evaluate": {"num_samples": 1}}, "'none' cannot be run: --num_samples must be at least 2, but is 1"),
+        (
+            {"train": {"train_batch_size": 0}},
+            "argument --train_batch_size: must be a whole number of at least 1, but is 0",
+        ),
+        (
+            {"evaluate": {"num_samples": 1}},
+            "'none' cannot be run: argument --num_samples: must be a whole number of at least 2, but is 1",
+        ),
         ({"checkpoint_guidance_scale": 3.0}, r"must be one of the evaluation's 'guidance_scales' \[\], .* but is 3.0"),
         (
             SETTINGS | {"train": {"use_ema": False}},
@@ -499,8 +505,8 @@ def test_bad_options_raise(ablate, line, tmp_path, capsys):
         run(ablate, line(GRID, grid="nowhere.json"))
     for options, message in (
         ({"data_dir": None}, "give one of --dataset_name and --data_dir"),
-        ({"jobs": 0}, "--jobs must be at least 1, but is 0"),
-        ({"threads": 0}, "--threads must be at least 1, but is 0"),
+        ({"jobs": 0}, "argument --jobs: must be a whole number of at least 1, but is 0"),
+        ({"threads": 0}, "argument --threads: must be a whole number of at least 1, but is 0"),
     ):
         with pytest.raises(SystemExit):
             ablate.parse_args(line(GRID, **options))

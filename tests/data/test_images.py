@@ -16,7 +16,7 @@ def test_an_item_is_in_range_cropped_and_replaces_a_broken_one():
     )
     dataset = ImageDataset(rows, "image", "label", [5, 7], sample_size=4, in_channels=3)
     item = dataset[0]
-    assert item["skipped"] == ["bad.png"] and item["class_labels"] == 7
+    assert item["skipped"] == ["bad.png cannot be read: it is not an image"] and item["class_labels"] == 7
     assert torch.equal(item["images"], torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, 4, 4))
 
 
@@ -24,7 +24,7 @@ def test_a_row_without_an_image_is_replaced_by_the_next():
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     rows = datasets.Dataset.from_dict({"image": [None, PIL.Image.new("RGB", (4, 4))], "label": [0, 1]}, features)
     item = ImageDataset(rows, "image", "label", [5, 7], sample_size=4, in_channels=3)[0]
-    assert item["skipped"] == ["row 0"] and item["class_labels"] == 7
+    assert item["skipped"] == ["row 0 cannot be read: there is no image in this row"] and item["class_labels"] == 7
 
 
 def test_only_broken_images_raise():
@@ -33,7 +33,10 @@ def test_only_broken_images_raise():
         features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
     )
     dataset = ImageDataset(rows, "image", "label", [0, 1], sample_size=4, in_channels=3)
-    with pytest.raises(ValueError, match="None of the 2 images of the data set can be decoded; the first is bad.png"):
+    with pytest.raises(
+        ValueError,
+        match="None of the 2 images of the data set can be used. The first: bad.png cannot be",
+    ):
         dataset[1]
 
 

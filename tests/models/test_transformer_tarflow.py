@@ -1158,17 +1158,17 @@ def test_any_flow_is_invertible(
     "config, match",
     [
         ({"sample_size": 5}, r"`sample_size` must be divisible by `patch_size`, but they are 5 and 2\."),
-        ({"sample_size": 0}, r"`sample_size` must be at least 1, but is 0\."),
-        ({"patch_size": 0}, r"`patch_size` must be at least 1, but is 0\."),
-        ({"in_channels": 0}, r"`in_channels` must be at least 1, but is 0\."),
-        ({"num_blocks": 0}, r"`num_blocks` must be at least 1, but is 0\."),
-        ({"num_attention_heads": 0}, r"`num_attention_heads` must be at least 1, but is 0\."),
-        ({"attention_head_dim": -1}, r"`attention_head_dim` must be at least 1, but is -1\."),
-        ({"num_classes": 0}, r"`num_classes` must be at least 1, but is 0\."),
+        ({"sample_size": 0}, r"`sample_size` must be a whole number of at least 1, but is 0\."),
+        ({"patch_size": 0}, r"`patch_size` must be a whole number of at least 1, but is 0\."),
+        ({"in_channels": 0}, r"`in_channels` must be a whole number of at least 1, but is 0\."),
+        ({"num_blocks": 0}, r"`num_blocks` must be a whole number of at least 1, but is 0\."),
+        ({"num_attention_heads": 0}, r"`num_attention_heads` must be a whole number of at least 1, but is 0\."),
+        ({"attention_head_dim": -1}, r"`attention_head_dim` must be a whole number of at least 1, but is -1\."),
+        ({"num_classes": 0}, r"`num_classes` must be a whole number of at least 1, but is 0\."),
         ({"num_layers": [1, 2]}, r"`num_layers` must be .* each of the 3 flow blocks.*but is \[1, 2\]\."),
         ({"num_layers": []}, r"`num_layers` must be .* each of the 3 flow blocks.*but is \[\]\."),
-        ({"num_layers": [1, 0, 1]}, r"`num_layers` must be a positive integer.*but is \[1, 0, 1\]\."),
-        ({"num_layers": 0}, r"`num_layers` must be a positive integer.*but is 0\."),
+        ({"num_layers": [1, 0, 1]}, r"`num_layers` must be a whole number of at least 1, but is 0\."),
+        ({"num_layers": 0}, r"`num_layers` must be a whole number of at least 1, but is 0\."),
         ({"activation_fn": "relu"}, r"`activation_fn` must be one of \('gelu', 'swiglu'\), but is 'relu'\."),
         ({"position_embedding": "sincos"}, r"`position_embedding` must be .*'rope'\), but is 'sincos'\."),
         (
@@ -1176,9 +1176,9 @@ def test_any_flow_is_invertible(
             r"`attention_head_dim` must be a multiple of 4 for `position_embedding='rope'`, .*, but is 6\.",
         ),
         ({"noise_type": "laplace"}, r"`noise_type` must be one of \('gaussian', 'uniform'\), but is 'laplace'\."),
-        ({"noise_std": -0.1}, r"`noise_std` must not be negative, but is -0\.1\."),
-        ({"noise_std": math.nan}, r"`noise_std` must not be negative, but is nan\."),
-        ({"mlp_ratio": 0.0}, r"`mlp_ratio` must be positive, but is 0\.0\."),
+        ({"noise_std": -0.1}, r"`noise_std` must be a finite number of at least 0.0, but is -0\.1\."),
+        ({"noise_std": math.nan}, r"`noise_std` must be a finite number of at least 0.0, but is nan\."),
+        ({"mlp_ratio": 0.0}, r"`mlp_ratio` must be a finite number above 0.0, but is 0\.0\."),
     ],
 )
 def test_bad_config_is_refused(randomised_model, config, match):
@@ -1188,7 +1188,7 @@ def test_bad_config_is_refused(randomised_model, config, match):
 
 WRONG_SAMPLE = r"`sample` must have shape \(batch_size, 3, 4, 4\), as in this model's config, but has shape "
 WRONG_LABELS = r"`class_labels` must be integers of shape \(2,\) or floating-point class weights of shape \(2, 5\), "
-WRONG_BLOCKS = r"`blocks` must be different numbers from 1 to 3, but are "
+WRONG_BLOCK = r"`blocks` must be a whole number of at least 1 and at most 3, but is "
 WRONG_PLACE = (
     r"`output_hidden_states` asks for layer {} of flow block {}, but the blocks that run are {}, with {} layers"
 )
@@ -1207,9 +1207,11 @@ WRONG_PLACE = (
         ({"class_labels": torch.tensor([1])}, WRONG_LABELS + r"but are torch.int64 of shape \(1,\)\."),
         ({"class_labels": torch.tensor([[1], [1]])}, WRONG_LABELS + r"but are torch.int64 of shape \(2, 1\)\."),
         ({"class_labels": torch.tensor([True, False])}, WRONG_LABELS + r"but are torch.bool of shape \(2,\)\."),
-        ({"blocks": [0]}, WRONG_BLOCKS + r"\[0\]\."),
-        ({"blocks": [4]}, WRONG_BLOCKS + r"\[4\]\."),
-        ({"blocks": [2, 2]}, WRONG_BLOCKS + r"\[2, 2\]\."),
+        ({"class_labels": torch.tensor([0, -2])}, r"`class_labels` must lie between 0 and 4, or be -1 .*\[0, -2\]\."),
+        ({"class_labels": torch.tensor([0, 5])}, r"`class_labels` must lie between 0 and 4, or be -1 .*\[0, 5\]\."),
+        ({"blocks": [0]}, WRONG_BLOCK + r"0\."),
+        ({"blocks": [4]}, WRONG_BLOCK + r"4\."),
+        ({"blocks": [2, 2]}, r"`blocks` must be different numbers from 1 to 3, but are \[2, 2\]\."),
         ({"output_hidden_states": [(4, 1)]}, WRONG_PLACE.format(1, 4, r"\[1, 2, 3\]", r"\[1, 1, 1\]")),
         ({"output_hidden_states": [(0, 1)]}, WRONG_PLACE.format(1, 0, r"\[1, 2, 3\]", r"\[1, 1, 1\]")),
         ({"output_hidden_states": [(1, 0)]}, WRONG_PLACE.format(0, 1, r"\[1, 2, 3\]", r"\[1, 1, 1\]")),
@@ -1219,12 +1221,15 @@ WRONG_PLACE = (
             {"output_hidden_states": [(1, 1)], "inverse": True},
             r"`output_hidden_states` cannot be combined with `inverse=True`",
         ),
-        ({"guidance_scale": 0.5, "inverse": True}, r"`guidance_scale` must be at least 1\.0, .* but is 0\.5\."),
+        (
+            {"guidance_scale": 0.5, "inverse": True},
+            r"`guidance_scale` must be a finite number of at least 1\.0, but is 0\.5\.",
+        ),
         ({"guidance_scale": 2.0}, r"`guidance_scale` must be 1\.0 with `inverse=False`, but is 2\.0"),
         ({"guidance_rule": "sum"}, r"`guidance_rule` must be one of \('linear', 'product'\), but is 'sum'\."),
         ({"guidance_schedule": "cosine"}, r"`guidance_schedule` must be one of .*'linear'\), but is 'cosine'\."),
-        ({"guidance_temperature": 0.0}, r"`guidance_temperature` must be positive, but is 0\.0\."),
-        ({"guidance_temperature": -1.0}, r"`guidance_temperature` must be positive, but is -1\.0\."),
+        ({"guidance_temperature": 0.0}, r"`guidance_temperature` must be a finite number above 0.0, but is 0\.0\."),
+        ({"guidance_temperature": -1.0}, r"`guidance_temperature` must be a finite number above 0.0, but is -1\.0\."),
     ],
 )
 def test_bad_call_is_refused(randomised_model, call, match):

@@ -64,7 +64,7 @@ def test_what_is_no_image_is_skipped_counted_and_named(script, model_folder, tmp
     run(script, model=model_folder, images=tmp_path / "images", output=tmp_path / "table.csv", method="bayes")
     printed = capsys.readouterr().err
     assert "4 images classified by 'bayes'" in printed
-    assert "2 files are not images and were skipped" in printed
+    assert "2 files cannot be used and were skipped" in printed
     assert "notes.txt" in printed and "truncated.png" in printed and ".hidden" not in printed
     table = read_table(tmp_path / "table.csv")
     assert [row["file"].rsplit("/")[-1] for row in table] == ["0.png", "1.png", "2.png", "palette.png"]
@@ -76,7 +76,7 @@ def test_images_of_another_size(script, model_folder, tmp_path):
     write_images(tmp_path / "images", 2, seed=0, size=(6, 9))
     with pytest.warns(UserWarning, match="Images that are not 4x4 pixels are resized and center-cropped"):
         run(script, model=model_folder, images=tmp_path / "images", output=tmp_path / "table.csv")
-    with pytest.raises(ValueError, match="Image 0 must be 4x4 pixels of mode RGB, but is 6x9"):
+    with pytest.raises(ValueError, match="Image 0, '.*0.png', must be 4x4 pixels of mode RGB, but is 6x9"):
         run(script, model=model_folder, images=tmp_path / "images", output=tmp_path / "strict.csv", strict=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "table.csv"]
 
@@ -91,7 +91,10 @@ def test_nothing_to_classify(script, model_folder, tmp_path):
     with pytest.raises(ValueError, match="`--images` must be existing files or folders, but '.*nowhere' is neither"):
         run(script, model=model_folder, images=tmp_path / "nowhere", output=tmp_path / "table.csv")
     (tmp_path / "empty" / "a.txt").write_text("no image")
-    with pytest.raises(ValueError, match="None of the 1 files is an image; the first is '.*a.txt'"):
+    with pytest.raises(
+        ValueError,
+        match="None of the 1 files is an image that can be used. The first: .*a.txt cannot be read",
+    ):
         run(script, model=model_folder, images=tmp_path / "empty", output=tmp_path / "table.csv")
     assert not (tmp_path / "table.csv").exists()
 
@@ -107,7 +110,9 @@ def test_a_device_that_is_none_is_refused(script, model_folder, image_folder, de
 def test_the_parser_refuses_numbers(script, capsys, option, value, minimum):
     with pytest.raises(SystemExit):
         script("classify").parse_args(command_line(model="m", images="i", **{option: value}))
-    assert f"--{option} must be at least {minimum}, but is {value}" in capsys.readouterr().err
+    assert (
+        f"argument --{option}: must be a whole number of at least {minimum}, but is {value}" in capsys.readouterr().err
+    )
 
 
 def test_an_unconditional_flow_is_refused(script, unconditional_folder, image_folder, tmp_path):

@@ -293,7 +293,7 @@ def test_odd_images(options, tmp_path, capsys):
     results = read_results(tmp_path / "evaluation")
     assert [results[f"num_images{kind}"] for kind in ("", "_skipped", "_resized")] == [7, 2, 1]
     printed = capsys.readouterr().out
-    assert "2 images cannot be decoded and were skipped" in printed
+    assert "2 images cannot be used and were skipped" in printed
     assert "truncated.png" in printed and "text.png" in printed
     assert "1 images were resized and center-cropped to 4x4" in printed
     with pytest.raises(ValueError, match="large.jpg has 8x6 pixels, but the flow's images have 4x4"):
@@ -369,8 +369,9 @@ def test_an_empty_folder_and_one_of_broken_images(options, tmp_path):
         for name in CLASS_NAMES:
             (tmp_path / "broken" / split / name).mkdir(parents=True)
             (tmp_path / "broken" / split / name / "0.png").write_text("not an image")
-    with pytest.raises(ValueError, match="at least two images, but 0 of the 3 of the split 'validation' can be dec"):
+    with pytest.raises(ValueError, match="at least two images, but 0 of the 3 of the split 'validation' can be used"):
         run(output_dir=tmp_path / "evaluation", **{**options, "data_dir": tmp_path / "broken"})
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_another_evaluations_folder_is_refused(options, tmp_path):
@@ -388,8 +389,14 @@ def test_another_evaluations_folder_is_refused(options, tmp_path):
     "line, message",
     [
         ([], "give one of --dataset_name and --data_dir"),
-        (["--data_dir", "d", "--num_samples", "1"], "--num_samples must be at least 2, but is 1"),
-        (["--data_dir", "d", "--guidance_scales", "0.5"], "--guidance_scales must be at least 1.0"),
+        (
+            ["--data_dir", "d", "--num_samples", "1"],
+            "argument --num_samples: must be a whole number of at least 2, but is 1",
+        ),
+        (
+            ["--data_dir", "d", "--guidance_scales", "0.5"],
+            "argument --guidance_scales: must be a finite number of at least 1",
+        ),
         (["--data_dir", "d", "--write_best_guidance"], "--write_best_guidance needs --features"),
         (["--data_dir", "d", "--features", "f", "--write_best_guidance"], "needs a --model folder to write to"),
         (

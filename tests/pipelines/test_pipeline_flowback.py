@@ -405,19 +405,39 @@ def test_same_images_in_a_new_process(pipe, tmp_path, dtype, max_shard_size):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (
+            {"class_labels": [1], "generator": 42},
+            "`generator` must be a `torch.Generator`, a list of them or None, but",
+        ),
+        ({"class_labels": [1], "generator": [42]}, "`generator` must be a `torch.Generator`, a list of them or None"),
+        (
+            {"class_labels": [1], "latents": [0.0]},
+            r"`latents` must be a tensor of shape \(1, 3, 4, 4\), but are \[0.0\]",
+        ),
+        ({"class_labels": [True]}, "`class_labels` must be whole numbers or names, but one is True"),
+        ({"class_labels": [1], "solver": "newton"}, "`solver` must be one of"),
         ({"class_labels": [5]}, r"`class_labels` must lie between 0 and 4, or be -1 for no class, but one is 5"),
         ({"class_labels": [-2]}, "one is -2"),
         ({"class_labels": []}, "must name at least one class"),
         ({"class_labels": [None, 3]}, "must be whole numbers or names, but one is None"),
         ({"class_labels": [1.5]}, "`class_labels` must be whole numbers or names, but one is 1.5"),
         ({"class_labels": "goldfinch"}, r"'goldfinch' is not one. The nearest known ones are \['goldfish'"),
-        ({"class_labels": [1], "guidance_scale": 0.5}, "`guidance_scale` must be at least 1.0.* but is 0.5"),
+        (
+            {"class_labels": [1], "guidance_scale": 0.5},
+            "`guidance_scale` must be a finite number of at least 1.0, but is 0.5",
+        ),
         ({"class_labels": [1], "guidance_rule": "cubic"}, "`guidance_rule` must be one of .*'cubic'"),
         ({"class_labels": [1], "guidance_schedule": "cosine"}, "`guidance_schedule` must be one of .*'cosine'"),
         ({"class_labels": [1], "output_type": "jpeg"}, "`output_type` must be one of .* but is 'jpeg'"),
-        ({"class_labels": [1], "num_images_per_prompt": 0}, "`num_images_per_prompt` must be at least 1, but is 0"),
+        (
+            {"class_labels": [1], "num_images_per_prompt": 0},
+            "`num_images_per_prompt` must be a whole number of at least 1, but is 0",
+        ),
         ({"class_labels": [1, 2], "generator": [torch.Generator()]}, "one for each of the 2 images, but has 1"),
-        ({"class_labels": [1], "latents": torch.zeros(2, 3, 4, 4)}, r"`latents` must have shape \(1, 3, 4, 4\)"),
+        (
+            {"class_labels": [1], "latents": torch.zeros(2, 3, 4, 4)},
+            r"`latents` must be a tensor of shape \(1, 3, 4, 4\)",
+        ),
         ({"class_labels": [1], "callback_on_step_end_tensor_inputs": ["noise"]}, r"but holds \['noise'\]"),
     ],
 )

@@ -720,14 +720,14 @@ def test_the_progress_bar_counts_images(pipe, capsys):
     "arguments, message",
     [
         ({"method": "guess"}, "`method` must be one of .*'shortlist'.* but is 'guess'"),
-        ({"top_k": 0}, "`top_k` must be at least 1, or None for all classes, but is 0"),
-        ({"num_noise_draws": -1}, "`num_noise_draws` must not be negative, but is -1"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1, but is 0"),
-        ({"num_steps": 0}, "`num_steps` must be at least 1, but is 0"),
-        ({"learning_rate": 0.0}, "`learning_rate` must be positive, but is 0.0"),
-        ({"learning_rate": float("nan")}, "`learning_rate` must be positive, but is nan"),
-        ({"tolerance": -1.0}, "`tolerance` must not be negative, but is -1.0"),
-        ({"shortlist_size": 0}, "`shortlist_size` must be at least 1, but is 0"),
+        ({"top_k": 0}, "`top_k` must be a whole number of at least 1, but is 0"),
+        ({"num_noise_draws": -1}, "`num_noise_draws` must be a whole number of at least 0, but is -1"),
+        ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1, but is 0"),
+        ({"num_steps": 0}, "`num_steps` must be a whole number of at least 1, but is 0"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be a finite number above 0.0, but is 0.0"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be a finite number above 0.0, but is nan"),
+        ({"tolerance": -1.0}, "`tolerance` must be a finite number of at least 0.0, but is -1.0"),
+        ({"shortlist_size": 0}, "`shortlist_size` must be a whole number of at least 1, but is 0"),
         ({"images": []}, "`images` must hold at least one image, but are empty"),
         ({"images": [1, 2]}, "Image 0 must be a PIL image, an array, a tensor or a path, but is of type int"),
         ({"images": [torch.rand(3, 4, 4), torch.rand(3, 4, 4) - 2]}, r"Image 1 must hold floats in \[0, 1\] or uint8"),
@@ -790,5 +790,5 @@ def test_an_unconditional_flow_has_likelihoods_and_no_classes(randomised_model):
 def test_labels_that_do_not_fit_raise(pipe, labels, message):
     with pytest.raises(ValueError, match=message):
         pipe.log_prob(random_images(2), labels)
-    with pytest.raises(ValueError, match="`num_noise_draws` must be at least 1 to dequantize, but is 0"):
+    with pytest.raises(ValueError, match="`num_noise_draws` must be a whole number of at least 1, but is 0"):
         pipe.bits_per_dim(random_images(2), num_noise_draws=0)

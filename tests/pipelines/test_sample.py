@@ -129,7 +129,6 @@ def test_another_runs_folder_is_refused(script, model_folder, tmp_path):
     [
         ({"class_labels": ["dog"]}, "'dog' is not one. The nearest known ones are"),
         ({"class_labels": [3]}, "`class_labels` must lie between 0 and 2"),
-        ({"guidance_scale": 0.5}, "`guidance_scale` must be at least 1.0"),
     ],
 )
 def test_bad_arguments_leave_nothing(script, model_folder, tmp_path, options, message):
@@ -146,9 +145,11 @@ def test_labels_for_an_unconditional_flow_raise(script, unconditional_folder, tm
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"tolerance": -1}, "--tolerance must be at least 0 and finite, but is -1.0"),
-        ({"tolerance": "nan"}, "--tolerance must be at least 0 and finite, but is nan"),
-        ({"guidance_temperature": 0}, "--guidance_temperature must be positive and finite, but is 0.0"),
+        ({"guidance_scale": 0.5}, "argument --guidance_scale: must be a finite number of at least 1, but is 0.5"),
+        ({"seed": -1}, "argument --seed: must be a whole number of at least 0 and below 4294967296, but is -1"),
+        ({"tolerance": -1}, "argument --tolerance: must be a finite number of at least 0, but is -1.0"),
+        ({"tolerance": "nan"}, "argument --tolerance: must be a finite number of at least 0, but is nan"),
+        ({"guidance_temperature": 0}, "argument --guidance_temperature: must be a finite number above 0, but is 0.0"),
     ],
 )
 def test_the_parser_refuses_numbers(script, capsys, options, message):
@@ -172,7 +173,7 @@ def test_the_tolerance_is_the_solvers(script, model_folder, tmp_path):
 def test_the_parser_refuses_counts_below_one(script, capsys, option):
     with pytest.raises(SystemExit):
         script("sample").parse_args(command_line(model="m", output_dir="o", **{option: 0}))
-    assert f"--{option} must be at least 1, but is 0" in capsys.readouterr().err
+    assert f"argument --{option}: must be a whole number of at least 1, but is 0" in capsys.readouterr().err
 
 
 def test_noise_is_a_function_of_the_seed_and_the_images_number():

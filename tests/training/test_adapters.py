@@ -198,10 +198,13 @@ def test_without_peft_the_error_names_the_extra(train_rra, line, tmp_path, monke
     [
         ({"lora_alpha": 4}, "--lora_alpha, --lora_target_modules and --lora_train_class_embed belong to --lora_rank"),
         ({"lora_rank": 4}, "--lora_rank needs a flow to start from: give --pretrained_model_name_or_path"),
-        ({"lora_rank": 0, "pretrained_model_name_or_path": "x"}, "--lora_rank must be at least 1, but is 0"),
+        (
+            {"lora_rank": 0, "pretrained_model_name_or_path": "x"},
+            "argument --lora_rank: must be a whole number of at least 1, but is 0",
+        ),
         (
             {"lora_rank": 4, "lora_alpha": -1, "pretrained_model_name_or_path": "x"},
-            "--lora_alpha must be positive, but is -1.0",
+            "argument --lora_alpha: must be a finite number above 0, but is -1.0",
         ),
         (
             {"lora_rank": 4, "push_to_hub": True, "pretrained_model_name_or_path": "x"},

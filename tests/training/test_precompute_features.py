@@ -190,8 +190,11 @@ def test_too_small_a_disk_is_found_before_work_begins(precompute_features, featu
     "options, message",
     [
         ({"patch_size": 3}, "--resolution must be divisible by --patch_size, but they are 8 and 3"),
-        ({"batch_size": 0}, "--batch_size must be at least 1, but is 0"),
-        ({"train_val_split": 2}, "--train_val_split must lie between 0 and 1, but is 2.0"),
+        ({"batch_size": 0}, "argument --batch_size: must be a whole number of at least 1, but is 0"),
+        (
+            {"train_val_split": 2},
+            "argument --train_val_split: must be a finite number above 0 and below 1, but is 2.0",
+        ),
         ({"dataset_name": "both"}, "give one of --dataset_name and --train_data_dir"),
     ],
 )

@@ -221,12 +221,13 @@ def test_what_is_no_image_is_skipped(precompute_latents, latents_arguments, tmp_
     (folder / "train" / "cat" / "text.png").write_text("not an image")
     with caplog.at_level("WARNING"):
         run(precompute_latents, latents_arguments(train_data_dir=folder))
-    assert caplog.text.count("text.png: it cannot be decoded") == 1
+    assert caplog.text.count("text.png cannot be read: it is not an image") == 1
     assert len(load_latents(tmp_path / "latents", tmp_path / "cache")["train"]) == 4
     for path in folder.rglob("*.png"):
         path.write_text("not an image")
-    with pytest.raises(ValueError, match="None of 5 images that follow one another can be decoded"):
+    with pytest.raises(ValueError, match="None of the images of the split 'train' can be used. The last: .*png"):
         run(precompute_latents, latents_arguments(train_data_dir=folder, output_dir=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 # Training from it
@@ -335,7 +336,10 @@ def test_labels_without_names_are_refused(precompute_latents, latents_arguments,
         (["--output_dir", "x"], "give one of --dataset_name and --train_data_dir"),
         (["--output_dir", "x", "--train_data_dir", "y", "--store", "features"], "--grid_size belongs to --store"),
         (["--output_dir", "x", "--train_data_dir", "y", "--grid_size", "2"], "--grid_size belongs to --store"),
-        (["--output_dir", "x", "--train_data_dir", "y", "--batch_size", "0"], "--batch_size must be at least 1"),
+        (
+            ["--output_dir", "x", "--train_data_dir", "y", "--batch_size", "0"],
+            "argument --batch_size: must be a whole number of at least 1",
+        ),
     ],
 )
 def test_the_parser_refuses(precompute_latents, capsys, line, message):

@@ -202,12 +202,24 @@ def test_the_shape_classes_are_in_the_order_of_an_image_folder():
         (["--kind", "digits", "--num_train_images", "99"], "--num_train_images 99 was given with --kind digits"),
         (["--kind", "digits", "--num_validation_images", "99"], "--num_validation_images 99 was given"),
         (["--kind", "shapes", "--resolution", "12"], "--resolution must be a positive multiple of 8, not 12"),
-        (["--kind", "shapes", "--resolution", "0"], "--resolution must be a positive multiple of 8, not 0"),
+        (["--kind", "shapes", "--resolution", "0"], "argument --resolution: must be a whole number of at least 1"),
         (["--kind", "shapes", "--num_train_images", "9"], "--num_train_images must be at least 10"),
-        (["--kind", "shapes", "--num_validation_images", "0"], "--num_validation_images must be at least 10"),
-        (["--kind", "digits", "--teacher_epochs", "0"], "--teacher_epochs must be at least 1, not 0"),
-        (["--kind", "shapes", "--judge_epochs", "-1"], "--judge_epochs must be at least 1, not -1"),
-        (["--kind", "digits", "--seed", "-1"], "--seed must be at least 0 and below 2**32, not -1"),
+        (
+            ["--kind", "shapes", "--num_validation_images", "0"],
+            "argument --num_validation_images: must be a whole number",
+        ),
+        (
+            ["--kind", "digits", "--teacher_epochs", "0"],
+            "argument --teacher_epochs: must be a whole number of at least 1, but is 0",
+        ),
+        (
+            ["--kind", "shapes", "--judge_epochs", "-1"],
+            "argument --judge_epochs: must be a whole number of at least 1, but is -1",
+        ),
+        (
+            ["--kind", "digits", "--seed", "-1"],
+            "argument --seed: must be a whole number of at least 0 and below 4294967296, but is -1",
+        ),
         (["--kind", "cats"], "invalid choice: 'cats'"),
     ],
 )

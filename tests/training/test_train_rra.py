@@ -253,7 +253,7 @@ def test_odd_images_are_converted_and_broken_ones_skipped(train_rra, arguments, 
     with caplog.at_level("WARNING"):
         train_rra.main(train_rra.parse_args(line))
     for name in ("truncated.png", "text.png"):
-        assert caplog.text.count(f"{name}: it cannot be decoded") == 1
+        assert caplog.text.count(f"{name} ") == 1
     metrics = read_metrics(tmp_path / "run")
     assert metrics[-2]["images_skipped"] >= 4  # two files in each of the two to three epochs
 
@@ -310,7 +310,7 @@ def test_a_model_config_file(train_rra, arguments, tmp_path):
         ({"alignment_layer": 5}, "`places` names layer 5 of flow block 1"),
         ({"alignment": "detach", "alignment_order": 1}, "`order` is for the strategy 'reverse' only"),
         ({"patch_size": 3}, "`sample_size` must be divisible by `patch_size`, but they are 8 and 3"),
-        ({"num_layers": [1, 2, 3]}, "`num_layers` must be a positive integer, or a list of one for each of the 2"),
+        ({"num_layers": [1, 2, 3]}, "`num_layers` must be one number, or a list of one for each of the 2"),
         ({"train_batch_size": 64}, "`--train_batch_size` 64 on 1 processes needs 64 images, but .* has 20"),
         ({"validation_class_labels": ["horse"]}, "'horse' is not one. The nearest known ones are"),
         ({"validation_class_labels": [7]}, "`class_labels` must lie between 0 and 1"),
@@ -351,10 +351,13 @@ def test_trackers_with_an_extra_are_in_setup():
     "line, message",
     [
         (["--output_dir", "x"], "give one of --dataset_name, --train_data_dir and --latents"),
-        (["--output_dir", "x", "--train_data_dir", "y", "--train_batch_size", "0"], "--train_batch_size must be at"),
+        (
+            ["--output_dir", "x", "--train_data_dir", "y", "--train_batch_size", "0"],
+            "argument --train_batch_size: must",
+        ),
         (
             ["--output_dir", "x", "--train_data_dir", "y", "--label_dropout", "2"],
-            r"--label_dropout must lie in \[0, 1",
+            "argument --label_dropout: must be a finite number of at least 0 and at most 1, but is 2.0",
         ),
         (["--output_dir", "x", "--train_data_dir", "y", "--alignment", "up"], "invalid choice: 'up'"),
         (["--output_dir", "x", "--train_data_dir", "y", "--alignment_order", "all"], "--alignment_order"),

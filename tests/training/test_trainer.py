@@ -58,6 +58,16 @@ def test_it_goes_on_where_it_was_and_refuses_other_arguments(make_trainer, tmp_p
     assert trainer.global_step == 4 and (tmp_path / "run" / "checkpoint-4").exists()
 
 
+def test_a_norm_of_0_does_not_clip(make_trainer):
+    def weights(name: str, max_grad_norm: float) -> torch.Tensor:
+        flow = make_trainer(name, max_grad_norm=max_grad_norm, use_ema=False).fit().transformer
+        return torch.cat([parameter.flatten() for parameter in flow.parameters()])
+
+    unclipped = weights("unclipped", 0)
+    assert torch.equal(unclipped, weights("hardly", 1e9))
+    assert not torch.equal(unclipped, weights("clipped", 1e-4))
+
+
 def test_what_it_trains_can_be_published(make_trainer, tmp_path):
     pipeline = make_trainer(max_train_steps=1).fit()
     write_repository(pipeline, tmp_path / "repository", "flow", tmp_path / "run")

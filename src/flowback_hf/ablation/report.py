@@ -12,7 +12,14 @@ from flowback_hf.ablation.grids import BASELINE, Cell
 from flowback_hf.ablation.statistics import Row, mean_and_error, read_row, summarise
 from flowback_hf.evaluation.report import ProbeCurve, by_prefix, draw_linear_probes
 from flowback_hf.files import write_json, write_text
-from flowback_hf.reporting import current_commit, describe_machine, import_pyplot, markdown_table, save_figure
+from flowback_hf.reporting import (
+    current_commit,
+    describe_machine,
+    import_pyplot,
+    markdown_table,
+    markdown_text,
+    save_figure,
+)
 
 
 # Column, metric, factor, digits.
@@ -177,9 +184,7 @@ def list_unfinished(rows: list[Row]) -> list[str]:
     unfinished = [row for row in rows if row["status"] != "done"]
     if not unfinished:
         return []
-    cells = [
-        [row["variant"], row["seed"], row["status"], row.get("error", "").replace("|", "/")] for row in unfinished
-    ]
+    cells = [[row["variant"], row["seed"], row["status"], markdown_text(row.get("error", ""))] for row in unfinished]
     return ["", markdown_table(["cell without result", "seed", "status", "error"], cells)]
 
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 from flowback_hf.places import Place, check_places, place_name
+from flowback_hf_cli.numbers import check_number
 
 
 STRATEGIES = ("none", "forward", "detach", "reverse")
@@ -159,7 +160,8 @@ class AlignedFlowObjective(nn.Module):
         projector_dim (`int`, defaults to 1024): Hidden dimension of the projectors, MLPs of three layers with SiLU.
 
     Raises:
-        ValueError: for an unknown strategy, a place outside the flow, or an order that does not fit the strategy.
+        ValueError: for an unknown strategy, a place outside the flow, an order that does not fit the strategy, or a
+            number that is out of its range.
 
     Example:
         ```py
@@ -197,6 +199,7 @@ class AlignedFlowObjective(nn.Module):
             raise ValueError(f"`strategy` must be one of {STRATEGIES}, but is {strategy!r}.")
         if strategy != "reverse" and order is not None:
             raise ValueError(f"`order` is for the strategy 'reverse' only, but is {order!r} for {strategy!r}.")
+        check_number("weight", weight, float, at_least=0.0)
         self.flow = flow
         self.strategy = strategy
         self.weight = weight
@@ -220,6 +223,8 @@ class AlignedFlowObjective(nn.Module):
             raise ValueError(
                 f"`teacher_dim`, the dimension of the teacher's features, must be given for {strategy!r}."
             )
+        check_number("teacher_dim", teacher_dim, int, at_least=1)
+        check_number("projector_dim", projector_dim, int, at_least=1)
         self.teacher_dim = teacher_dim
         width = flow.config.num_attention_heads * flow.config.attention_head_dim
         for place in self.places:
@@ -249,9 +254,10 @@ class AlignedFlowObjective(nn.Module):
         Returns:
             [`AlignedFlowOutput`].
         Raises:
-            ValueError: if `teacher_features` are missing or of another shape.
+            ValueError: if `teacher_features` are missing or of another shape, or labels do not fit the flow.
         """
         tokens = self.flow.patchify(noisy_sample)
+        self.flow._check_class_labels(class_labels, len(tokens))
         self._check_teacher_features(teacher_features, tokens)
 
         fixed_points: dict[int, FixedPoint] = {}
@@ -367,6 +373,5 @@ def check_order(flow: TarFlowTransformer2DModel, order: int | str | None) -> int
         return (flow.config.sample_size // flow.config.patch_size) ** 2 - 1
     if order is None:
         return 0
-    if isinstance(order, bool) or not isinstance(order, int) or order < 0:
-        raise ValueError(f"`order` must be 0, 1, 2, ... or 'exact', but is {order!r}.")
+    check_number("order", order, int, at_least=0)
     return order

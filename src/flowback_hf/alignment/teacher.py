@@ -12,6 +12,8 @@ import transformers
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
+from flowback_hf_cli.numbers import check_number
+
 
 # The teacher where none is named, a model on the Hub: DINOv2-B/14, with features of dimension 768.
 DEFAULT_TEACHER = "facebook/dinov2-base"
@@ -65,7 +67,7 @@ class RepresentationTeacher(nn.Module):
             Mean and standard deviation for normalizing images in [0, 1]. Default: those of ImageNet.
 
     Raises:
-        ValueError: if the encoder is not one of these kinds.
+        ValueError: if the encoder is not one of these kinds, or a number is out of its range.
 
     Example:
         ```py
@@ -94,6 +96,10 @@ class RepresentationTeacher(nn.Module):
         super().__init__()
         config = encoder.config
         kind = check_encoder_kind(config.model_type, type(encoder).__name__)
+        check_number("grid_size", grid_size, int, at_least=1)
+        for mean, deviation in zip(image_mean, image_std, strict=True):
+            check_number("image_mean", mean, float)
+            check_number("image_std", deviation, float, above=0.0)
         self.encoder = encoder.eval().requires_grad_(False)
         self.grid_size = grid_size
         self.image_size = grid_size * config.patch_size if kind.any_size else config.image_size
@@ -175,7 +181,14 @@ class RepresentationTeacher(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch_size, grid_size^2, feature_dim)`: the last layer's patch tokens in raster
             order, in the dtype of the encoder's weights.
+        Raises:
+            ValueError: if the images have another shape, or no pixels.
         """
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
+            raise ValueError(
+                "`images` must have shape (batch_size, 1 or 3, height, width) and pixels, but have shape"
+                f" {tuple(images.shape)}."
+            )
         images = F.interpolate(
             images.float().expand(-1, 3, -1, -1), size=self.image_size, mode="bicubic", antialias=True
         )

@@ -9,11 +9,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from flowback_hf.pipelines.pipeline_flowback import fit_image
-
-
-# What PIL raises for files that are not images, truncated, or malformed inside.
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, PIL.Image.DecompressionBombError)
+from flowback_hf.pipelines.pipeline_flowback import fit_image, reading_image, to_eight_bits
+from flowback_hf_cli.numbers import check_number
 
 
 def image_mode(num_channels: int) -> str:
@@ -26,9 +23,7 @@ def image_mode(num_channels: int) -> str:
 
 def decode_image(file: dict[str, Any] | None, mode: str) -> PIL.Image.Image:
     """
-    Decode one image of a data set.
-
-    Grey, CMYK, palette and transparent images are converted to `mode`.
+    Decode one image of a data set, upright and with 8 bits per channel, as [`to_eight_bits`] converts them.
 
     Args:
         file (`dict`): What `datasets.Image(decode=False)` gives: `bytes` or a `path`.
@@ -36,11 +31,14 @@ def decode_image(file: dict[str, Any] | None, mode: str) -> PIL.Image.Image:
     Returns:
         `PIL.Image.Image`: at its own size.
     Raises:
-        One of `UNREADABLE`: if there is no file, or if it is not an image or is damaged.
+        ValueError: if there is no file, if it is not an image, is damaged or is too large to be safe to read, or if
+            its values have no known range.
     """
     if file is None:
-        raise ValueError("There is no image in this row.")
-    return datasets.Image().decode_example(file).convert(mode)
+        raise ValueError("cannot be read: there is no image in this row")
+    with reading_image():
+        image = datasets.Image().decode_example(file)  # turns it upright
+    return to_eight_bits(image, mode)
 
 
 def name_of_file(file: dict[str, Any] | None, otherwise: str) -> str:
@@ -64,12 +62,12 @@ class ImageDataset(torch.utils.data.Dataset):
     """
     Clean images in [-1, 1] with their class ids, resized and center-cropped to a square.
 
-    Grey, CMYK, palette and transparent images are converted. An image that cannot be decoded is replaced by the next
-    readable one, and its name is reported with the item, so that a bad file never ends a run.
+    Grey, CMYK, palette, transparent and 16-bit images are converted. An image that cannot be used is replaced by the
+    next one that can, and its name is reported with the item, so that a bad file never ends a run.
 
     An item holds `images` `(channels, sample_size, sample_size)`, `class_labels`, an `int` (-1 for no class), and
-    `skipped`, the names of unreadable files. With `teacher_features` it also holds those of the image and of its
-    mirror image, `(2, num_tokens, feature_dim)`.
+    `skipped`, the names of files that cannot be used, and why. With `teacher_features` it also holds those of the
+    image and of its mirror image, `(2, num_tokens, feature_dim)`.
 
     Args:
         rows (`datasets.Dataset`): Rows with an image column.
@@ -81,7 +79,7 @@ class ImageDataset(torch.utils.data.Dataset):
         teacher_features (`datasets.Dataset`, *optional*):
             Stored features of the same rows, as [`~flowback_hf.data.load_teacher_features`] returns them.
     Raises:
-        ValueError: from an item, if no image of the data set can be decoded or stored features are of another image.
+        ValueError: from an item, if no image of the data set can be used or stored features are of another image.
 
     Example:
         ```py
@@ -107,6 +105,7 @@ class ImageDataset(torch.utils.data.Dataset):
         in_channels: int,
         teacher_features: datasets.Dataset | None = None,
     ):
+        check_number("sample_size", sample_size, int, at_least=1)
         self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
         self.image_column = image_column
         self.label_column = label_column
@@ -126,15 +125,15 @@ class ImageDataset(torch.utils.data.Dataset):
             row = self.rows[number]
             try:
                 image = decode_image(row[self.image_column], self.mode)
-            except UNREADABLE:
-                skipped.append(name_of_file(row[self.image_column], f"row {number}"))
+            except ValueError as error:
+                skipped.append(f"{name_of_file(row[self.image_column], f'row {number}')} {error}")
                 continue
             images = image_to_tensor(fit_image(image, self.sample_size))
             item = {"images": images, "class_labels": self._class_label(row), "skipped": skipped}
             if self.teacher_features is not None:
                 item["teacher_features"] = self._read_teacher_features(index, images)
             return item
-        raise ValueError(f"None of the {len(self)} images of the data set can be decoded; the first is {skipped[0]}.")
+        raise ValueError(f"None of the {len(self)} images of the data set can be used. The first: {skipped[0]}.")
 
     def _class_label(self, row: dict[str, Any]) -> int:
         label = -1 if self.label_column is None else row[self.label_column]

@@ -18,9 +18,9 @@ from diffusers.models import AutoencoderKL
 from tqdm.auto import tqdm
 
 from flowback_hf.alignment.teacher import DEFAULT_TEACHER, RepresentationTeacher
-from flowback_hf.data.images import UNREADABLE, decode_image, image_mode, image_to_tensor, name_of_file
+from flowback_hf.data.images import decode_image, image_mode, image_to_tensor, name_of_file
 from flowback_hf.data.latents import SETTINGS_FILE, hash_weights, missing_shards, shard_name
-from flowback_hf.data.splits import DataSource, check_column, check_train_split, held_out_split
+from flowback_hf.data.splits import DataSource, check_column, check_image_column, check_train_split, held_out_split
 from flowback_hf.files import compare_settings, read_json, write_json, write_whole
 from flowback_hf.pipelines.pipeline_flowback import fit_image, vae_scale_factor
 
@@ -43,12 +43,13 @@ def open_streams(
     Returns:
         `dict`: `"train"` and possibly `"validation"`.
     Raises:
-        ValueError: if a column is missing, or labels have no names: a stream cannot be searched for its classes.
+        ValueError: if a column is missing, if no image can be used, or if labels have no names: a stream cannot be
+            searched for its classes.
     """
     streams = source.open(streaming=True)
     check_train_split(streams)
     features = streams["train"].features
-    check_column(features, "--image_column", image_column)
+    check_image_column(features, image_column)
     columns = [image_column]
     if label_column is not None:
         check_column(features, "--label_column", label_column)
@@ -60,11 +61,26 @@ def open_streams(
                 " --unconditional."
             )
     names = {"train": "train", "validation": held_out_split(streams)}
-    return {
+    chosen = {
         name: streams[split].select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
         for name, split in names.items()
         if split is not None
     }
+    for name, rows in chosen.items():
+        check_usable(name, rows, image_column)
+    return chosen
+
+
+def check_usable(name: str, rows: datasets.IterableDataset, image_column: str):
+    """Raise ValueError if no image of a split can be used. It looks no further than the first that can."""
+    reason = "there are none"
+    for number, row in enumerate(rows):
+        try:
+            decode_image(row[image_column], "RGB")
+            return
+        except ValueError as error:
+            reason = f"{name_of_file(row[image_column], f'row {number}')} {error}"
+    raise ValueError(f"None of the images of the split {name!r} can be used. The last: {reason}.")
 
 
 def describe_latents(
@@ -213,18 +229,18 @@ class LatentEncoder:
 
     def __call__(self, rows: list[dict[str, Any]], progress_bar: tqdm) -> dict[str, Any]:
         """
-        Encode rows. One whose image cannot be decoded is left out, with a warning.
+        Encode rows. One whose image cannot be used is left out, with a warning.
 
         Raises:
-            ValueError: if no image can be decoded.
+            ValueError: if no image can be used.
         """
         kept, values = [], {}
         batch = []
         # decoded ahead of what is encoded
         for number, image in enumerate(self.executor.map(self._decode, rows)):
-            if image is None:
+            if isinstance(image, ValueError):
                 name = name_of_file(rows[number][self.image_column], f"row {number} of a shard")
-                logger.warning(f"Skipped {name}: it cannot be decoded.", main_process_only=False)
+                logger.warning(f"Skipped an image: {name} {image}.", main_process_only=False)
             else:
                 kept.append(rows[number])
                 batch.append(image)
@@ -234,17 +250,17 @@ class LatentEncoder:
                 batch = []
             progress_bar.update()
         if not kept:
-            raise ValueError(f"None of {len(rows)} images that follow one another can be decoded: is this image data?")
+            raise ValueError(f"None of {len(rows)} images that follow one another can be used: is this image data?")
         if self.label_column is not None:
             values["label"] = [row[self.label_column] for row in kept]
         return values
 
-    def _decode(self, row: dict[str, Any]) -> PIL.Image.Image | None:
-        """The image, resized and center-cropped; `None` if it cannot be decoded."""
+    def _decode(self, row: dict[str, Any]) -> PIL.Image.Image | ValueError:
+        """The image, resized and center-cropped; if it cannot be used, the reason."""
         try:
             image = decode_image(row[self.image_column], self.mode)
-        except UNREADABLE:
-            return None
+        except ValueError as error:
+            return error
         return fit_image(image, self.settings["resolution"])
 
     @torch.no_grad()

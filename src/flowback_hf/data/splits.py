@@ -74,9 +74,19 @@ class DataSource:
 def check_column(features: datasets.Features | None, option: str, column: str):
     """Raise ValueError unless `column`, the value of the flag `option`, is a column."""
     if column not in (features or {}):
+        cure = " A flow without classes needs none: give --unconditional." if option == "--label_column" else ""
         raise ValueError(
-            f"`{option}` must be a column of the data set, one of {list(features or {})}, but is {column!r}."
+            f"`{option}` must be a column of the data set, one of {list(features or {})}, but is {column!r}.{cure}"
         )
+
+
+def check_image_column(features: datasets.Features | None, column: str):
+    """Raise ValueError unless `column`, the value of `--image_column`, is a column that may hold images or paths."""
+    check_column(features, "--image_column", column)
+    feature = features[column]
+    may_be_paths = isinstance(feature, datasets.Value) and feature.dtype.endswith(("string", "binary"))
+    if not (isinstance(feature, datasets.Image | dict) or may_be_paths):
+        raise ValueError(f"`--image_column` must be a column of images, but {column!r} holds {feature}.")
 
 
 def held_out_split(splits: datasets.DatasetDict | datasets.IterableDatasetDict) -> str | None:
@@ -212,16 +222,16 @@ def load_splits(args: argparse.Namespace) -> Splits:
         ValueError: if the data cannot be loaded, lack a column, or hold nothing to train on or to validate with.
     """
     latents = None
-    columns = [] if args.unconditional else ["label_column"]
     if getattr(args, "latents", None) is not None:
         latents = read_latents_settings(args.latents)
         splits = load_latents(args.latents, args.cache_dir)
     else:
         splits = DataSource.from_args(args).open()
-        columns = ["image_column", *columns]
     check_train_split(splits)
-    for option in columns:
-        check_column(splits["train"].features, f"--{option}", getattr(args, option))
+    if latents is None:
+        check_image_column(splits["train"].features, args.image_column)
+    if not args.unconditional:
+        check_column(splits["train"].features, "--label_column", args.label_column)
     if not args.unconditional and not isinstance(splits["train"].features[args.label_column], datasets.ClassLabel):
         splits = encode_labels(splits, args.label_column)
 
@@ -280,7 +290,7 @@ def load_split(source: DataSource, split: str, image_column: str, hold_out: Hold
             not the one that it was taken from.
     """
     splits = source.open()
-    check_column(next(iter(splits.values())).features, "--image_column", image_column)
+    check_image_column(next(iter(splits.values())).features, image_column)
     held_out_name = held_out_split(splits)
     if split == "all":
         return datasets.concatenate_datasets(list(splits.values()))

@@ -1,13 +1,14 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """Labelled images of a split, at a flow's size and with a flow's classes."""
 
+import itertools
 from typing import NamedTuple
 
 import datasets
 import numpy as np
 import PIL.Image
 
-from flowback_hf.data.images import UNREADABLE, decode_image, image_mode, name_of_file
+from flowback_hf.data.images import decode_image, image_mode, name_of_file
 from flowback_hf.data.splits import check_column
 from flowback_hf.evaluation.parts import Arrays
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline, fit_image
@@ -16,12 +17,12 @@ from flowback_hf.pipelines.pipeline_flowback_classification import FlowBackClass
 
 class ImageBatch(NamedTuple):
     """
-    Images that could be decoded.
+    Images that can be used.
 
     Args:
         images (`list[PIL.Image.Image]`): At the flow's size.
         class_labels (`list[int]`): The flow's class ids; -1 for an unconditional flow.
-        report (`dict` of `np.ndarray`): `skipped`, the names of what cannot be decoded, and `num_resized`.
+        report (`dict` of `np.ndarray`): `skipped`, the names of what cannot be used, and why; and `num_resized`.
     """
 
     images: list[PIL.Image.Image]
@@ -31,7 +32,7 @@ class ImageBatch(NamedTuple):
 
 class LabelledImages:
     """
-    Images of a split at a flow's size, with the flow's class ids. Images that cannot be decoded are left out.
+    Images of a split at a flow's size, with the flow's class ids. Images that cannot be used are left out.
 
     Args:
         rows (`datasets.Dataset`): Rows with an image column.
@@ -53,7 +54,7 @@ class LabelledImages:
         >>> rows = datasets.Dataset.from_dict({"image": files}, features)
         >>> batch = LabelledImages(rows, "image", [2, 2], num_channels=3, image_size=4).load(range(2))
         >>> batch.images[0].size, batch.class_labels, batch.report["skipped"].tolist()
-        ((4, 4), [2], ['row 1'])
+        ((4, 4), [2], ['row 1 cannot be read: it is not an image'])
         ```
     """
 
@@ -92,6 +93,16 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def check_usable(self):
+        """Raise ValueError unless at least two images can be used. It looks no further than the second that can."""
+        usable = (index for index in range(len(self)) if self.load(range(index, index + 1)).images)
+        num_usable = len(list(itertools.islice(usable, 2)))
+        if num_usable < 2:
+            raise ValueError(
+                f"An evaluation needs at least two images, but {num_usable} of the {len(self)} of the split"
+                f" {self.split!r} can be used."
+            )
+
     def load(self, indices: range) -> ImageBatch:
         """Decode and fit the images of some rows."""
         images, labels, skipped, num_resized = [], [], [], 0
@@ -100,8 +111,8 @@ class LabelledImages:
             name = name_of_file(file, f"row {index}")
             try:
                 image = decode_image(file, self.mode)
-            except UNREADABLE:
-                skipped.append(name)
+            except ValueError as error:
+                skipped.append(f"{name} {error}")
                 continue
             if image.size != (self.image_size, self.image_size):
                 if self.strict:

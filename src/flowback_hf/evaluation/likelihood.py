@@ -47,7 +47,7 @@ def evaluate_likelihood(
         `dict`: `nll` in nats per dimension, `accuracy/gradient` in [0, 1] and more, on the main process; empty on the
         others.
     Raises:
-        ValueError: if fewer than two images can be decoded.
+        ValueError: if fewer than two images can be used.
     """
     methods = list(methods) if classifier.transformer.config.num_classes is not None else []
     compute = make_computation(classifier, images, methods, num_noise_draws, shortlist_size, batch_size, seed)
@@ -59,11 +59,11 @@ def evaluate_likelihood(
     if num_images < 2:
         raise ValueError(
             f"An evaluation needs at least two images, but {num_images} of the {len(images)} of the split"
-            f" {images.split!r} can be decoded."
+            f" {images.split!r} can be used."
         )
     if skipped:
         names = ", ".join(skipped[:10]) + (", ..." if len(skipped) > 10 else "")
-        print(f"{len(skipped)} images cannot be decoded and were skipped: {names}")
+        print(f"{len(skipped)} images cannot be used and were skipped: {names}")
     if num_resized:
         print(f"{num_resized} images were resized and center-cropped to {images.image_size}x{images.image_size}.")
     counts = {

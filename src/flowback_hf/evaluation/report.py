@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 
 from flowback_hf.evaluation.parts import Results
 from flowback_hf.places import Place, parse_place
-from flowback_hf.reporting import import_pyplot, markdown_table, save_figure, shade_blocks
+from flowback_hf.reporting import (
+    import_pyplot,
+    markdown_code,
+    markdown_table,
+    markdown_text,
+    save_figure,
+    shade_blocks,
+)
 
 
 SAMPLE_COLUMNS = {
@@ -175,9 +182,12 @@ def percent(value: float | None) -> str:
 
 
 def describe_data(results: Results) -> list[str]:
-    lines = [f"Data: {results['dataset']}, {results['num_images']} images of the split {results['split']!r}."]
+    lines = [
+        f"Data: {markdown_text(results['dataset'])}, {results['num_images']} images of the split"
+        f" {markdown_text(repr(results['split']))}."
+    ]
     if results["num_images_skipped"]:
-        lines += [f"{results['num_images_skipped']} more cannot be decoded and were skipped."]
+        lines += [f"{results['num_images_skipped']} more cannot be used and were skipped."]
     if results["num_images_resized"]:
         lines += [f"{results['num_images_resized']} were resized and center-cropped."]
     return lines
@@ -242,8 +252,8 @@ def describe_samples(results: Results) -> list[str]:
     ]
     note = (
         f"{results['num_samples']} samples at each scale, against {results['num_reference_images']} images of"
-        f" {results['reference']}, in the features of {results['features']}. Compare these numbers only with others of"
-        " the same features, reference and number of samples."
+        f" {markdown_text(results['reference'])}, in the features of {markdown_text(results['features'])}. Compare"
+        " these numbers only with others of the same features, reference and number of samples."
     )
     if len(scales) > 1 and results["best_guidance_scale"] == max(float(scale) for scale in scales):
         note += " The best scale is the largest one tried. A larger one may be better still."
@@ -258,7 +268,8 @@ def describe_linear_probe(results: Results) -> list[str]:
     block, layer = parse_place(results["linear_probe_best_place"])
     note = (
         f"The best probe reaches {percent(results['linear_probe_best'])}, at layer {layer} of flow block {block}. The"
-        f" probes were fitted to {results['num_probe_images']} images of the split {results['reference_split']!r}."
+        f" probes were fitted to {results['num_probe_images']} images of the split"
+        f" {markdown_text(repr(results['reference_split']))}."
     )
     return ["", "## Linear probe", "", note, "", "![Linear probe](linear_probe.png)"]
 
@@ -272,7 +283,7 @@ def markdown(results: Results) -> str:
     Returns:
         `str`: Markdown that shows the figures beside it.
     """
-    lines = [f"# Evaluation of {results['model']}", ""]
+    lines = [f"# Evaluation of {markdown_text(results['model'])}", ""]
     for describe in (
         describe_data,
         describe_likelihood,
@@ -281,4 +292,4 @@ def markdown(results: Results) -> str:
         describe_linear_probe,
     ):
         lines += describe(results)
-    return "\n".join([*lines, "", f"`{results['command']}`", ""])
+    return "\n".join([*lines, "", markdown_code(results["command"]), ""])

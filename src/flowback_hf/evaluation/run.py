@@ -141,7 +141,9 @@ class Evaluation:
         rows = load_split(self.source, split, options.image_column, self.hold_out)
         rows = first_rows(rows, max_images)
         label_ids = match_labels(rows, options.label_column, self.pipeline)
-        return LabelledImages.for_flow(self.classifier, rows, options.image_column, label_ids, options.strict, split)
+        images = LabelledImages.for_flow(self.classifier, rows, options.image_column, label_ids, options.strict, split)
+        images.check_usable()
+        return images
 
     def collect_settings(self) -> dict[str, dict[str, Any]]:
         """What the results of each part depend on, by the part's name."""
@@ -322,7 +324,12 @@ def check_flow(pipeline: FlowBackPipeline, options: EvaluationArguments):
                 " off."
             )
     for scale in options.guidance_scales if samples else []:
-        pipeline.check_inputs(None, scale)
+        pipeline.check_inputs(
+            guidance_scale=scale,
+            guidance_rule=options.guidance_rule,
+            guidance_schedule=options.guidance_schedule or "constant",
+            guidance_temperature=options.guidance_temperature,
+        )
 
 
 def model_name(model: str) -> str:

@@ -20,6 +20,7 @@ from flowback_hf.evaluation.parts import check_settings, join_processes
 from flowback_hf.files import write_json, write_whole
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
 from flowback_hf.reporting import import_pyplot, save_figure
+from flowback_hf_cli.numbers import check_number
 
 
 def image_path(output_dir: Path, index: int) -> Path:
@@ -113,7 +114,7 @@ def sample_into_folder(
         guidance_rule (`str`, *optional*): Default: the pipeline's.
         arguments: Others of the pipeline's call.
     Raises:
-        ValueError: if a class or the guidance scale is impossible, or if the folder holds images of other settings.
+        ValueError: if a class or another argument is impossible, or if the folder holds images of other settings.
 
     Example:
         ```py
@@ -139,7 +140,10 @@ def sample_into_folder(
         "guidance_rule": pipeline.config.guidance_rule if guidance_rule is None else guidance_rule,
         **arguments,
     }
-    pipeline.check_inputs(class_labels, arguments["guidance_scale"])
+    check_number("num_images", num_images, int, at_least=1)
+    check_number("batch_size", batch_size, int, at_least=1)
+    check_number("seed", seed, int, at_least=0)
+    pipeline.check_inputs(class_labels, **{name: value for name, value in arguments.items() if name != "denoise"})
     # What decides an image; how many and in what batches does not.
     settings = {"model": model, "class_labels": class_labels, "seed": seed, **arguments}
     check_settings(output_dir / "sampling.json", settings)

@@ -8,6 +8,7 @@ only.
 
 import functools
 import math
+import numbers
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -28,6 +29,32 @@ ACTIVATION_FNS = ("gelu", "swiglu")
 POSITION_EMBEDDINGS = ("learned", "rope")
 NOISE_TYPES = ("gaussian", "uniform")
 ROTARY_BASE = 10_000.0
+
+
+# Copied from flowback_hf_cli.numbers.check_number
+def check_number(
+    name: str,
+    value: Any,
+    kind: type,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+):
+    """Raise ValueError unless a value is a number of a kind, `int` or (finite) `float`, within these bounds."""
+    is_kind = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    if (
+        is_kind
+        and -math.inf < value < math.inf  # NaN is refused, too
+        and (at_least is None or value >= at_least)
+        and (above is None or value > above)
+        and (at_most is None or value <= at_most)
+        and (below is None or value < below)
+    ):
+        return
+    bounds = {" of at least": at_least, " above": above, " at most": at_most, " below": below}
+    expected = " and".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+    raise ValueError(f"`{name}` must be a {'whole' if kind is int else 'finite'} number{expected}, but is {value!r}.")
 
 
 # Layers
@@ -351,14 +378,12 @@ class Guidance:
 
 def check_guidance(guidance: Guidance, inverse: bool, is_conditional: bool):
     """Raise ValueError for values out of range, for guidance of the forward pass, and for guidance without effect."""
-    if not guidance.scale >= 1.0:  # also refuses NaN
-        raise ValueError(f"`guidance_scale` must be at least 1.0, which is off, but is {guidance.scale}.")
+    check_number("guidance_scale", guidance.scale, float, at_least=1.0)
+    check_number("guidance_temperature", guidance.temperature, float, above=0.0)
     if guidance.rule not in GUIDANCE_RULES:
         raise ValueError(f"`guidance_rule` must be one of {GUIDANCE_RULES}, but is {guidance.rule!r}.")
     if guidance.schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"`guidance_schedule` must be one of {GUIDANCE_SCHEDULES}, but is {guidance.schedule!r}.")
-    if not guidance.temperature > 0:
-        raise ValueError(f"`guidance_temperature` must be positive, but is {guidance.temperature}.")
     if not guidance.is_on:
         return
     if not inverse:
@@ -875,13 +900,10 @@ def check_solver(
     """Raise ValueError for values out of range, and for solver arguments of the forward pass."""
     if solver not in SOLVERS:
         raise ValueError(f"`solver` must be one of {SOLVERS}, but is {solver!r}.")
-    is_number = isinstance(tolerance, (int, float))
-    if tolerance is not None and not (is_number and 0 <= tolerance < math.inf):  # also refuses NaN
-        raise ValueError(
-            f"`tolerance` must be None or a finite number of at least 0, which is exact, but is {tolerance!r}."
-        )
-    if window_size is not None and not 1 <= window_size <= num_tokens:
-        raise ValueError(f"`window_size` must be from 1 to this model's {num_tokens} tokens, but is {window_size}.")
+    if tolerance is not None:
+        check_number("tolerance", tolerance, float, at_least=0.0)
+    if window_size is not None:
+        check_number("window_size", window_size, int, at_least=1, at_most=num_tokens)
     if window_size is not None and solver == "sequential":
         raise ValueError(
             "`window_size` needs `solver='jacobi'` or `'auto'`, but `solver` is 'sequential' and `window_size` is"
@@ -1497,8 +1519,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
         inverse_profile: dict[str, Any] | None = None,
     ):
         super().__init__()
-        layers_per_block = [num_layers] * num_blocks if isinstance(num_layers, int) else list(num_layers)
-        self._check_config(layers_per_block)
+        layers_per_block = self._check_config()
         check_inverse_profile(inverse_profile, (sample_size // patch_size) ** 2, layers_per_block)
         self.blocks = nn.ModuleList(
             TarFlowBlock(
@@ -1638,8 +1659,8 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
         Returns:
             [`TarFlowOutput`] or `tuple`. Tensors are float32, or float64 for a float64 model or sample.
         Raises:
-            ValueError: if a shape, a number or a name does not fit the model. The values of labels are not checked, so
-                that the whole model compiles into one graph. [`FlowBackPipeline`] checks them.
+            ValueError: if a shape, a number, a name or a label does not fit the model. A compiled model does not check
+                labels: one graph cannot depend on their values.
         """
         self._check_class_labels(class_labels, len(sample))
         numbers = self._check_blocks(blocks)
@@ -1789,6 +1810,28 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
         self.register_to_config(inverse_profile=profile)
         return profile
 
+    def check_inverse_arguments(
+        self,
+        guidance_scale: float = 1.0,
+        guidance_rule: str = "linear",
+        guidance_schedule: str = "constant",
+        guidance_temperature: float = 1.0,
+        solver: str = "auto",
+        tolerance: float | None = None,
+    ):
+        """
+        Check arguments of the inverse without inverting anything. [`FlowBackPipeline`] does so before it draws noise.
+
+        Args:
+            guidance_scale, guidance_rule, guidance_schedule, guidance_temperature, solver, tolerance:
+                As in [`~TarFlowTransformer2DModel.forward`].
+        Raises:
+            ValueError: as [`~TarFlowTransformer2DModel.forward`].
+        """
+        guidance = Guidance(guidance_scale, guidance_rule, guidance_schedule, guidance_temperature)
+        check_guidance(guidance, inverse=True, is_conditional=self.config.num_classes is not None)
+        check_solver(solver, tolerance, None, output_report=False, inverse=True, num_tokens=self._num_tokens)
+
     @property
     def attached_adapters(self) -> list[str]:
         """The names of the PEFT adapters that are attached, whether they are enabled or not."""
@@ -1837,28 +1880,28 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
     def _num_tokens(self) -> int:
         return (self.config.sample_size // self.config.patch_size) ** 2
 
-    def _check_config(self, layers_per_block: list[int]):
+    def _check_config(self) -> list[int]:
+        """Return the number of layers of each block. Raise ValueError if an argument is out of its range."""
         config = self.config
-        for name in (
-            "sample_size",
-            "patch_size",
-            "in_channels",
-            "num_blocks",
-            "num_attention_heads",
-            "attention_head_dim",
-            "num_classes",
-        ):
-            if config[name] is not None and config[name] < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {config[name]}.")
+        counts = ["sample_size", "patch_size", "in_channels", "num_blocks", "num_attention_heads"]
+        counts += ["attention_head_dim"] + (["num_classes"] if config.num_classes is not None else [])
+        for name in counts:
+            check_number(name, config[name], int, at_least=1)
+        check_number("mlp_ratio", config.mlp_ratio, float, above=0.0)
+        check_number("noise_std", config.noise_std, float, at_least=0.0)
+        is_list = isinstance(config.num_layers, (list, tuple))
+        layers_per_block = list(config.num_layers) if is_list else [config.num_layers] * config.num_blocks
+        for num_layers in layers_per_block:
+            check_number("num_layers", num_layers, int, at_least=1)
         if config.sample_size % config.patch_size != 0:
             raise ValueError(
                 f"`sample_size` must be divisible by `patch_size`, but they are {config.sample_size} and"
                 f" {config.patch_size}."
             )
-        if len(layers_per_block) != config.num_blocks or min(layers_per_block) < 1:
+        if len(layers_per_block) != config.num_blocks:
             raise ValueError(
-                f"`num_layers` must be a positive integer, or a list of one for each of the {config.num_blocks} flow"
-                f" blocks (`num_blocks`), but is {config.num_layers}."
+                f"`num_layers` must be one number, or a list of one for each of the {config.num_blocks} flow blocks"
+                f" (`num_blocks`), but is {config.num_layers}."
             )
         choices = {
             "activation_fn": ACTIVATION_FNS,
@@ -1873,10 +1916,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
                 "`attention_head_dim` must be a multiple of 4 for `position_embedding='rope'`, which rotates pairs of"
                 f" values in each half of a head, but is {config.attention_head_dim}."
             )
-        if not config.mlp_ratio > 0:
-            raise ValueError(f"`mlp_ratio` must be positive, but is {config.mlp_ratio}.")
-        if not config.noise_std >= 0:
-            raise ValueError(f"`noise_std` must not be negative, but is {config.noise_std}.")
+        return layers_per_block
 
     def _check_class_labels(self, class_labels: torch.Tensor | None, batch_size: int):
         if class_labels is None:
@@ -1892,15 +1932,27 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
                 f"`class_labels` must be integers of shape ({batch_size},) or floating-point class weights of shape"
                 f" ({batch_size}, {num_classes}), but are {class_labels.dtype} of shape {tuple(class_labels.shape)}."
             )
+        # One graph cannot depend on values. Tensors on the meta device and fake tensors, a subclass, have none.
+        has_values = type(class_labels) is torch.Tensor and not class_labels.is_meta
+        if class_labels.is_floating_point() or not has_values or torch.compiler.is_compiling():
+            return
+        label_ids = class_labels.long()  # without a sign, -1 would be the largest
+        if ((label_ids < -1) | (label_ids >= num_classes)).any():
+            raise ValueError(
+                f"`class_labels` must lie between 0 and {num_classes - 1}, or be -1 for no class, but are"
+                f" {class_labels.tolist()}."
+            )
 
     def _check_blocks(self, blocks: Iterable[int] | None) -> list[int]:
         num_blocks = len(self.blocks)
         if blocks is None:
             return list(range(1, num_blocks + 1))
-        numbers = sorted(blocks)
-        if len(set(numbers)) != len(numbers) or not all(1 <= number <= num_blocks for number in numbers):
-            raise ValueError(f"`blocks` must be different numbers from 1 to {num_blocks}, but are {numbers}.")
-        return numbers
+        chosen = list(blocks) if isinstance(blocks, Iterable) else [blocks]
+        for number in chosen:
+            check_number("blocks", number, int, at_least=1, at_most=num_blocks)
+        if len(set(chosen)) != len(chosen):
+            raise ValueError(f"`blocks` must be different numbers from 1 to {num_blocks}, but are {chosen}.")
+        return sorted(chosen)
 
     def _check_places(
         self, places: Iterable[tuple[int, int]], numbers: list[int], inverse: bool
@@ -1912,6 +1964,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
                 " same hidden states."
             )
         for block, layer in places:
+            check_number("output_hidden_states", layer, int)
             if block not in numbers or not 1 <= layer <= len(self.blocks[block - 1].layers):
                 raise ValueError(
                     f"`output_hidden_states` asks for layer {layer} of flow block {block}, but the blocks that run are"

@@ -3,13 +3,18 @@
 # This file is uploaded beside a model's weights, so that the model loads without the package. It therefore imports
 # torch, diffusers and Pillow only, which diffusers requires.
 
+import contextlib
 import difflib
 import importlib
 import itertools
+import math
+import numbers
 import operator
 import os
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,32 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ON_OVERFLOW = ("warn", "raise")
+
+
+# Copied from flowback_hf_cli.numbers.check_number
+def check_number(
+    name: str,
+    value: Any,
+    kind: type,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+):
+    """Raise ValueError unless a value is a number of a kind, `int` or (finite) `float`, within these bounds."""
+    is_kind = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    if (
+        is_kind
+        and -math.inf < value < math.inf  # NaN is refused, too
+        and (at_least is None or value >= at_least)
+        and (above is None or value > above)
+        and (at_most is None or value <= at_most)
+        and (below is None or value < below)
+    ):
+        return
+    bounds = {" of at least": at_least, " above": above, " at most": at_most, " below": below}
+    expected = " and".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+    raise ValueError(f"`{name}` must be a {'whole' if kind is int else 'finite'} number{expected}, but is {value!r}.")
 
 
 def scale_latents(latents: torch.Tensor, vae_config: Any) -> torch.Tensor:
@@ -84,7 +115,7 @@ def fit_image(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     Cut the middle square out of an image and resize it. Training and classification both fit images this way.
 
     Args:
-        image (`PIL.Image.Image`): An image of any size and mode.
+        image (`PIL.Image.Image`): An image of any size and mode, with pixels.
         size (`int`): Height and width of the result, in pixels.
     Returns:
         `PIL.Image.Image`: a new image of `size` times `size` pixels in the same mode, interpolated bicubically.
@@ -101,6 +132,77 @@ def fit_image(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     return PIL.ImageOps.fit(image, (size, size), PIL.Image.Resampling.BICUBIC)
 
 
+@contextlib.contextmanager
+def reading_image() -> Iterator[None]:
+    """Raise ValueError with an end of a sentence about the image, whatever its reader raises for a damaged file."""
+    try:
+        yield
+    except PIL.UnidentifiedImageError:
+        raise ValueError("cannot be read: it is not an image") from None
+    except Exception as error:  # PIL's readers raise errors of any kind
+        raise ValueError(f"cannot be read: {error}") from error
+
+
+def open_image(image: str | os.PathLike | PIL.Image.Image) -> PIL.Image.Image:
+    """
+    Read an image in its own mode, turned upright as its EXIF orientation says. Of an animation, it is the first frame.
+
+    Args:
+        image (`str`, `os.PathLike` or `PIL.Image.Image`): A path or an address, or an image that was opened before.
+    Returns:
+        `PIL.Image.Image`: a new image. Its `filename` is the path, if there is one.
+    Raises:
+        ValueError: if there is no such file, or if it is not an image, is damaged or is too large to be safe to read.
+    """
+    is_path = isinstance(image, (str, os.PathLike))
+    with reading_image():
+        upright = load_image(os.fspath(image) if is_path else image, convert_method=lambda opened: opened)
+    upright.filename = os.fspath(image) if is_path else getattr(image, "filename", "")
+    return upright
+
+
+def to_eight_bits(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    """
+    Convert an image to 8 bits per channel. Training, evaluation and classification all convert images this way.
+
+    Values of 16 bits are divided by 257, and floats from 0 to 1 are multiplied by 255. Nothing is clipped.
+
+    Args:
+        image (`PIL.Image.Image`): An image of any mode, as [`open_image`] returns it.
+        mode (`str`): `"L"` or `"RGB"`. Palettes, CMYK, transparent and coloured images are converted by Pillow.
+    Returns:
+        `PIL.Image.Image`: a new image of this mode, without metadata.
+    Raises:
+        ValueError: if the image has no pixels, a mode that Pillow does not convert, or values whose range is not
+            known: floats outside [0, 1], or 32-bit integers.
+
+    Example:
+        ```py
+        >>> import PIL.Image
+        >>> from flowback_hf.pipelines.pipeline_flowback import to_eight_bits
+
+        >>> to_eight_bits(PIL.Image.new("I;16", (2, 2), 0x8080), "L").getpixel((0, 0))
+        128
+        ```
+    """
+    if 0 in image.size:
+        raise ValueError(f"must have pixels, but has a size of {image.width}x{image.height}")
+    if image.mode == "I":
+        raise ValueError("must have 8 or 16 bits, or floats in [0, 1], but has 32-bit integers of an unknown range")
+    if image.mode == "F" or image.mode.startswith("I;16"):
+        white = 1.0 if image.mode == "F" else 65535.0
+        values = VaeImageProcessor.pil_to_numpy([image]) * (255.0 / white)  # it divides by 255
+        if not (values.min() >= 0 and values.max() <= 1):  # NaN is refused too
+            raise ValueError(f"must hold values from 0 to {white:g}, but they are {image.getextrema()}")
+        (image,) = VaeImageProcessor.numpy_to_pil(values[..., None])
+    try:
+        converted = image.convert(mode)
+    except ValueError as error:
+        raise ValueError(f"cannot be converted: {error}") from error
+    converted.info = {}
+    return converted
+
+
 def array_to_pixels(image: Any, number: int) -> torch.Tensor:
     """Turn an array (height, width[, channels]) or a tensor ([channels, ]height, width) into the latter, in [0, 1]."""
     if isinstance(image, torch.Tensor):
@@ -115,6 +217,8 @@ def array_to_pixels(image: Any, number: int) -> torch.Tensor:
         )
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
         raise ValueError(f"Image {number} must have 1 or 3 channels, but its shape is {tuple(image.shape)}.")
+    if pixels.numel() == 0:
+        raise ValueError(f"Image {number} must have pixels, but its shape is {tuple(image.shape)}.")
     if pixels.dtype == torch.uint8:
         pixels = pixels.float() / 255
     if not pixels.is_floating_point() or not ((pixels >= 0) & (pixels <= 1)).all():
@@ -325,6 +429,8 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         guidance_rule: str = "linear",
     ):
         super().__init__()
+        check_number("guidance_scale", guidance_scale, float, at_least=1.0)
+        transformer.check_inverse_arguments(guidance_rule=guidance_rule)
         if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
             raise ValueError(
                 f"`vae` must have as many latent channels as the flow has `in_channels`, but they are"
@@ -335,6 +441,8 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         id2label = {int(label_id): label for label_id, label in (id2label or {}).items()}
         self.register_to_config(id2label=id2label or None, guidance_scale=guidance_scale, guidance_rule=guidance_rule)
         self.image_processor = VaeImageProcessor()
+        self._running_calls: dict[int, CallState] = {}  # by thread
+        self._last_call = CallState()
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
@@ -490,6 +598,8 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         if isinstance(class_labels, Iterable):
             return [label for entry in class_labels for label in self.normalize_class_labels(entry)]
         try:
+            if isinstance(class_labels, bool):
+                raise TypeError
             return [operator.index(class_labels)]
         except TypeError:
             raise ValueError(f"`class_labels` must be whole numbers or names, but one is {class_labels!r}.") from None
@@ -531,39 +641,39 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         """Turn one image into pixels in [0, 1], of shape `(channels, image_size, image_size)`."""
         size = self.image_size
         channels = self.num_channels
-        if isinstance(image, (str, os.PathLike)):
-            path = os.fspath(image)
+        mode = {1: "L", 3: "RGB"}[channels]
+        name = f"Image {number}"
+        if isinstance(image, (str, os.PathLike)) or hasattr(image, "convert"):
+            filename = os.fspath(image) if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "")
+            name += f", {str(filename)!r}," if filename else ""
             try:
-                image = load_image(path)
-            # These are raised for a missing file, a file that is not an image, and a truncated image.
-            except (OSError, ValueError, SyntaxError) as error:
-                raise ValueError(f"Image {number}, {path!r}, cannot be read: {error}") from error
-            if channels == 1:
-                image = image.convert("L")
-        if not hasattr(image, "convert"):
+                image = open_image(image)
+                converted = to_eight_bits(image, mode)
+            except ValueError as error:
+                raise ValueError(f"{name} {error}.") from error
+        else:
             pixels = array_to_pixels(image, number)
             if tuple(pixels.shape) == (channels, size, size):
                 return pixels
             if strict:
                 raise ValueError(
-                    f"Image {number} must have {channels} channels of {size}x{size} pixels, but has shape"
+                    f"{name} must have {channels} channels of {size}x{size} pixels, but has shape"
                     f" {tuple(pixels.shape)} (channels first). Convert it, or leave out `strict`."
                 )
             array = VaeImageProcessor.pt_to_numpy(pixels[None])
             (image,) = VaeImageProcessor.numpy_to_pil(array)
-        mode = {1: "L", 3: "RGB"}[channels]
+            converted = image.convert(mode)
         if strict and (image.mode != mode or image.size != (size, size)):
             raise ValueError(
-                f"Image {number} must be {size}x{size} pixels of mode {mode}, but is {image.width}x{image.height} of"
+                f"{name} must be {size}x{size} pixels of mode {mode}, but is {image.width}x{image.height} of"
                 f" mode {image.mode}. Convert it, or leave out `strict`."
             )
-        image = image.convert(mode)
-        if image.size != (size, size):
+        if converted.size != (size, size):
             warnings.warn(
                 f"Images that are not {size}x{size} pixels are resized and center-cropped; `strict=True` refuses them."
             )
-            image = fit_image(image, size)
-        return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy([image]))[0]
+            converted = fit_image(converted, size)
+        return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy([converted]))[0]
 
     def _encode_pixels(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Turn pixels in [0, 1] into the data that the flow models."""
@@ -576,6 +686,22 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         return scale_latents(latents.to(dtype), self.vae.config)
 
 
+@dataclass
+class CallState:
+    """
+    What a callback can ask a running call of [`FlowBackPipeline`], and what it can tell it.
+
+    Args:
+        guidance_scale (`float`, defaults to 1.0): Read before every flow block. 1.0 is off.
+        num_timesteps (`int`, defaults to 0): The number of steps. A step inverts one flow block.
+        interrupt (`bool`, defaults to `False`): Whether to stop before the next block.
+    """
+
+    guidance_scale: float = 1.0
+    num_timesteps: int = 0
+    interrupt: bool = False
+
+
 class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
     r"""
     Generate images with a normalizing flow, of given classes or unconditionally.
@@ -583,6 +709,9 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
     A call draws noise and inverts the flow blocks one by one, from the noise to the image. If the flow was trained
     with Gaussian noise, one step along its exact score then removes that noise. If the flow has a VAE, the VAE decodes
     the result.
+
+    Several threads may call one pipeline at the same time, each with its own options and generator. In a callback,
+    `guidance_scale`, `num_timesteps` and `interrupt` are those of the call that runs the callback.
 
     Args:
         transformer ([`TarFlowTransformer2DModel`]): The flow.
@@ -610,7 +739,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         ```
 
     Raises:
-        ValueError: if the VAE's latents and the flow's data differ in their number of channels.
+        ValueError: if the VAE's latents and the flow's data differ in their number of channels, or the guidance is out
+            of its range.
 
     References: Zhai et al., Normalizing Flows are Capable Generative Models, https://arxiv.org/abs/2412.06329;
     Flowing Backwards: Improving Normalizing Flows via Reverse Representation Alignment,
@@ -619,9 +749,6 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
-    _guidance_scale = 1.0
-    _num_timesteps = 0
-    _interrupt = False
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
         """
@@ -739,17 +866,61 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
     @property
     def guidance_scale(self) -> float:
         """The guidance scale of the running call, which reads it before every flow block. 1.0 is off."""
-        return self._guidance_scale
+        return self._call.guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """The number of steps of the last call. A step inverts one flow block."""
-        return self._num_timesteps
+        """The number of steps of the running call or the last one. A step inverts one flow block."""
+        return self._call.num_timesteps
 
     @property
     def interrupt(self) -> bool:
         """Whether the running call is to stop. Set `pipe._interrupt = True` in a callback to stop after its block."""
-        return self._interrupt
+        return self._call.interrupt
+
+    # Names that callbacks written for diffusers assign to. From a thread without a call, as the button of a page runs
+    # in, an assignment is meant for all running calls.
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._call.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, guidance_scale: float):
+        for call in self._addressed_calls():
+            call.guidance_scale = guidance_scale
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._call.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, interrupt: bool):
+        for call in self._addressed_calls():
+            call.interrupt = interrupt
+
+    @property
+    def _call(self) -> CallState:
+        """The call that runs in this thread; without one, the call that was started last."""
+        return self._running_calls.get(threading.get_ident(), self._last_call)
+
+    def _addressed_calls(self) -> list[CallState]:
+        own = self._running_calls.get(threading.get_ident())
+        return list(self._running_calls.values()) if own is None else [own]
+
+    @contextlib.contextmanager
+    def _running(self, call: CallState) -> Iterator[CallState]:
+        """Make a call the one that runs in this thread."""
+        thread = threading.get_ident()
+        outer = self._running_calls.get(thread)  # a callback may itself call the pipeline
+        self._running_calls[thread] = self._last_call = call
+        try:
+            yield call
+        finally:
+            if outer is None:
+                del self._running_calls[thread]
+            else:
+                self._running_calls[thread] = outer
 
     @torch.no_grad()
     def __call__(
@@ -822,6 +993,11 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
             on_overflow,
+            guidance_rule,
+            guidance_schedule,
+            guidance_temperature,
+            solver,
+            tolerance,
         )
         class_labels, num_images = self.encode_labels(class_labels, num_images_per_prompt)
         latents = self.prepare_latents(num_images, generator, latents)
@@ -853,6 +1029,11 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         output_type: str = "pil",
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         on_overflow: str = "warn",
+        guidance_rule: str | None = None,
+        guidance_schedule: str = "constant",
+        guidance_temperature: float = 1.0,
+        solver: str = "auto",
+        tolerance: float | None = None,
     ):
         """
         Check the arguments of a call.
@@ -860,11 +1041,11 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         Args:
             class_labels, guidance_scale, num_images_per_prompt, generator, latents: Arguments of a call.
             output_type, callback_on_step_end_tensor_inputs, on_overflow: Arguments of a call.
+            guidance_rule, guidance_schedule, guidance_temperature, solver, tolerance: Arguments of a call.
         Raises:
             ValueError: for the first argument that is out of its range, in one sentence.
         """
         config = self.transformer.config
-        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if class_labels is not None:
             class_labels = self.normalize_class_labels(class_labels)
             if config.num_classes is None:
@@ -877,19 +1058,29 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                         f"`class_labels` must lie between 0 and {config.num_classes - 1}, or be -1 for no class, but"
                         f" one is {label}."
                     )
-        if not guidance_scale >= 1.0:  # NaN is refused too
-            raise ValueError(f"`guidance_scale` must be at least 1.0, which is off, but is {guidance_scale}.")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be at least 1, but is {num_images_per_prompt}.")
+        self.transformer.check_inverse_arguments(
+            self.config.guidance_scale if guidance_scale is None else guidance_scale,
+            self.config.guidance_rule if guidance_rule is None else guidance_rule,
+            guidance_schedule,
+            guidance_temperature,
+            solver,
+            tolerance,
+        )
+        check_number("num_images_per_prompt", num_images_per_prompt, int, at_least=1)
         num_images = num_images_per_prompt * (1 if class_labels is None else len(class_labels))
-        if isinstance(generator, list) and len(generator) != num_images:
+        generators = generator if isinstance(generator, list) else [generator] * num_images
+        if len(generators) != num_images:
             raise ValueError(
                 f"`generator` must be one generator, or a list of one for each of the {num_images} images, but has"
                 f" {len(generator)}."
             )
+        for each in generators:
+            if not isinstance(each, torch.Generator | None):
+                raise ValueError(f"`generator` must be a `torch.Generator`, a list of them or None, but is {each!r}.")
         expected = (num_images, config.in_channels, config.sample_size, config.sample_size)
-        if latents is not None and tuple(latents.shape) != expected:
-            raise ValueError(f"`latents` must have shape {expected}, but have shape {tuple(latents.shape)}.")
+        if latents is not None and tuple(getattr(latents, "shape", ())) != expected:
+            shape = f"have shape {tuple(latents.shape)}" if isinstance(latents, torch.Tensor) else f"are {latents!r}"
+            raise ValueError(f"`latents` must be a tensor of shape {expected}, but {shape}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but is {output_type!r}.")
         if on_overflow not in ON_OVERFLOW:
@@ -941,6 +1132,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: float32, or float64 for a
             float64 flow.
         """
+        check_number("num_images", num_images, int, at_least=1)
         dtype = torch.promote_types(self.transformer.dtype, torch.float32)
         if latents is not None:
             return latents.to(dtype)
@@ -978,22 +1170,21 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         Returns:
             `torch.Tensor` of the same shape: data that are as noisy as those the flow was trained on.
         """
-        self._guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         guidance_rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
-        self._interrupt = False
         latents = latents.to(self._execution_device)
         num_blocks = self.transformer.config.num_blocks
-        self._num_timesteps = num_blocks
-        with self.progress_bar(total=num_blocks) as progress_bar:
+        call = CallState(guidance_scale, num_timesteps=num_blocks)
+        with self._running(call), self.progress_bar(total=num_blocks) as progress_bar:
             for step, block in enumerate(range(num_blocks, 0, -1)):
-                if self.interrupt:
+                if call.interrupt:
                     break
                 latents = self.transformer(
                     latents,
                     class_labels,
                     blocks=[block],
                     inverse=True,
-                    guidance_scale=self.guidance_scale,
+                    guidance_scale=call.guidance_scale,
                     guidance_rule=guidance_rule,
                     guidance_schedule=guidance_schedule,
                     guidance_temperature=guidance_temperature,

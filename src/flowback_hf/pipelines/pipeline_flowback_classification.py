@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from flowback_hf.pipelines.pipeline_flowback import FlowBackPipelineMixin, is_one_image, iterate_images
+from flowback_hf.pipelines.pipeline_flowback import (
+    FlowBackPipelineMixin,
+    check_number,
+    is_one_image,
+    iterate_images,
+)
 
 
 METHODS = ("gradient", "ascent", "bayes", "shortlist")
@@ -195,8 +200,8 @@ class FlowBackClassificationPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             "tolerance": tolerance,
             "shortlist_size": shortlist_size,
         }
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1, or None for all classes, but is {top_k}.")
+        if top_k is not None:
+            check_number("top_k", top_k, int, at_least=1)
         scores = self.class_scores(images, generator=generator, strict=strict, **arguments)
         values, label_ids = scores.sort(dim=1, descending=True, stable=True)
         values, label_ids = values[:, :top_k], label_ids[:, :top_k]
@@ -238,14 +243,10 @@ class FlowBackClassificationPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             raise ValueError(f"`method` must be one of {METHODS}, but is {method!r}.")
         if self.transformer.config.num_classes is None:
             raise ValueError("This flow is unconditional (`num_classes` is None). It has no classes to choose from.")
-        if num_steps < 1:
-            raise ValueError(f"`num_steps` must be at least 1, but is {num_steps}.")
-        if not learning_rate > 0:
-            raise ValueError(f"`learning_rate` must be positive, but is {learning_rate}.")
-        if not tolerance >= 0:
-            raise ValueError(f"`tolerance` must not be negative, but is {tolerance}.")
-        if shortlist_size < 1:
-            raise ValueError(f"`shortlist_size` must be at least 1, but is {shortlist_size}.")
+        check_number("num_steps", num_steps, int, at_least=1)
+        check_number("learning_rate", learning_rate, float, above=0.0)
+        check_number("tolerance", tolerance, float, at_least=0.0)
+        check_number("shortlist_size", shortlist_size, int, at_least=1)
         scores = []
         for draws in self._batches(images, num_noise_draws, generator, batch_size, strict):
             if method == "gradient":
@@ -318,8 +319,7 @@ class FlowBackClassificationPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             raise ValueError(
                 "Bits per dimension are defined for pixels, but this flow models a VAE's latents. Use `log_prob`."
             )
-        if num_noise_draws < 1:
-            raise ValueError(f"`num_noise_draws` must be at least 1 to dequantize, but is {num_noise_draws}.")
+        check_number("num_noise_draws", num_noise_draws, int, at_least=1)  # 0 would not dequantize
         batches = self._batches(images, num_noise_draws, generator, batch_size, strict, noise_type="uniform")
         bits = []
         for draws, labels in self._with_labels(batches, class_labels):
@@ -482,8 +482,7 @@ class FlowBackClassificationPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         end.
         """
         _check_noise(num_noise_draws, generator)
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+        check_number("batch_size", batch_size, int, at_least=1)
         images = iterate_images(images, self.num_channels)
         noise_type = self.transformer.config.noise_type if noise_type is None else noise_type
         seed = _draw_seed(generator)
@@ -537,8 +536,7 @@ class FlowBackClassificationPipeline(FlowBackPipelineMixin, DiffusionPipeline):
 
 
 def _check_noise(num_noise_draws: int, generator: Any):
-    if num_noise_draws < 0:
-        raise ValueError(f"`num_noise_draws` must not be negative, but is {num_noise_draws}.")
+    check_number("num_noise_draws", num_noise_draws, int, at_least=0)
     if not isinstance(generator, torch.Generator | None):
         raise ValueError(
             f"`generator` must be one `torch.Generator` or None, but is of type {type(generator).__name__}. The noise"

@@ -121,7 +121,7 @@ class Trainer:
         accelerator ([`~accelerate.Accelerator`], *optional*): Default: [`make_accelerator`] of `arguments`.
     Raises:
         ValueError: before anything is written, if the output folder holds another run, a validation label is unknown,
-            there are fewer images than a batch takes, or the flow has several adapters.
+            there are fewer images than a batch takes or none that can be used, or the flow has several adapters.
 
     Example:
         ```py
@@ -177,6 +177,8 @@ class Trainer:
         self.validation_class_labels = self._normalize_class_labels()
         self.images_per_batch = arguments.train_batch_size * self.accelerator.num_processes
         self._check_batch_size()
+        for dataset in (source.train_dataset, source.validation_dataset):
+            dataset[0]  # raises if none of its images can be used
         self.checkpoint = self._find_checkpoint()
 
         # A copy holds the averaged weights when they are looked at: the trained ones are never touched, and compiled
@@ -366,7 +368,9 @@ class Trainer:
                 self._unlogged_scalars.clear()
                 values = dict(zip(scalars, gathered.mean(dim=0).tolist()))
                 values["max_log_scale"] = gathered[:, -1].amax().item()
-                gradient_norm = accelerator.clip_grad_norm_(self.objective.parameters(), self.arguments.max_grad_norm)
+                gradient_norm = accelerator.clip_grad_norm_(
+                    self.objective.parameters(), self.arguments.max_grad_norm or math.inf
+                )
                 values["gradient_norm"] = gradient_norm.item()
                 self._check_finite(values)
             self.optimizer.step()
@@ -397,10 +401,10 @@ class Trainer:
         )
 
     def _report_skipped(self, names: list[str]):
-        """Warn once of each file that cannot be decoded."""
+        """Warn once of each file that cannot be used."""
         self.num_skipped += len(names)
         for name in set(names) - self.skipped_files:
-            logger.warning(f"Skipped {name}: it cannot be decoded.", main_process_only=False)
+            logger.warning(f"Skipped an image: {name}.", main_process_only=False)
         self.skipped_files.update(names)
 
     # Between steps
@@ -459,7 +463,7 @@ class Trainer:
                 save_adapter(self.pipeline, self.folder, trains_class_tables(self.flow))
             else:
                 save_pipeline(self.pipeline, self.folder)
-            skipped = f"; skipped {len(self.skipped_files)} files that cannot be decoded" if self.skipped_files else ""
+            skipped = f"; skipped {len(self.skipped_files)} files that cannot be used" if self.skipped_files else ""
             kind = "adapter" if self.flow.attached_adapters else "pipeline"
             logger.info(f"Saved the {kind} in {self.folder}{skipped}.")
         self.accelerator.wait_for_everyone()
