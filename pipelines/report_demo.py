@@ -85,7 +85,7 @@ def main(args: argparse.Namespace):
     import torch
 
     from flowback_hf import FlowBackPipeline
-    from flowback_hf.files import read_json, read_json_lines, write_json
+    from flowback_hf.files import read_json, read_metrics_log, write_json
     from flowback_hf.hub import load_pipeline
 
     demo = read_json(args.data_dir / "demo.json")
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace):
         raise ValueError(
             f"`--data_dir` must be an output folder of training/prepare_demo.py, but {args.data_dir} has no demo.json."
         )
-    records = read_json_lines(args.model / "metrics.jsonl")
+    records = read_metrics_log(args.model)
     validation_nll = [record["validation_nll"] for record in records if "validation_nll" in record]
     if not validation_nll:
         raise ValueError(
