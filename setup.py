@@ -56,6 +56,7 @@ setup(
         "huggingface_hub>=1.0",
         "jinja2>=3.1",
         "evaluate>=0.4.5",
+        "filelock>=4.0",
         "pillow>=10.0",
         "tqdm>=4.66",
     ],

@@ -19,8 +19,8 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     Give a temporary path to write a file or a folder to, and rename it to `path` when the block ends.
 
-    Whoever looks at `path`, at any moment, sees it whole or as it was before, even after a power cut. The temporary name
-    ends as `path` does, for writers that choose a format by the ending.
+    Whoever looks at `path`, at any moment, sees it whole or as it was before, even after a power cut. The temporary
+    name ends as `path` does, for writers that choose a format by the ending.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder. One that exists is replaced.
@@ -111,8 +111,8 @@ def explain_full_disk(path: Path):
         if not is_disk_full(path.parent, error):
             raise
         raise OSError(
-            f"There is no room for {path}: the disk is full, or your quota is used up. What was there before is intact."
-            " Make room and repeat the command."
+            f"There is no room for {path}: the disk is full, or your quota is used up. What was there before is"
+            " intact. Make room and repeat the command."
         ) from error
 
 
@@ -129,6 +129,22 @@ def is_disk_full(folder: Path, error: Exception) -> bool:
     finally:
         remove(probe)
     return False
+
+
+def move_into(staging: Path, folder: Path, index_file: str):
+    """
+    Move all that is in a folder into another one, where it replaces what has the same names.
+
+    The file that makes the other folder complete, its index, is the first to go there and the last to come.
+    """
+    remove(folder / index_file)
+    flush_entry(folder)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == index_file):
+        if path.name == index_file:
+            flush_entry(folder)
+        replace(path, folder / path.name)
+    staging.rmdir()
+    flush_entry(folder)
 
 
 def remove(path: Path):

@@ -17,9 +17,8 @@ from flowback_hf.reporting import current_commit, describe_machine, markdown_tab
 REPORT = Path(__file__).parents[2] / "docs" / "drills.md"
 ABOUT = """# Drills
 
-What happens to a run, a model and a sentence on the command line when things go wrong: processes are killed, disks fill
-up, files are damaged. `make drills` does all of this again and writes this page. A short form of each drill runs with
-`make test`.
+What happens to a run, a model and a command when things go wrong: processes are killed, disks fill up, files are
+damaged. `make drills` does all of this again and writes this page. A short form of each drill runs with `make test`.
 
 """
 

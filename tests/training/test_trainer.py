@@ -51,8 +51,8 @@ def test_it_goes_on_where_it_was_and_refuses_other_arguments(make_trainer, tmp_p
     make_trainer(max_train_steps=2).fit()  # a shorter run of another schedule is not what would have been
     with pytest.raises(ValueError, match="already holds a run: add --resume_from_checkpoint latest"):
         make_trainer()
-    with pytest.raises(ValueError, match=r"--learning_rate \(0.01 then, 0.5 now\)"):
-        make_trainer(learning_rate=0.5, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=r"--adam_beta2 \(0.95 then, 0.5 now\)"):
+        make_trainer(adam_beta2=0.5, resume_from_checkpoint="latest")
     trainer = make_trainer(resume_from_checkpoint="latest")
     trainer.fit()
     assert trainer.global_step == 4 and (tmp_path / "run" / "checkpoint-4").exists()

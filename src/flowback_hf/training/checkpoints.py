@@ -75,7 +75,8 @@ def save_checkpoint(
         accelerator (`accelerate.Accelerator`): What prepared the objective, optimizer, scheduler and data.
         output_dir (`pathlib.Path`): The run's folder.
         global_step (`int`), num_batches (`int`): Optimizer steps and batches so far.
-        figures (`dict`): What [`is_sane`] reads: `nll` of the weights and `lowest_nll` of the run, in nats per dimension.
+        figures (`dict`): What [`is_sane`] reads: `nll` of the weights and `lowest_nll` of the run, both in nats per
+            dimension.
         limit (`int`, *optional*): How many checkpoints to keep, this one included. Default: all.
         ema ([`~diffusers.training_utils.EMAModel`], *optional*): The averaged weights.
     """
@@ -204,10 +205,13 @@ def read_copy(checkpoint: Path, name: str) -> bytes | None:
 def is_sane(progress: dict[str, Any]) -> bool:
     """
     Whether the weights of a checkpoint were good, as far as its figures tell: their nll on a batch is finite, and not
-    much above the lowest that the run had logged. Checkpoints of version 0.1.0 have no figures and do not count as sane.
+    much above the lowest that the run had logged. Checkpoints of version 0.1.0 have no figures and do not count as
+    sane.
     """
     figures = progress.get("figures")
-    return figures is not None and math.isfinite(figures["nll"]) and figures["nll"] <= figures["lowest_nll"] + SANE_RISE
+    return (
+        figures is not None and math.isfinite(figures["nll"]) and figures["nll"] <= figures["lowest_nll"] + SANE_RISE
+    )
 
 
 def has_sane_figures(checkpoint: Path) -> bool:
@@ -273,8 +277,8 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> tuple[Path
         return checkpoint, progress
     if damage:
         raise ValueError(
-            f"`--resume_from_checkpoint` {resume_from_checkpoint} finds no checkpoint that is whole: {', '.join(damage)}."
-            " Restore one of them from a backup, or delete these folders to start at step 0."
+            f"`--resume_from_checkpoint` {resume_from_checkpoint} finds no checkpoint that is whole:"
+            f" {', '.join(damage)}. Restore one of them from a backup, or delete these folders to start at step 0."
         )
     return None
 
@@ -364,6 +368,12 @@ def read_ema(checkpoint: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_averaged_parameters(checkpoint: Path, parameters: Iterable[torch.nn.Parameter]):
-    """Copy the averaged weights of a checkpoint into a flow's parameters. Raises as [`read_ema`]."""
+    """
+    Copy the averaged weights of a checkpoint into a flow's parameters.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or as [`read_ema`].
+    """
+    check_files(checkpoint, read_progress(checkpoint))
     for parameter, average in zip(parameters, read_ema(checkpoint)["shadow_params"], strict=True):
         parameter.copy_(average)
