@@ -471,7 +471,7 @@ def test_weights_that_are_finite_but_ruined_are_not_called_good(train_rra, argum
     """A first step that makes the weights bad, but finite."""
     output_dir = tmp_path / "run"
     line = arguments(output_dir=output_dir, checkpointing_steps=1, checkpoints_total_limit=1, validation_steps=100,
-                     lr_scheduler="constant", lr_warmup_steps=0, learning_rate=3.0, max_train_steps=1)  # fmt: skip
+                     lr_scheduler="constant", lr_warmup_steps=0, learning_rate=0.2, max_train_steps=1)  # fmt: skip
     train_rra.main(train_rra.parse_args(line))
     progress = read_progress(output_dir / "checkpoint-1")
     assert progress["figures"]["nll"] > progress["figures"]["lowest_nll"] + 1 and not is_sane(progress)

@@ -341,8 +341,8 @@ class Trainer:
         logger.info(f"Resuming from {checkpoint}.")
         if "figures" in progress and not is_sane(progress):
             logger.warning(
-                f"The weights in {checkpoint} are ruined: their nll is {progress['figures']['nll']:.4g}, but the run had"
-                f" reached {progress['figures']['lowest_nll']:.4g}. {self._advise()}"
+                f"The weights in {checkpoint} are ruined: their nll is {progress['figures']['nll']:.4g}, but the run"
+                f" had reached {progress['figures']['lowest_nll']:.4g}. {self._advise()}"
             )
         base_learning_rates = list(self.lr_scheduler.scheduler.base_lrs)
         load_checkpoint(self.accelerator, checkpoint, self.ema)
