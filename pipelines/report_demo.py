@@ -49,8 +49,11 @@ def classify_with_judge(images: list[PIL.Image.Image], judge_dir: Path) -> list[
     import torch
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    processor = AutoImageProcessor.from_pretrained(judge_dir)
-    judge = AutoModelForImageClassification.from_pretrained(judge_dir).eval()
+    from flowback_hf.alignment.teacher import refuse_unreadable
+
+    with refuse_unreadable(judge_dir):
+        processor = AutoImageProcessor.from_pretrained(judge_dir, trust_remote_code=False)
+        judge = AutoModelForImageClassification.from_pretrained(judge_dir, trust_remote_code=False).eval()
     pixel_values = processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
     with torch.inference_mode():
         label_ids = judge(pixel_values).logits.argmax(dim=-1).tolist()

@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,7 @@ class Trainer:
 
         self.global_step = 0
         self.num_batches = 0
+        self._saved_step = 0
         self.num_skipped = 0
         self.skipped_files: set[str] = set()
         self._unlogged_scalars: list[torch.Tensor] = []
@@ -348,6 +350,7 @@ class Trainer:
         load_checkpoint(self.accelerator, checkpoint, self.ema)
         set_learning_rates(self.optimizer, self.lr_scheduler.scheduler, base_learning_rates)
         self.global_step, self.num_batches = progress["global_step"], progress["num_batches"]
+        self._saved_step = self.global_step
         changes = describe_branch(earlier, self.settings)
         if not changes:
             return earlier
@@ -366,7 +369,7 @@ class Trainer:
         batches = self.train_dataloader
         if num_done:
             batches = self.accelerator.skip_first_batches(batches, num_done)
-        for batch in batches:
+        for batch in self._until_stopped(batches):
             values = self._train_on(batch)
             self.num_batches += 1
             self._timed_images += self.images_per_batch
@@ -381,6 +384,19 @@ class Trainer:
                 self._save_and_exit()
             if self.global_step == self.max_train_steps:
                 return
+        if self._stop_signals.received is not None:
+            self._save_and_exit()
+
+    def _until_stopped(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """
+        The batches, up to a signal that also ended the processes that load them. What the steps before it made can be
+        saved, unless it came in the middle of a step of several batches.
+        """
+        try:
+            yield from batches
+        except RuntimeError:
+            if self._stop_signals.received is None or not self.accelerator.sync_gradients:
+                raise
 
     def _train_on(self, batch: dict[str, Any]) -> dict[str, float] | None:
         """
@@ -483,7 +499,7 @@ class Trainer:
         # What was logged before a checkpoint is kept when the run is resumed from it: it comes last.
         if step % arguments.validation_steps == 0 or is_last:
             self._evaluate()
-        if step % arguments.checkpointing_steps == 0 or is_last or self._stop_signals.received is not None:
+        if step % arguments.checkpointing_steps == 0 or is_last:
             self._save_checkpoint()
 
     def _save_checkpoint(self):
@@ -493,6 +509,7 @@ class Trainer:
             self.metrics_log.flush()
         limit = self.arguments.checkpoints_total_limit
         save_checkpoint(self.accelerator, self.folder, self.global_step, self.num_batches, figures, limit, self.ema)
+        self._saved_step = self.global_step
 
     @torch.no_grad()
     def _measure_weights(self) -> float:
@@ -518,9 +535,11 @@ class Trainer:
         return nll
 
     def _save_and_exit(self):
-        """End the process after a signal. The checkpoint of this step is saved."""
+        """Save the steps so far and end the process, after a signal."""
         received = self._stop_signals.received
-        logger.warning(f"Saved checkpoint-{self.global_step} after {received.name}.")
+        if self.global_step != self._saved_step:
+            self._save_checkpoint()
+        logger.warning(f"{received.name}: saved up to step {self.global_step}. Resume with the same command.")
         self.accelerator.end_training()
         raise SystemExit(128 + received)
 
