@@ -60,8 +60,8 @@ class Process:
 
     @property
     def sentence(self) -> str:
-        """The last line, without the name of the script."""
-        return self.log.strip().splitlines()[-1]
+        """What it said went wrong."""
+        return next(line for line in reversed(self.log.splitlines()) if "error: " in line)
 
     def wait(self, timeout: float = 120) -> int:
         """Wait for the exit code; -9 if it was killed."""
@@ -100,6 +100,22 @@ def run_script(log_file: Path, script: Path, line: list[str], before: Callable[[
     if before is not None:
         before()
     runpy.run_path(str(script), run_name="__main__")
+
+
+def send_at_line(folder: Path, number: int, name: str, times: int = 1):
+    """Let this process get a signal when it writes the n-th line of its log. Call it in that process."""
+    count = 0
+
+    def watch(event: str, arguments: tuple):
+        nonlocal count
+        if event == "open" and str(arguments[0]) == str(folder / "metrics.jsonl") and arguments[1] == "a":
+            count += 1
+            if count == number:
+                for _ in range(times):
+                    os.kill(os.getpid(), signal.Signals[name])
+                    time.sleep(0.01)
+
+    sys.addaudithook(watch)
 
 
 def wait_until(condition: Callable[[], bool], process: Process, timeout: float = 60):

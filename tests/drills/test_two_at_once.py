@@ -1,7 +1,6 @@
 """Two runs that are started with the same command."""
 
 import json
-import shutil
 import signal
 
 import pytest
@@ -29,9 +28,11 @@ def test_two_runs_at_once(whole_run, line, tmp_path, drill, number, delay):
     drill("Two runs at once", pairs=1, refused=len(refused), mixed=0)
 
 
-def test_the_lock_of_a_killed_run_is_taken_over(whole_run, line, tmp_path, drill):
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.drill)])
+def test_the_lock_of_a_killed_run_is_taken_over(whole_run, line, tmp_path, drill, num_workers):
+    """Processes that load data outlive it by seconds. They do not hold the lock."""
     folder = tmp_path / "run"
-    process = start(tmp_path / "log", line(folder, dataloader_num_workers=1))
+    process = start(tmp_path / "log", line(folder, dataloader_num_workers=num_workers))
     wait_until(lambda: list_checkpoints(folder), process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
@@ -39,5 +40,4 @@ def test_the_lock_of_a_killed_run_is_taken_over(whole_run, line, tmp_path, drill
     process = start(tmp_path / "log", line(folder))
     assert process.wait() == 0, process.log
     assert_same_run(folder, whole_run.folder)
-    shutil.rmtree(folder)
     drill("Locks of killed runs", taken_over=1)

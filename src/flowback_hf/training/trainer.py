@@ -241,18 +241,17 @@ class Trainer:
             return self._save()
 
     def _train(self):
-        progress_bar = tqdm(
+        with tqdm(
             total=self.max_train_steps,
             initial=self.global_step,
             desc="Training",
             disable=not self.accelerator.is_local_main_process,
-        )
-        if self.global_step == 0:
-            self._evaluate()
-        self._timed_since = time.perf_counter()
-        while self.global_step < self.max_train_steps:
-            self._train_epoch(progress_bar)
-        progress_bar.close()
+        ) as progress_bar:
+            if self.global_step == 0:
+                self._evaluate()
+            self._timed_since = time.perf_counter()
+            while self.global_step < self.max_train_steps:
+                self._train_epoch(progress_bar)
 
     # Before the first step
 
