@@ -67,13 +67,17 @@ CHECKPOINT_FILES = (
 )
 
 
-@pytest.mark.parametrize("as_torch_saves", [False, True])
+def long(names: tuple[str, ...]) -> list[tuple]:
+    """Each of these, planted in both formats, for the long form."""
+    return [
+        pytest.param(name, as_torch_saves, marks=pytest.mark.drill)
+        for name in names
+        for as_torch_saves in (False, True)
+    ]
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        name if name in ("optimizer.bin", "random_states_0.pkl") else pytest.param(name, marks=pytest.mark.drill)
-        for name in CHECKPOINT_FILES
-    ],
+    "name, as_torch_saves", [("optimizer.bin", False), ("random_states_0.pkl", True), *long(CHECKPOINT_FILES)]
 )
 def test_a_checkpoint(whole_run, line, tmp_path, drill, name, as_torch_saves):
     """With its checksum, which the planter also wrote, so that nothing but the reading itself protects."""
@@ -106,8 +110,10 @@ def test_a_file_that_a_checkpoint_should_not_have(whole_run, line, tmp_path, dri
     drill("Planted pickles", files=1, code_run=0)
 
 
-@pytest.mark.parametrize("as_torch_saves", [False, True])
-@pytest.mark.parametrize("option", ["teacher", "pretrained", "vae", "convert"])
+MODELS = ("teacher", "pretrained", "vae", "convert")
+
+
+@pytest.mark.parametrize("option, as_torch_saves", [("teacher", True), ("convert", False), *long(MODELS)])
 def test_a_model(images, teacher, line, tmp_path, drill, option, as_torch_saves):
     """Weights as older versions of the libraries saved them, with a pickle inside."""
     proof, model, script = tmp_path / "proof", tmp_path / "model", SCRIPT
@@ -142,7 +148,7 @@ def test_a_model(images, teacher, line, tmp_path, drill, option, as_torch_saves)
     drill("Planted pickles", files=1, code_run=0)
 
 
-@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("file", ["config.json", pytest.param("preprocessor_config.json", marks=pytest.mark.drill)])
 def test_a_teacher_with_its_own_code(teacher, line, tmp_path, drill, file):
     """transformers would ask whether to run it, and wait for an answer."""
     proof, model = tmp_path / "proof", tmp_path / "teacher"

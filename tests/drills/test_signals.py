@@ -15,11 +15,10 @@ from flowback_hf.training import list_checkpoints
 from .runs import assert_same_run, send_at_line, start, wait_until
 
 
-# Checkpoints after every step, of which a resumed run has none: it ends with those of an undisturbed one.
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.drill) for name in SIGNALS)])
 def test_a_signal_saves_the_running_step(whole_run, line, tmp_path, drill, name):
     folder = tmp_path / "run"
     command = line(folder, save_on_signal="SIGUSR1")
@@ -62,7 +61,7 @@ def last_step(folder: Path) -> int:
 
 @pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.drill) for seed in range(20)])
 def test_signals_at_random_moments(whole_run, line, tmp_path, drill, seed):
-    """A run of ten steps that is sent signals until it has ended, and then is as good as any."""
+    """A run that is sent signals, and resumed, until it has ended, and then is as good as any."""
     rng, folder = random.Random(seed), tmp_path / "run"
     num_signals, lost, log = 0, 0, tmp_path / "log"
     while True:
