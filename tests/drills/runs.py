@@ -94,6 +94,7 @@ def run_script(log_file: Path, script: Path, line: list[str], before: Callable[[
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(None, force=True)  # the platform's own, as in a process that a shell starts
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     sys.argv = [str(script), *line]

@@ -393,7 +393,7 @@ class Trainer:
         """
         try:
             yield from batches
-        except RuntimeError:
+        except Exception:  # of many kinds, depending on what the loader was doing
             if self._stop_signals.received is None or not self.accelerator.sync_gradients:
                 raise
 
