@@ -21,8 +21,13 @@ from .runs import start
 REPORT = Path(__file__).parents[2] / "docs" / "drills.md"
 ABOUT = """# Drills
 
+<!-- test: only parsed, takes half an hour -->
+```bash
+make drills
+```
+
 What happens to a run, a model and a command when things go wrong: processes are killed, disks fill up, files are
-damaged. `make drills` does all of this again and writes this page. A short form of each drill runs with `make test`.
+damaged. The command does all of this again and writes this page. A short form of each drill runs with `make test`.
 
 """
 
