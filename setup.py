@@ -56,7 +56,7 @@ setup(
         "huggingface_hub>=1.0",
         "jinja2>=3.1",
         "evaluate>=0.4.5",
-        "filelock>=4.0",
+        "filelock>=4.0",  # forked processes that load data do not keep its locks
         "pillow>=10.0",
         "tqdm>=4.66",
     ],
