@@ -63,7 +63,7 @@ class Process:
         """What it said went wrong."""
         return next(line for line in reversed(self.log.splitlines()) if "error: " in line)
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 600) -> int:
         """Wait for the exit code; -9 if it was killed."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running after {timeout} s: {self.log}"
@@ -119,7 +119,7 @@ def send_at_line(folder: Path, number: int, name: str, times: int = 1):
     sys.addaudithook(watch)
 
 
-def wait_until(condition: Callable[[], bool], process: Process, timeout: float = 60):
+def wait_until(condition: Callable[[], bool], process: Process, timeout: float = 600):
     deadline = time.monotonic() + timeout
     while not condition():
         assert process.process.is_alive(), process.log
