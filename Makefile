@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: quickstart test lint bench docs clean
+.PHONY: quickstart test drills lint bench docs clean
 
 $(INSTALLED): setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'flowback_hf needs Python 3.11 or later, and this is ' + sys.version.split()[0] + '. Try: make PYTHON=python3.12')"
@@ -20,6 +20,10 @@ quickstart:
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+# The long forms of tests/drills: about half an hour.
+drills: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m drill tests/drills
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -57,6 +57,7 @@ setup(
         "huggingface_hub>=1.0",
         "jinja2>=3.1",
         "evaluate>=0.4.5",
+        "filelock>=4.0",  # forked processes that load data do not keep its locks
         "pillow>=10.4",
         "tqdm>=4.66",
     ],

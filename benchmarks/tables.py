@@ -171,6 +171,21 @@ def sampling_memory() -> Table:
     return Table(["batch", "solver", "peak memory", "of which keys and values"], rows, reports)
 
 
+# Training
+
+
+@table("checkpoints")
+def checkpoints() -> Table:
+    rows, reports = [], ["checkpoints", "checkpoints_100m"]
+    for report in reports:
+        results = read(report)["results"]
+        taken = results["seconds"]
+        row = [f"{results['num_parameters'] / 1e6:.1f} million", mebibytes(results["num_bytes"])]
+        row += [seconds(taken[name]) for name in ("plain", "saved")]
+        rows.append([*row, f"{seconds(taken['nll'])} ({results['batch_size']} images)"])
+    return Table(["parameters", "size", "only written", "checked and flushed", "nll of a batch"], rows, reports)
+
+
 # Alignment
 
 

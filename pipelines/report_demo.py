@@ -52,8 +52,11 @@ def classify_with_judge(images: list[PIL.Image.Image], judge_dir: Path) -> list[
     import torch
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    processor = AutoImageProcessor.from_pretrained(judge_dir)
-    judge = AutoModelForImageClassification.from_pretrained(judge_dir).eval()
+    from flowback_hf.alignment.teacher import refuse_unreadable
+
+    with refuse_unreadable(judge_dir):
+        processor = AutoImageProcessor.from_pretrained(judge_dir, trust_remote_code=False)
+        judge = AutoModelForImageClassification.from_pretrained(judge_dir, trust_remote_code=False).eval()
     pixel_values = processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
     with torch.inference_mode():
         label_ids = judge(pixel_values).logits.argmax(dim=-1).tolist()
@@ -86,7 +89,7 @@ def main(args: argparse.Namespace):
     import torch
 
     from flowback_hf import FlowBackPipeline
-    from flowback_hf.files import read_json, read_json_lines, write_json
+    from flowback_hf.files import read_json, read_metrics_log, write_json
     from flowback_hf.hub import load_pipeline
 
     demo = read_json(args.data_dir / "demo.json")
@@ -94,7 +97,7 @@ def main(args: argparse.Namespace):
         raise ValueError(
             f"`--data_dir` must be an output folder of training/prepare_demo.py, but {args.data_dir} has no demo.json."
         )
-    records = read_json_lines(args.model / "metrics.jsonl")
+    records = read_metrics_log(args.model)
     validation_nll = [record["validation_nll"] for record in records if "validation_nll" in record]
     if not validation_nll:
         raise ValueError(

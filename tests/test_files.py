@@ -1,10 +1,25 @@
+import contextlib
+import errno
+import functools
 import json
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowback_hf.files import compare_settings, read_json, read_json_lines, write_json, write_text, write_whole
+from flowback_hf import files
+from flowback_hf.files import (
+    compare_settings,
+    explain_full_disk,
+    move_into,
+    read_json,
+    read_json_lines,
+    read_metrics_log,
+    write_json,
+    write_text,
+    write_whole,
+)
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -44,6 +59,56 @@ def test_a_folder_replaces_a_folder_and_what_a_killed_process_left(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]
 
 
+def test_everything_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    """Or a power cut leaves empty files under their final names."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append("rename"), replace(old, new)))
+    with write_whole(tmp_path / "folder") as partial:
+        (partial / "inner").mkdir(parents=True)
+        (partial / "inner" / "file").write_text("whole")
+    names = [event.replace(str(tmp_path), "").replace(".partial-", "") for event in events]
+    assert names == ["/folder/inner/file", "/folder/inner", "/folder", "rename", ""]
+
+
+def test_an_index_never_stands_beside_what_it_does_not_describe(tmp_path, monkeypatch):
+    """Wherever moving a pipeline over an older one is interrupted."""
+    is_complete = True
+    for interrupted_at in range(1, 9):
+        folder, staging = tmp_path / f"old-{interrupted_at}", tmp_path / f"new-{interrupted_at}"
+        for path, content in ((folder, "old"), (staging, "new")):
+            for name in ("index.json", "a/weights", "z/weights"):
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                (path / name).write_text(content)
+        operations = iter(range(1, 99))
+
+        def interrupt(*paths, do, operations=operations, interrupted_at=interrupted_at):
+            if next(operations) == interrupted_at:
+                raise KeyboardInterrupt
+            return do(*paths)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            for module, name in ((files, "remove"), (os, "replace"), (files.shutil, "rmtree")):
+                patch.setattr(module, name, functools.partial(interrupt, do=getattr(module, name)))
+            move_into(staging, folder, "index.json")
+        is_complete = (folder / "index.json").exists()
+        if is_complete:
+            names = ("index.json", "a/weights", "z/weights")
+            contents = {(folder / name).read_text() for name in names if (folder / name).exists()}
+            assert len(contents) == 1 and all((folder / name).exists() for name in names)
+    assert is_complete and contents == {"new"}, "the last one was not interrupted"
+
+
+def test_an_error_that_is_not_a_full_disk_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="^unexpected pos 75008 vs 74896$"), explain_full_disk(tmp_path / "file"):
+        raise RuntimeError("unexpected pos 75008 vs 74896")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="There is no room for .*file: the disk is full"):
+        with explain_full_disk(tmp_path / "file"):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+
 def test_json(tmp_path):
     write_json(tmp_path / "x.json", {"σ": [1, None]})
     assert read_json(tmp_path / "x.json") == {"σ": [1, None]}
@@ -62,6 +127,12 @@ def test_half_a_line_is_left_out_wherever_it_is_cut(tmp_path_factory, records, c
     last = json.dumps({"step": 10, "nested": {"loss": 0.25}, "text": "}"})
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + last[: min(cut, len(last) - 1)])
     assert read_json_lines(path) == records
+
+
+def test_damaged_lines_are_left_out(tmp_path):
+    lines = [b'{"step": 1}', b"\xff\xfe", b'{"loss": 1.0}', b"[]", b'{"step": "one"}', b"null", b'{"step": 2, "x": 1}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert read_metrics_log(tmp_path) == [{"step": 1}, {"step": 2, "x": 1}]
 
 
 def test_settings_differ_in_either_direction():

@@ -2,6 +2,7 @@
 """Files that are written whole or not at all, and settings that are compared with those of an earlier run."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -10,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 
+METRICS_FILE = "metrics.jsonl"
+
+
 @contextlib.contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     Give a temporary path to write a file or a folder to, and rename it to `path` when the block ends.
 
-    Whoever looks at `path`, at any moment, sees it whole or as it was before. If the block raises, what it wrote is
-    deleted. The temporary name ends as `path` does, for writers that choose a format by the ending.
+    Whoever looks at `path`, at any moment, sees it whole or as it was before, even after a power cut. The temporary
+    name ends as `path` does, for writers that choose a format by the ending.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder. One that exists is replaced.
     Yields:
         `pathlib.Path`: `.partial-<name>`, in the same folder. Nothing exists there yet.
+    Raises:
+        OSError: if the disk is full. What the block wrote is deleted, as after every other error.
 
     Example:
         ```py
@@ -37,15 +43,29 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
         ```
     """
     path = Path(path)
+    with staged(path) as partial:
+        yield partial
+    replace(partial, path)
+    flush_entry(path.parent)
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """
+    Give a temporary path to write to, as [`write_whole`], which is left there for the caller to rename.
+
+    When the block ends, what it wrote is on the disk.
+    """
     partial = partial_path(path)
     if partial.is_dir():  # left by a process that was killed; a file is written over
         remove(partial)
     try:
-        yield partial
+        with explain_full_disk(path):
+            yield partial
+            flush(partial)
     except BaseException:
         remove(partial)
         raise
-    replace(partial, path)
 
 
 def partial_path(path: Path) -> Path:
@@ -58,6 +78,73 @@ def replace(source: Path, target: Path):
     if target.is_dir():  # a rename does not replace a folder
         shutil.rmtree(target)
     os.replace(source, target)
+
+
+def flush(path: Path):
+    """Wait until a file, or a folder and all that is in it, is on the disk. Renaming it before risks an empty file."""
+    if path.is_dir():
+        for child in path.iterdir():
+            flush(child)
+    flush_entry(path)
+
+
+def flush_entry(path: Path):
+    """Wait until a file is on the disk, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: Path):
+    """
+    Raise an OSError that says so if the block fails because there is no room for `path`.
+
+    torch and safetensors report a full disk in words of their own, or as what failed after it. Only another attempt to
+    write tells.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(path.parent, error):
+            raise
+        raise OSError(
+            f"There is no room for {path}: the disk is full, or your quota is used up. What was there before is"
+            " intact. Make room and repeat the command."
+        ) from error
+
+
+def is_disk_full(folder: Path, error: Exception) -> bool:
+    """Whether a folder has no room left, after `error` was raised by something that wrote to it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    probe = folder / ".partial-probe"
+    try:
+        probe.write_bytes(bytes(1 << 16))
+        flush_entry(probe)
+    except OSError as probe_error:
+        return is_disk_full(folder, probe_error)
+    finally:
+        remove(probe)
+    return False
+
+
+def move_into(staging: Path, folder: Path, index_file: str):
+    """
+    Move all that is in a folder into another one, where it replaces what has the same names.
+
+    The file that makes the other folder complete, its index, is the first to go there and the last to come.
+    """
+    remove(folder / index_file)
+    flush_entry(folder)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == index_file):
+        if path.name == index_file:
+            flush_entry(folder)
+        replace(path, folder / path.name)
+    staging.rmdir()
+    flush_entry(folder)
 
 
 def remove(path: Path):
@@ -92,20 +179,26 @@ def read_json(path: str | os.PathLike) -> Any | None:
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     """
-    Read a file with one JSON object a line, such as `metrics.jsonl`.
+    Read a file with one JSON object a line.
 
     Returns:
         `list[dict]`: The objects, in order; none if there is no such file. A line that is not a whole object, as a
-        killed process leaves it, is left out.
+        killed process or a damaged disk leaves it, is left out.
     """
     path = Path(path)
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line.decode("utf-8")))
     return [record for record in records if isinstance(record, dict)]
+
+
+def read_metrics_log(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl` of a run, as [`read_json_lines`]. Lines without the number of their step are left out."""
+    records = read_json_lines(Path(run_dir) / METRICS_FILE)
+    return [record for record in records if isinstance(record.get("step"), int)]
 
 
 def compare_settings(earlier: dict[str, Any], now: dict[str, Any], may_differ: Collection[str] = ()) -> list[str]:

@@ -79,7 +79,13 @@ def load_pipeline(
     if folder.exists():
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"{rule} there is no model_index.json in {folder}.")
-        return pipeline_class.from_pretrained(model)
+        try:
+            return pipeline_class.from_pretrained(model)
+        except OSError as error:
+            raise ValueError(
+                f"`{option}` {model!r} was not loaded: {str(error).strip()} A file is missing, truncated or damaged:"
+                " save or download the pipeline again."
+            ) from error
     if not is_repo_id(model):
         raise ValueError(f"{rule} there is no folder {folder}, and an id has the form 'user/name'.")
     try:

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from flowback_hf.alignment.teacher import DEFAULT_TEACHER
-from flowback_hf.files import read_json, read_json_lines
+from flowback_hf.files import read_json, read_metrics_log
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
 from flowback_hf.places import Place, parse_place
@@ -60,7 +60,7 @@ class Run:
         run_dir = Path(run_dir)
         return cls(
             args=read_json(run_dir / "training_args.json") or {},
-            metrics=read_json_lines(run_dir / "metrics.jsonl"),
+            metrics=read_metrics_log(run_dir),
             evaluation=read_json(run_dir / "evaluation.json"),
             grid=max(run_dir.glob("samples/step-*.png"), default=None),
         )

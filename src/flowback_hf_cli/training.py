@@ -23,6 +23,8 @@ STRATEGIES = ("none", "forward", "detach", "reverse")
 POSITION_EMBEDDINGS = ("learned", "rope")
 ACTIVATION_FNS = ("gelu", "swiglu")
 NOISE_TYPES = ("gaussian", "uniform")
+# What a scheduler may send before it ends a job. SIGTERM and SIGINT are always listened to.
+SAVE_SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGHUP")
 # All linear layers of a transformer layer whose activation is gelu or swiglu.
 LORA_TARGET_MODULES = ("to_qkv", "to_out.0", "ff.net.0.proj", "ff.net.2")
 LR_SCHEDULERS = (
@@ -85,6 +87,7 @@ class TrainingArguments:
     checkpointing_steps: int = number_field(500, COUNT)
     checkpoints_total_limit: int | None = number_field(None, COUNT)
     resume_from_checkpoint: str | None = None
+    save_on_signal: str | None = None
     validation_steps: int = number_field(500, COUNT)
     validation_class_labels: list[int | str] | None = None
     validation_guidance_scale: float = number_field(1.0, Number(float, at_least=1))
@@ -370,11 +373,19 @@ def add_run_arguments(group: argparse._ArgumentGroup):
     group.add_argument(
         "--checkpoints_total_limit",
         type=number_of(TrainingArguments, "checkpoints_total_limit"),
-        help="Keep this many checkpoints; older ones are deleted once a new one is safe. Default: keep all.",
+        help="Keep this many checkpoints, and the last one whose weights were good; older ones are deleted once a new"
+        " one is safe. Default: keep all.",
     )
     group.add_argument(
         "--resume_from_checkpoint",
-        help="Go on from a checkpoint of the output folder: its name, or latest. Default: start a new run.",
+        help="Go on from a checkpoint of the output folder: its name, or latest. With another --learning_rate,"
+        " --lr_warmup_steps or --max_grad_norm, a new branch of the run starts there. Default: start a new run.",
+    )
+    group.add_argument(
+        "--save_on_signal",
+        choices=SAVE_SIGNALS,
+        help="Save a checkpoint and end the run on this signal, too, as on SIGTERM and SIGINT: at the end of the"
+        " running step, with exit code 128 plus the signal's number. Default: only on those two.",
     )
     group.add_argument(
         "--validation_steps",

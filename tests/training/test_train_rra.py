@@ -18,7 +18,7 @@ from flowback_hf import (
 )
 from flowback_hf.files import read_json_lines
 from flowback_hf.training import trainer
-from flowback_hf.training.checkpoints import read_progress
+from flowback_hf.training.checkpoints import is_sane, read_progress
 
 from ..conftest import REPOSITORY, start_two_processes, write_images
 
@@ -395,14 +395,21 @@ def test_an_output_folder_of_another_run_is_refused(train_rra, arguments, tmp_pa
     before = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*")}
     with pytest.raises(ValueError, match="already holds a run: add --resume_from_checkpoint latest"):
         train_rra.main(train_rra.parse_args(arguments(output_dir=output_dir, max_train_steps=2)))
-    line = arguments(output_dir=output_dir, resume_from_checkpoint="latest", learning_rate=0.5, alignment="none")
-    with pytest.raises(ValueError, match=r"--alignment \('reverse' then, 'none' now\), --learning_rate \(0.01 then"):
+    line = arguments(output_dir=output_dir, resume_from_checkpoint="latest", train_batch_size=5, alignment="none")
+    with pytest.raises(ValueError, match=r"--alignment \('reverse' then, 'none' now\), --train_batch_size \(4 then"):
         train_rra.main(train_rra.parse_args(line))
     assert {path: path.stat().st_mtime_ns for path in output_dir.rglob("*")} == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "no progress"])
-def test_a_broken_checkpoint_falls_back_to_the_one_before(train_rra, arguments, tmp_path, caplog, damage):
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        ("truncated", r"model.safetensors has \d+ bytes instead of \d+"),
+        ("missing", "model.safetensors is missing"),
+        ("no progress", "there is no progress.json"),
+    ],
+)
+def test_a_broken_checkpoint_falls_back_to_the_one_before(train_rra, arguments, tmp_path, caplog, damage, reason):
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
     for folder in (whole, damaged):
         train_rra.main(train_rra.parse_args(arguments(output_dir=folder)))
@@ -416,7 +423,7 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(train_rra, arguments, 
     with caplog.at_level("WARNING"):
         line = arguments(output_dir=damaged, resume_from_checkpoint="latest")
         train_rra.main(train_rra.parse_args(line))
-    assert "checkpoint-4 is truncated or incomplete: falling back to the checkpoint before it" in caplog.text
+    assert re.search(rf"checkpoint-4 is not used, because {reason}: falling back to the checkpoint", caplog.text)
     expected, actual = state_of(whole), state_of(damaged)
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
@@ -429,14 +436,59 @@ def test_resuming_without_a_checkpoint_says_so(train_rra, arguments, tmp_path, c
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [0, 1, 2, 2]
 
 
-def test_a_non_finite_loss_stops_with_the_last_checkpoint_intact(train_rra, arguments, tmp_path):
+DIVERGING = {"learning_rate": 1e30, "max_grad_norm": 1e30, "lr_scheduler": "constant", "lr_warmup_steps": 0}
+
+
+def test_ruined_weights_are_not_saved(train_rra, arguments, tmp_path):
     output_dir = tmp_path / "run"
-    line = arguments(output_dir=output_dir, learning_rate=1e30, max_grad_norm=1e30, lr_scheduler="constant",
-                     lr_warmup_steps=0, checkpointing_steps=1, validation_steps=100)  # fmt: skip
-    with pytest.raises(FloatingPointError, match=r"Step 2: the loss is (nan|inf).*checkpoint-1, is intact"):
+    line = arguments(output_dir=output_dir, checkpointing_steps=1, validation_steps=100, **DIVERGING)
+    with pytest.raises(FloatingPointError, match=r"Step 1 ruined the weights: their nll is (nan|inf).*start again"):
         train_rra.main(train_rra.parse_args(line))
-    assert read_progress(output_dir / "checkpoint-1")["global_step"] == 1
-    assert not (output_dir / "model_index.json").exists()
+    assert not list(output_dir.glob("checkpoint-*")) and not (output_dir / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("validation_steps", [1, 100])
+def test_a_run_that_diverged_goes_on_as_another_branch(train_rra, arguments, tmp_path, caplog, validation_steps):
+    """Two good steps, then a learning rate that ruins all."""
+    output_dir = tmp_path / "run"
+    options = {"output_dir": output_dir, "checkpointing_steps": 1, "lr_scheduler": "constant", "max_grad_norm": 1e30}
+    options |= {"validation_steps": validation_steps, "resume_from_checkpoint": "latest"}
+    train_rra.main(train_rra.parse_args(arguments(max_train_steps=2, **options)))
+    with pytest.raises(FloatingPointError) as error:
+        train_rra.main(train_rra.parse_args(arguments(learning_rate=1e30, max_train_steps=5, **options)))
+    advice = r"good weights is .*checkpoint-2: go on from it with --resume_from_checkpoint checkpoint-2 and a lower"
+    assert re.search(advice, str(error.value))
+    options["resume_from_checkpoint"] = "checkpoint-2"
+    with caplog.at_level("WARNING"):
+        train_rra.main(train_rra.parse_args(arguments(learning_rate=1e-3, max_train_steps=5, **options)))
+    assert "A new branch of the run starts at step 2: learning_rate (0.01 then, 0.001 now)." in caplog.text
+    settings = json.loads((output_dir / "training_args.json").read_text())
+    assert settings["learning_rate"] == 1e-3
+    assert settings["branches"] == [{"from_step": 2, "changes": ["learning_rate (0.01 then, 0.001 now)"]}]
+    metrics = read_metrics(output_dir)
+    assert [record["learning_rate"] for record in metrics if "loss" in record] == [1e-2] * 2 + [1e-3] * 3
+    assert json.loads((output_dir / "checkpoint-5" / "training_args.json").read_text()) == settings
+
+
+def test_weights_that_are_finite_but_ruined_are_not_called_good(train_rra, arguments, tmp_path):
+    """A first step that makes the weights bad, but finite."""
+    output_dir = tmp_path / "run"
+    line = arguments(output_dir=output_dir, checkpointing_steps=1, checkpoints_total_limit=1, validation_steps=100,
+                     lr_scheduler="constant", lr_warmup_steps=0, learning_rate=0.2, max_train_steps=1)  # fmt: skip
+    train_rra.main(train_rra.parse_args(line))
+    progress = read_progress(output_dir / "checkpoint-1")
+    assert progress["figures"]["nll"] > progress["figures"]["lowest_nll"] + 1 and not is_sane(progress)
+
+
+def test_an_earlier_branch_is_set_aside(train_rra, arguments, tmp_path, caplog):
+    output_dir = tmp_path / "run"
+    train_rra.main(train_rra.parse_args(arguments(output_dir=output_dir)))
+    options = {"resume_from_checkpoint": "checkpoint-2", "learning_rate": 1e-3, "checkpointing_steps": 3}
+    with caplog.at_level("WARNING"):
+        train_rra.main(train_rra.parse_args(arguments(output_dir=output_dir, **options)))
+    assert "checkpoint-4 belongs to the branch that is left: it is now" in caplog.text
+    folders = sorted(path.name for path in output_dir.glob("*checkpoint-*"))
+    assert folders == ["abandoned-checkpoint-4", "checkpoint-2", "checkpoint-3", "checkpoint-4"]
 
 
 def test_an_order_that_is_none_is_said(train_rra, arguments, tmp_path, capsys):

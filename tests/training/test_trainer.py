@@ -1,6 +1,8 @@
 """The trainer as Python calls it, without the script."""
 
 import json
+import os
+import socket
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from flowback_hf import AlignedFlowObjective, FlowBackPipeline, RepresentationTe
 from flowback_hf.data import ImageSource, Splits
 from flowback_hf.files import read_json_lines
 from flowback_hf.hub import write_repository
-from flowback_hf.training import Trainer, TrainingArguments
+from flowback_hf.training import Trainer, TrainingArguments, list_checkpoints
+from flowback_hf.training.checkpoints import find_sane_checkpoint
+from flowback_hf.training.run_folder import lock_run_folder
 
 from ..conftest import image_rows
 
@@ -51,8 +55,8 @@ def test_it_goes_on_where_it_was_and_refuses_other_arguments(make_trainer, tmp_p
     make_trainer(max_train_steps=2).fit()  # a shorter run of another schedule is not what would have been
     with pytest.raises(ValueError, match="already holds a run: add --resume_from_checkpoint latest"):
         make_trainer()
-    with pytest.raises(ValueError, match=r"--learning_rate \(0.01 then, 0.5 now\)"):
-        make_trainer(learning_rate=0.5, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=r"--adam_beta2 \(0.95 then, 0.5 now\)"):
+        make_trainer(adam_beta2=0.5, resume_from_checkpoint="latest")
     trainer = make_trainer(resume_from_checkpoint="latest")
     trainer.fit()
     assert trainer.global_step == 4 and (tmp_path / "run" / "checkpoint-4").exists()
@@ -66,6 +70,44 @@ def test_a_norm_of_0_does_not_clip(make_trainer):
     unclipped = weights("unclipped", 0)
     assert torch.equal(unclipped, weights("hardly", 1e9))
     assert not torch.equal(unclipped, weights("clipped", 1e-4))
+
+
+@pytest.mark.parametrize("validation_steps", [1, 100])
+def test_averaged_weights_that_are_not_finite_are_not_saved(make_trainer, tmp_path, validation_steps):
+    trainer = make_trainer(checkpointing_steps=1, validation_steps=validation_steps)
+    step = trainer.ema.step
+
+    def spoil(parameters):
+        step(parameters)
+        if trainer.global_step == 1:  # the second step is running
+            trainer.ema.shadow_params[3].view(-1)[0] = torch.inf
+
+    trainer.ema.step = spoil
+    with pytest.raises(
+        FloatingPointError, match=r"Step 2: the (averaged )?weights .*not finite.*good weights is .*-1:"
+    ):
+        trainer.fit()
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+    assert not (tmp_path / "run" / "model_index.json").exists() and not (tmp_path / "run" / ".lock").exists()
+
+
+def test_the_last_good_checkpoint_is_kept(make_trainer, tmp_path):
+    """Whatever the limit, while newer ones hold ruined weights."""
+    trainer = make_trainer(checkpointing_steps=1, checkpoints_total_limit=1)
+    measure = trainer._measure_weights
+    trainer._measure_weights = lambda: measure() + 5.0 * (trainer.global_step > 2)
+    trainer.fit()
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]
+    assert find_sane_checkpoint(tmp_path / "run").name == "checkpoint-2"
+
+
+def test_a_second_trainer_is_told_who_uses_the_folder(make_trainer, tmp_path):
+    with lock_run_folder(tmp_path / "run"):
+        with pytest.raises(
+            ValueError, match=rf"in use by process {os.getpid()} on {socket.gethostname()}: wait until"
+        ):
+            make_trainer().fit()
+    make_trainer(max_train_steps=1).fit()
 
 
 def test_what_it_trains_can_be_published(make_trainer, tmp_path):

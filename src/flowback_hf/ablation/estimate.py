@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flowback_hf.ablation.grids import RANDOM_TEACHER, Cell, Variant, parse_train_options
 from flowback_hf.ablation.runner import Runner, error_message
-from flowback_hf.files import read_json_lines
+from flowback_hf.files import read_metrics_log
 
 
 TIMED_STEPS = 10
@@ -103,7 +103,7 @@ def train(
     cell = Cell(timed, 0, folder / f"{variant.name}-{validation_steps}")
     cell.folder.mkdir()
     seconds = run_timed(runner, runner.scripts.train_command(cell), cell)
-    records = read_json_lines(cell.flow_folder / "metrics.jsonl")
+    records = read_metrics_log(cell.flow_folder)
     speed = [record["images_per_second"] for record in records if "images_per_second" in record][-1]
     train_args = parse_train_options(variant.train)
     return cell, seconds, train_args.train_batch_size * train_args.gradient_accumulation_steps / speed

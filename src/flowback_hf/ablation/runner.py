@@ -250,12 +250,17 @@ def make_random_teacher(teacher: str, folder: Path):
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
+    from flowback_hf.alignment.teacher import refuse_unreadable
+
     if folder.exists():
         return
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), refuse_unreadable(teacher):
         torch.manual_seed(0)
-        model = AutoModel.from_config(AutoConfig.from_pretrained(teacher))
+        model = AutoModel.from_config(
+            AutoConfig.from_pretrained(teacher, trust_remote_code=False), trust_remote_code=False
+        )
+        processor = AutoImageProcessor.from_pretrained(teacher, trust_remote_code=False)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(folder) as partial:
         model.save_pretrained(partial)
-        AutoImageProcessor.from_pretrained(teacher).save_pretrained(partial)
+        processor.save_pretrained(partial)

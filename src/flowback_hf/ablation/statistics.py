@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowback_hf.ablation.grids import BASELINE, Cell
-from flowback_hf.files import read_json, read_json_lines
+from flowback_hf.files import read_json, read_metrics_log
 from flowback_hf.places import Place, place_name
 
 
@@ -42,7 +42,7 @@ def read_row(cell: Cell) -> Row:
     row |= {"seconds": state["seconds"], "places": cell.variant.places}
     if state["status"] != "done":
         return row
-    records = read_json_lines(cell.flow_folder / "metrics.jsonl")
+    records = read_metrics_log(cell.flow_folder)
     validations = [record for record in records if "validation_nll" in record]
     row["curve"] = {"step": [record["step"] for record in validations]}
     row["curve"] |= {

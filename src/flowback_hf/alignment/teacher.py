@@ -1,7 +1,10 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """Teachers: frozen vision encoders from transformers, whose patch features a flow is aligned with."""
 
+import contextlib
 import os
+import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from huggingface_hub.constants import HF_HUB_CACHE
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from flowback_hf_cli.numbers import check_number
@@ -49,6 +53,35 @@ ENCODER_KINDS = {
     "siglip_vision_model": EncoderKind("SigLIP", "SiglipVisionModel", num_prefix_tokens=0),
     "vit_mae": EncoderKind("ViT-MAE", "ViTMAEModel", num_prefix_tokens=1),
 }
+
+
+@contextlib.contextmanager
+def refuse_unreadable(name: str | os.PathLike) -> Iterator[None]:
+    """
+    A context in which transformers loads a model. Pass it `trust_remote_code=False`, or it asks on the command line.
+
+    Raises:
+        ValueError: if a file is damaged, or if reading the model would run code that it brings along. Names the model.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{str(name)!r} was not loaded: its weights are damaged, or hold objects that may run code when they are"
+            " read. Weights may hold tensors only."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{str(name)!r} was not loaded: its weights are truncated or damaged"
+            f" ({str(error).splitlines()[0].split('. ')[0]}). Save or download them again."
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{str(name)!r} was not loaded: it brings code of its own, which is not run. Name a model that"
+            " transformers itself knows."
+        ) from error
 
 
 class RepresentationTeacher(nn.Module):
@@ -133,25 +166,27 @@ class RepresentationTeacher(nn.Module):
         Returns:
             [`RepresentationTeacher`].
         Raises:
-            ValueError: if the model is not a known kind of encoder, or if weights are missing.
+            ValueError: if the model is not a known kind of encoder, or brings its own code, which is never run; if
+                weights are missing, damaged, or hold more than tensors.
             FileNotFoundError: if a file is missing. The message names the files and where they were looked for.
         """
         name = str(pretrained_model_name_or_path)
         if Path(name).is_dir() and not (Path(name) / "config.json").exists():
             raise FileNotFoundError(not_found_message(name, None))
         try:
-            config = AutoConfig.from_pretrained(name, **kwargs)
-            kind = check_encoder_kind(config.model_type, name)
-            processor = AutoImageProcessor.from_pretrained(name, **kwargs)
-            # transformers would warn about every weight of a text tower. Only missing weights matter.
-            verbosity = transformers.logging.get_verbosity()
-            transformers.logging.set_verbosity_error()
-            try:
-                encoder, info = getattr(transformers, kind.model_class).from_pretrained(
-                    name, dtype=dtype, output_loading_info=True, **kwargs
-                )
-            finally:
-                transformers.logging.set_verbosity(verbosity)
+            with refuse_unreadable(name):
+                config = AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)
+                kind = check_encoder_kind(config.model_type, name)
+                processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **kwargs)
+                # transformers would warn about every weight of a text tower. Only missing weights matter.
+                verbosity = transformers.logging.get_verbosity()
+                transformers.logging.set_verbosity_error()
+                try:
+                    encoder, info = getattr(transformers, kind.model_class).from_pretrained(
+                        name, dtype=dtype, output_loading_info=True, **kwargs
+                    )
+                finally:
+                    transformers.logging.set_verbosity(verbosity)
         except OSError as error:
             raise FileNotFoundError(not_found_message(name, kwargs.get("cache_dir"))) from error
         if info["missing_keys"]:

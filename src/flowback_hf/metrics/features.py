@@ -13,7 +13,7 @@ import torch.nn as nn
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-from flowback_hf.alignment.teacher import ENCODER_KINDS
+from flowback_hf.alignment.teacher import ENCODER_KINDS, refuse_unreadable
 from flowback_hf.files import write_whole
 
 
@@ -76,19 +76,22 @@ class ImageFeatureExtractor(nn.Module):
             [`ImageFeatureExtractor`]: the extractor, on the CPU.
         Raises:
             OSError: if the encoder cannot be found. The message says which file is missing.
+            ValueError: if it is damaged, or brings its own code, which is never run.
         """
-        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if any(name.endswith("ForImageClassification") for name in config.architectures or []):
-            model_class = AutoModelForImageClassification
-        elif config.model_type in ENCODER_KINDS:
-            # For a two-tower model, this is the class of the vision tower. The whole model would require text.
-            model_class = getattr(transformers, ENCODER_KINDS[config.model_type].model_class)
-        else:
-            model_class = AutoModel
-        model = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with refuse_unreadable(pretrained_model_name_or_path):
+            kwargs |= {"trust_remote_code": False}
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            if any(name.endswith("ForImageClassification") for name in config.architectures or []):
+                model_class = AutoModelForImageClassification
+            elif config.model_type in ENCODER_KINDS:
+                # For a two-tower model, this is the class of the vision tower. The whole model would require text.
+                model_class = getattr(transformers, ENCODER_KINDS[config.model_type].model_class)
+            else:
+                model_class = AutoModel
+            model = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         if config.model_type == "vit_mae":
             model.config.mask_ratio = 0.0  # by default it hides three random patches of four
-        processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         # The last two parts of a path identify the folder without naming anything else of the machine.
         path = Path(pretrained_model_name_or_path)
         name = "/".join(path.resolve().parts[-2:]) if path.is_dir() else str(pretrained_model_name_or_path)

@@ -8,7 +8,7 @@ import torch
 from diffusers.utils import is_peft_available
 
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
-from flowback_hf.files import partial_path, remove, replace, write_text
+from flowback_hf.files import move_into, staged, write_text
 from flowback_hf.model_card import read_edited_card, render_adapter_card
 from flowback_hf_cli.training import LORA_TARGET_MODULES
 
@@ -81,24 +81,22 @@ def save_adapter(pipeline: FlowBackPipeline, folder: Path, with_class_tables: bo
 
     Args:
         pipeline ([`FlowBackPipeline`]): A pipeline whose flow has one adapter.
-        folder (`pathlib.Path`): The run's folder. The adapter's file is written last: a folder that has it is whole.
+        folder (`pathlib.Path`): The run's folder. A folder that has the adapter's file is whole: it is
+            the first to go and the last to come.
         with_class_tables (`bool`): Whether the class tables were trained, too.
     """
     import peft
 
-    staging = partial_path(folder / "adapter")
-    remove(staging)
     flow = pipeline.transformer
     (adapter_name,) = flow.attached_adapters
-    pipeline.save_lora_weights(
-        staging,
-        transformer_lora_layers=peft.get_peft_model_state_dict(flow, adapter_name=adapter_name),
-        transformer_lora_adapter_metadata=flow.peft_config[adapter_name].to_dict(),
-    )
-    if with_class_tables:
-        pipeline.save_class_embeddings(staging)
-    if read_edited_card(folder) is None:
-        write_text(staging / "README.md", render_adapter_card(pipeline, folder, with_class_tables))
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == ADAPTER_FILE):
-        replace(path, folder / path.name)
-    staging.rmdir()
+    with staged(folder / "adapter") as staging:
+        pipeline.save_lora_weights(
+            staging,
+            transformer_lora_layers=peft.get_peft_model_state_dict(flow, adapter_name=adapter_name),
+            transformer_lora_adapter_metadata=flow.peft_config[adapter_name].to_dict(),
+        )
+        if with_class_tables:
+            pipeline.save_class_embeddings(staging)
+        if read_edited_card(folder) is None:
+            write_text(staging / "README.md", render_adapter_card(pipeline, folder, with_class_tables))
+    move_into(staging, folder, ADAPTER_FILE)

@@ -3,11 +3,15 @@
 Checkpoints of a run: folders named `checkpoint-<step>` that are whole or absent.
 
 A checkpoint holds what Accelerate saves (weights, optimizer, scheduler, random states), the averaged weights in
-`ema.safetensors`, and `progress.json`, which says how far the run was and how large each file is.
+`ema.safetensors`, copies of the run's settings and log, and `progress.json`: how far the run was, how good its weights
+were, and the size and checksum of each file.
 """
 
 import contextlib
+import hashlib
 import json
+import math
+import pickle
 import re
 import shutil
 import tempfile
@@ -18,19 +22,31 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import load as load_plain_data
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from flowback_hf.files import partial_path, read_json, write_json, write_whole
+from flowback_hf.files import METRICS_FILE, partial_path, read_json, write_json, write_whole
 
 
 logger = get_logger(__name__, log_level="INFO")
 
+SETTINGS_FILE = "training_args.json"
 PROGRESS_FILE = "progress.json"
 EMA_FILE = "ema.safetensors"
 # Accelerate's name for the averaged weights in checkpoints of version 0.1.0.
 OLD_EMA_FILE = "custom_checkpoint_0.pkl"
+
+# Files of the run's folder that a checkpoint has copies of, for the case that the originals are damaged.
+COPIED_FILES = (SETTINGS_FILE, METRICS_FILE)
+
+# Weights are ruined if their nll is this far above the lowest of the run, in nats per dimension. A whole training
+# gains one or two.
+SANE_RISE = 1.0
+
+# What the readers of Accelerate, torch and safetensors raise for files that are not what they should be.
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -40,21 +56,27 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return [folder for _, folder in sorted((int(match[1]), folder) for match, folder in matches if match)]
 
 
+# Saving
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
     global_step: int,
     num_batches: int,
+    figures: dict[str, float],
     limit: int | None = None,
     ema: EMAModel | None = None,
 ):
     """
-    Save a checkpoint and then delete older ones. Called by every process.
+    Save a checkpoint and then delete older ones, but not the last one with sane figures. Called by every process.
 
     Args:
         accelerator (`accelerate.Accelerator`): What prepared the objective, optimizer, scheduler and data.
         output_dir (`pathlib.Path`): The run's folder.
         global_step (`int`), num_batches (`int`): Optimizer steps and batches so far.
+        figures (`dict`): What [`is_sane`] reads: `nll` of the weights and `lowest_nll` of the run, both in nats per
+            dimension.
         limit (`int`, *optional*): How many checkpoints to keep, this one included. Default: all.
         ema ([`~diffusers.training_utils.EMAModel`], *optional*): The averaged weights.
     """
@@ -67,27 +89,20 @@ def save_checkpoint(
         if is_main:
             if ema is not None:
                 save_ema(ema, partial / EMA_FILE)
-            files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
-            sizes = {str(file.relative_to(partial)): file.stat().st_size for file in files}
-            progress = {"global_step": global_step, "num_batches": num_batches, "file_sizes": sizes}
-            write_json(partial / PROGRESS_FILE, progress)
-    if is_main:
-        for old in list_checkpoints(output_dir)[: -limit if limit else 0]:
-            shutil.rmtree(old)
+            for name in COPIED_FILES:
+                shutil.copyfile(output_dir / name, partial / name)
+            progress = {"global_step": global_step, "num_batches": num_batches, "figures": figures}
+            write_progress(partial, progress)
+    if is_main and limit is not None:
+        delete_old_checkpoints(output_dir, limit)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMAModel | None = None):
-    """
-    Load a checkpoint into what an accelerator prepared, and into the averaged weights. Called by every process.
-
-    No file is unpickled in a way that could run code.
-    """
-    with without_old_ema(checkpoint) as folder:
-        accelerator.load_state(str(folder), strict=not has_frozen_parameters(accelerator))
-    if ema is not None:
-        ema.load_state_dict(read_ema(checkpoint))
-        ema.to(accelerator.device)
+def save_ema(ema: EMAModel, path: Path):
+    """Write averaged weights, in the order of the flow's parameters, and the counters of the average."""
+    state = ema.state_dict()
+    weights = {f"{number:05d}": weight.contiguous() for number, weight in enumerate(state.pop("shadow_params"))}
+    save_file(weights, path, metadata={"state": json.dumps(state)})
 
 
 def leave_out_frozen_parameters(models: list[torch.nn.Module], state_dicts: list[dict[str, Any]], _: str):
@@ -100,6 +115,213 @@ def leave_out_frozen_parameters(models: list[torch.nn.Module], state_dicts: list
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 del state_dict[name]
+
+
+def write_progress(checkpoint: Path, progress: dict[str, Any]):
+    """Write `progress.json`, with the sizes and checksums of all other files and a checksum of its own."""
+    files = {str(file.relative_to(checkpoint)): file for file in sorted(checkpoint.rglob("*")) if file.is_file()}
+    progress = progress | {
+        "file_sizes": {name: file.stat().st_size for name, file in files.items()},
+        "file_checksums": {name: checksum_of_file(file) for name, file in files.items()},
+    }
+    write_json(checkpoint / PROGRESS_FILE, progress | {"checksum": checksum_of_progress(progress)})
+
+
+def checksum_of_file(file: Path) -> str:
+    """The SHA-256 of a file, as `sha256sum` prints it."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def checksum_of_progress(progress: dict[str, Any]) -> str:
+    """The SHA-256 of everything in `progress.json` but itself."""
+    rest = {name: value for name, value in progress.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def delete_old_checkpoints(output_dir: Path, limit: int):
+    """Delete all checkpoints but the newest ones and the last one with sane figures."""
+    checkpoints = list_checkpoints(output_dir)
+    sane = [checkpoint for checkpoint in checkpoints if has_sane_figures(checkpoint)]
+    for old in checkpoints[:-limit]:
+        if old not in sane[-1:]:
+            shutil.rmtree(old)
+
+
+# Whether a checkpoint is whole, and good
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """
+    Read what a checkpoint says of itself.
+
+    Raises:
+        ValueError: if `progress.json` is missing or damaged. Says how.
+    """
+    progress = read_json(checkpoint / PROGRESS_FILE)
+    if progress is None:
+        raise ValueError(f"there is no {PROGRESS_FILE}")
+    needed = {"global_step": int, "num_batches": int, "file_sizes": dict}
+    if not isinstance(progress, dict) or any(not isinstance(progress.get(key), needed[key]) for key in needed):
+        raise ValueError(f"{PROGRESS_FILE} is damaged")
+    # Checkpoints of version 0.1.0 have no checksums.
+    if "file_checksums" in progress and progress.get("checksum") != checksum_of_progress(progress):
+        raise ValueError(f"{PROGRESS_FILE} is damaged")
+    return progress
+
+
+def check_files(checkpoint: Path, progress: dict[str, Any], names: Iterable[str] | None = None):
+    """
+    Check files of a checkpoint against its `progress.json`.
+
+    Args:
+        checkpoint (`pathlib.Path`): The folder.
+        progress (`dict`): What [`read_progress`] read.
+        names (iterable of `str`, *optional*): The files to check. Default: all.
+    Raises:
+        ValueError: if one is missing, has another size or another checksum. Says which.
+    """
+    sizes, checksums = progress["file_sizes"], progress.get("file_checksums", {})
+    for name in sizes if names is None else names:
+        file = checkpoint / name
+        if not file.is_file():
+            raise ValueError(f"{name} is missing")
+        if file.stat().st_size != sizes[name]:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes instead of {sizes[name]}")
+        if name in checksums and checksum_of_file(file) != checksums[name]:
+            raise ValueError(f"{name} is damaged: its checksum is another one than when it was saved")
+
+
+def read_copy(checkpoint: Path, name: str) -> bytes | None:
+    """Read a checkpoint's copy of a file of the run's folder; `None` if it has none that is intact."""
+    try:
+        progress = read_progress(checkpoint)
+        check_files(checkpoint, progress, [name] if name in progress["file_sizes"] else [])
+        return (checkpoint / name).read_bytes()
+    except (OSError, ValueError):
+        return None
+
+
+def is_sane(progress: dict[str, Any]) -> bool:
+    """
+    Whether the weights of a checkpoint were good, as far as its figures tell: their nll on a batch is finite, and not
+    much above the lowest that the run had logged. Checkpoints of version 0.1.0 have no figures and do not count as
+    sane.
+    """
+    figures = progress.get("figures")
+    return (
+        figures is not None and math.isfinite(figures["nll"]) and figures["nll"] <= figures["lowest_nll"] + SANE_RISE
+    )
+
+
+def has_sane_figures(checkpoint: Path) -> bool:
+    try:
+        return is_sane(read_progress(checkpoint))
+    except (OSError, ValueError):
+        return False
+
+
+def find_sane_checkpoint(output_dir: Path) -> Path | None:
+    """The last checkpoint that is whole and has sane figures; `None` if there is none."""
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        with contextlib.suppress(OSError, ValueError):
+            progress = read_progress(checkpoint)
+            check_files(checkpoint, progress)
+            if is_sane(progress):
+                return checkpoint
+    return None
+
+
+def checkpoints_to_try(output_dir: Path, resume_from_checkpoint: str) -> list[Path]:
+    """
+    The checkpoints that a run may be resumed from, the best one first: the one asked for, then those before it.
+
+    Args:
+        output_dir (`pathlib.Path`): The run's folder.
+        resume_from_checkpoint (`str`): The name of a checkpoint, or `"latest"`.
+    Raises:
+        ValueError: if there is no checkpoint of that name.
+    """
+    candidates = list_checkpoints(output_dir)
+    if resume_from_checkpoint != "latest":
+        names = [path.name for path in candidates]
+        name = Path(resume_from_checkpoint).name
+        if name not in names:
+            raise ValueError(f"`--resume_from_checkpoint` must be latest or one of {names}, but is {name!r}.")
+        candidates = candidates[: names.index(name) + 1]
+    return candidates[::-1]
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> tuple[Path, dict[str, Any]] | None:
+    """
+    Find the checkpoint to resume from.
+
+    Args:
+        output_dir (`pathlib.Path`): The run's folder.
+        resume_from_checkpoint (`str`): The name of a checkpoint, or `"latest"`.
+    Returns:
+        `tuple` of the folder and its progress: the checkpoint asked for or, if that is damaged, the newest whole one
+        before it. `None` if the run has no checkpoints yet.
+    Raises:
+        ValueError: if there is no checkpoint of that name, or if all are damaged.
+    """
+    damage = []
+    for checkpoint in checkpoints_to_try(output_dir, resume_from_checkpoint):
+        try:
+            progress = read_progress(checkpoint)
+            check_files(checkpoint, progress)
+        except (OSError, ValueError) as error:
+            damage.append(f"{checkpoint} ({error})")
+            logger.warning(f"{checkpoint} is not used, because {error}: falling back to the checkpoint before it.")
+            continue
+        return checkpoint, progress
+    if damage:
+        raise ValueError(
+            f"`--resume_from_checkpoint` {resume_from_checkpoint} finds no checkpoint that is whole:"
+            f" {', '.join(damage)}. Restore one of them from a backup, or delete these folders to start at step 0."
+        )
+    return None
+
+
+# Loading
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMAModel | None = None):
+    """
+    Load a checkpoint into what an accelerator prepared, and into the averaged weights. Called by every process.
+
+    No file is unpickled in a way that could run code.
+
+    Raises:
+        ValueError: if a file holds something else than it should. Says which, if it is one that could run code.
+    """
+    try:
+        # Accelerate trains on without the random states if it cannot read them.
+        load_plain_data(checkpoint / f"random_states_{accelerator.process_index}.pkl")
+        with without_old_ema(checkpoint) as folder:
+            accelerator.load_state(str(folder), strict=not has_frozen_parameters(accelerator))
+        if ema is not None:
+            ema.load_state_dict(read_ema(checkpoint))
+            ema.to(accelerator.device)
+    except UNREADABLE as error:
+        names = [path.name for path in sorted(checkpoint.iterdir()) if could_run_code(path)]
+        reason = f"its {names[0]} holds more than numbers, and reading it could run code" if names else error
+        raise ValueError(
+            f"{checkpoint} was not loaded: {reason}. Delete this folder to resume from the checkpoint before it."
+        ) from error
+
+
+def could_run_code(path: Path) -> bool:
+    """Whether a file of a checkpoint is a pickle that holds other things than tensors, numbers and texts."""
+    if path.suffix not in (".bin", ".pkl"):
+        return False
+    try:
+        load_plain_data(path)
+    except pickle.UnpicklingError:
+        return True
+    except UNREADABLE:
+        return False
+    return False
 
 
 def has_frozen_parameters(accelerator: Accelerator) -> bool:
@@ -121,13 +343,6 @@ def without_old_ema(checkpoint: Path) -> Iterator[Path]:
             if file.name != OLD_EMA_FILE:
                 (Path(view) / file.name).symlink_to(file.resolve())
         yield Path(view)
-
-
-def save_ema(ema: EMAModel, path: Path):
-    """Write averaged weights, in the order of the flow's parameters, and the counters of the average."""
-    state = ema.state_dict()
-    weights = {f"{number:05d}": weight.contiguous() for number, weight in enumerate(state.pop("shadow_params"))}
-    save_file(weights, path, metadata={"state": json.dumps(state)})
 
 
 def read_ema(checkpoint: Path) -> dict[str, Any]:
@@ -153,44 +368,12 @@ def read_ema(checkpoint: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_averaged_parameters(checkpoint: Path, parameters: Iterable[torch.nn.Parameter]):
-    """Copy the averaged weights of a checkpoint into a flow's parameters. Raises as [`read_ema`]."""
+    """
+    Copy the averaged weights of a checkpoint into a flow's parameters.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or as [`read_ema`].
+    """
+    check_files(checkpoint, read_progress(checkpoint))
     for parameter, average in zip(parameters, read_ema(checkpoint)["shadow_params"], strict=True):
         parameter.copy_(average)
-
-
-def read_progress(checkpoint: Path) -> dict[str, Any] | None:
-    """Read what a checkpoint says of itself; `None` if one of its files is missing or truncated."""
-    try:
-        progress = read_json(checkpoint / PROGRESS_FILE)
-        whole = all((checkpoint / name).stat().st_size == size for name, size in progress["file_sizes"].items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return progress if whole else None
-
-
-def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> tuple[Path, dict[str, Any]] | None:
-    """
-    Find the checkpoint to resume from.
-
-    Args:
-        output_dir (`pathlib.Path`): The run's folder.
-        resume_from_checkpoint (`str`): The name of a checkpoint, or `"latest"`.
-    Returns:
-        `tuple` of the folder and its progress: the checkpoint asked for or, if that is not whole, the newest whole one
-        before it. `None` if there is none.
-    Raises:
-        ValueError: if there is no checkpoint of that name.
-    """
-    candidates = list_checkpoints(output_dir)
-    if resume_from_checkpoint != "latest":
-        names = [path.name for path in candidates]
-        name = Path(resume_from_checkpoint).name
-        if name not in names:
-            raise ValueError(f"`--resume_from_checkpoint` must be latest or one of {names}, but is {name!r}.")
-        candidates = candidates[: names.index(name) + 1]
-    for checkpoint in reversed(candidates):
-        progress = read_progress(checkpoint)
-        if progress is not None:
-            return checkpoint, progress
-        logger.warning(f"{checkpoint} is truncated or incomplete: falling back to the checkpoint before it.")
-    return None

@@ -1,18 +1,44 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """The output folder of a run: its settings, the log, and the pipeline."""
 
+import contextlib
 import json
+import math
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
+from filelock import FileLock, Timeout
+
 from flowback_hf import FlowBackPipeline
-from flowback_hf.files import compare_settings, partial_path, read_json, read_json_lines, remove, replace, write_text
+from flowback_hf.files import (
+    METRICS_FILE,
+    compare_settings,
+    explain_full_disk,
+    flush,
+    flush_entry,
+    move_into,
+    read_json,
+    read_metrics_log,
+    remove,
+    replace,
+    staged,
+    write_json,
+    write_text,
+)
 from flowback_hf.reporting import import_pyplot, save_figure
 from flowback_hf.training.adapters import ADAPTER_FILE
+from flowback_hf.training.checkpoints import SETTINGS_FILE, checkpoints_to_try, list_checkpoints, read_copy
 
 
-SETTINGS_FILE = "training_args.json"
-METRICS_FILE = "metrics.jsonl"
+logger = get_logger(__name__, log_level="INFO")
+
+INDEX_FILE = "model_index.json"
+LOCK_FILE = ".lock"
+OWNER_FILE = ".lock.json"
 
 # What a resumed run may change: how it is run and watched, and how long, which stretches the learning rate's schedule.
 RESUMABLE_SETTINGS = {
@@ -32,6 +58,7 @@ RESUMABLE_SETTINGS = {
     "push_to_hub",
     "report_to",
     "resume_from_checkpoint",
+    "save_on_signal",
     "tracker_project_name",
     "validation_class_labels",
     "validation_guidance_scale",
@@ -39,7 +66,14 @@ RESUMABLE_SETTINGS = {
 }
 
 
-def check_run_folder(folder: str | Path, settings: dict[str, Any], resume_from_checkpoint: str | None) -> bool:
+# What may be changed to get a run that diverged to go on: it becomes another branch of the run, which is recorded.
+BRANCH_SETTINGS = ("learning_rate", "lr_warmup_steps", "max_grad_norm")
+BRANCHES = "branches"
+
+
+def check_run_folder(
+    folder: str | Path, settings: dict[str, Any], resume_from_checkpoint: str | None
+) -> dict[str, Any] | None:
     """
     Check that a run may write to a folder, before anything is written.
 
@@ -48,36 +82,115 @@ def check_run_folder(folder: str | Path, settings: dict[str, Any], resume_from_c
         settings (`dict`): What `training_args.json` is to hold.
         resume_from_checkpoint (`str`, *optional*): Whether an earlier run is to go on.
     Returns:
-        `bool`: whether there is a run to resume.
+        `dict`: the settings of the run to resume; `None` if there is none.
     Raises:
         ValueError: if the folder holds another run, another model, or a run that is not to be resumed.
     """
     folder = Path(folder)
-    earlier = read_json(folder / SETTINGS_FILE)
-    if earlier is None:
-        if any(any(folder.glob(name)) for name in ("checkpoint-*", "model_index.json", ADAPTER_FILE)):
-            raise ValueError(f"`--output_dir` {folder} already holds another model: choose another folder.")
-        return False
-    if resume_from_checkpoint is None:
+    if resume_from_checkpoint is None and (folder / SETTINGS_FILE).exists():
         raise ValueError(
             f"`--output_dir` {folder} already holds a run: add --resume_from_checkpoint latest to go on with it, or"
             " choose another folder."
         )
-    different = compare_settings(earlier, settings, RESUMABLE_SETTINGS)
+    earlier = None if resume_from_checkpoint is None else read_earlier_settings(folder, resume_from_checkpoint)
+    if earlier is None:
+        if any(any(folder.glob(name)) for name in ("checkpoint-*", INDEX_FILE, ADAPTER_FILE)):
+            raise ValueError(f"`--output_dir` {folder} already holds another model: choose another folder.")
+        return None
+    different = compare_settings(earlier, settings, {*RESUMABLE_SETTINGS, *BRANCH_SETTINGS, BRANCHES})
     if different:
         flags = ", ".join(f"--{difference}" for difference in different)
         raise ValueError(f"`--output_dir` {folder} holds a different run; it differs in {flags}.")
-    return True
+    return earlier
+
+
+def read_earlier_settings(folder: Path, resume_from_checkpoint: str) -> dict[str, Any] | None:
+    """
+    Read the settings of the run in a folder: those of the checkpoint that it is resumed from or, if that has none,
+    those in the folder itself.
+
+    Raises:
+        ValueError: if there are only damaged ones. Says what to do.
+    """
+    for checkpoint in checkpoints_to_try(folder, resume_from_checkpoint):
+        copy = read_copy(checkpoint, SETTINGS_FILE)
+        if copy is not None:
+            return json.loads(copy)
+    cure = (
+        "no checkpoint has a copy: restore it from a backup, or start again in another folder"
+        if list_checkpoints(folder)
+        else "there is no checkpoint yet: delete the folder and start again"
+    )
+    try:
+        settings = read_json(folder / SETTINGS_FILE)
+    except ValueError as error:
+        raise ValueError(f"{error} {cure.capitalize()}.") from error
+    if settings is not None and not isinstance(settings, dict):
+        raise ValueError(f"{folder / SETTINGS_FILE} is damaged, and {cure}.")
+    return settings
+
+
+def describe_branch(earlier: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """What makes a resumed run another branch of the run: descriptions as [`compare_settings`] gives them."""
+    return compare_settings(
+        {name: earlier.get(name) for name in BRANCH_SETTINGS}, {name: settings.get(name) for name in BRANCH_SETTINGS}
+    )
+
+
+def set_aside_later_checkpoints(folder: Path, last_step: int):
+    """Rename the checkpoints of another branch, which `latest` would otherwise find."""
+    for checkpoint in list_checkpoints(folder):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > last_step:
+            aside = folder / f"abandoned-{checkpoint.name}"
+            replace(checkpoint, aside)
+            logger.warning(f"{checkpoint} belongs to the branch that is left: it is now {aside}.")
+    flush_entry(folder)
+
+
+@contextlib.contextmanager
+def lock_run_folder(folder: Path) -> Iterator[None]:
+    """
+    Hold the lock of a run's folder. The operating system gives it back when this process ends, however it ends.
+
+    Raises:
+        ValueError: if another process holds it. Says which one, and where it runs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / OWNER_FILE
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"`--output_dir` {folder} is in use by {describe_owner(owner)}: wait until it ends, or choose another"
+            " folder."
+        ) from error
+    try:
+        write_json(owner, {"host": socket.gethostname(), "pid": os.getpid()})
+        yield
+    finally:
+        remove(owner)
+        remove(folder / LOCK_FILE)  # before another process can hold it; one that waits for it opens it again
+        lock.release()
+
+
+def describe_owner(owner: Path) -> str:
+    """Who holds a lock, for a message."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        holder = read_json(owner)
+        return f"process {holder['pid']} on {holder['host']}"
+    return "another process"
 
 
 def save_pipeline(pipeline: FlowBackPipeline, folder: Path):
-    """Write a pipeline into a run's folder. `model_index.json` comes last: a folder that has one holds all of it."""
-    staging = partial_path(folder / "pipeline")
-    remove(staging)
-    pipeline.save_pretrained(staging)
-    for path in sorted(staging.iterdir(), key=lambda path: path.is_file()):
-        replace(path, folder / path.name)
-    staging.rmdir()
+    """
+    Write a pipeline into a run's folder.
+
+    `model_index.json` is the first to go and the last to come: a folder that has one holds all of one pipeline.
+    """
+    with staged(folder / "pipeline") as staging:
+        pipeline.save_pretrained(staging)
+    move_into(staging, folder, INDEX_FILE)
 
 
 class MetricsLog:
@@ -86,21 +199,38 @@ class MetricsLog:
 
     Args:
         folder (`pathlib.Path`): The run's folder.
-        last_step (`int`): Lines of later steps are deleted: a resumed run does those steps again.
+        checkpoint (`pathlib.Path`, *optional*):
+            Where a resumed run goes on. The log becomes what it was then: the steps after it are done again.
+        last_step (`int`): The checkpoint's step.
     """
 
-    def __init__(self, folder: Path, last_step: int = 0):
+    def __init__(self, folder: Path, checkpoint: Path | None = None, last_step: int = 0):
         self.path = folder / METRICS_FILE
-        earlier = read_json_lines(self.path)
-        self.records = [record for record in earlier if 0 < last_step >= record["step"]]
-        if self.path.exists():
+        copy = None if checkpoint is None else read_copy(checkpoint, METRICS_FILE)
+        if copy is None:  # a new run, or a checkpoint of version 0.1.0
+            self.records = [record for record in read_metrics_log(folder) if 0 < last_step >= record["step"]]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
+            return
+        if not self.path.exists() or not self.path.read_bytes().startswith(copy):
+            logger.warning(f"{self.path} was damaged: it is restored from {checkpoint}.")
+        write_text(self.path, copy.decode())
+        self.records = read_metrics_log(folder)
 
     def write(self, record: dict[str, Any]):
         """Append a line."""
         self.records.append(record)
-        with self.path.open("a") as file:
+        with explain_full_disk(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def flush(self):
+        """Wait until all lines are on the disk."""
+        flush(self.path)
+
+    @property
+    def lowest_nll(self) -> float:
+        """The lowest nll of all lines, in training or validation; infinite if there is none."""
+        keys = ("nll", "validation_nll")
+        return min((record[key] for record in self.records for key in keys if key in record), default=math.inf)
 
     def draw(self, path: Path):
         """Draw the likelihood and the alignment over the steps."""

@@ -1,9 +1,12 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 
+import contextlib
 import copy
 import logging
 import math
+import signal
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from flowback_hf import (
@@ -31,14 +35,26 @@ from flowback_hf.places import place_name
 from flowback_hf.reporting import import_pyplot
 from flowback_hf.training.adapters import save_adapter, trained_parameters, trains_class_tables
 from flowback_hf.training.checkpoints import (
+    SETTINGS_FILE,
     find_checkpoint,
+    find_sane_checkpoint,
+    is_sane,
     leave_out_frozen_parameters,
-    list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
 from flowback_hf.training.compilation import compile_layers
-from flowback_hf.training.run_folder import SETTINGS_FILE, MetricsLog, check_run_folder, save_pipeline
+from flowback_hf.training.run_folder import (
+    BRANCH_SETTINGS,
+    BRANCHES,
+    MetricsLog,
+    check_run_folder,
+    describe_branch,
+    lock_run_folder,
+    save_pipeline,
+    set_aside_later_checkpoints,
+)
+from flowback_hf.training.signals import StopSignals
 from flowback_hf.training.validation import draw_samples, validate
 from flowback_hf_cli.training import TrainingArguments
 
@@ -166,7 +182,7 @@ class Trainer:
         self.accelerator = make_accelerator(arguments) if accelerator is None else accelerator
         self.folder = Path(arguments.output_dir)
         self.settings = describe_run(arguments, objective) if settings is None else settings
-        self.holds_run = check_run_folder(self.folder, self.settings, arguments.resume_from_checkpoint)
+        check_run_folder(self.folder, self.settings, arguments.resume_from_checkpoint)
         self.flow = objective.flow
         if len(self.flow.attached_adapters) > 1:
             raise ValueError(
@@ -179,7 +195,6 @@ class Trainer:
         self._check_batch_size()
         for dataset in (source.train_dataset, source.validation_dataset):
             dataset[0]  # raises if none of its images can be used
-        self.checkpoint = self._find_checkpoint()
 
         # A copy holds the averaged weights when they are looked at: the trained ones are never touched, and compiled
         # layers never run token by token.
@@ -194,34 +209,51 @@ class Trainer:
 
         self.global_step = 0
         self.num_batches = 0
+        self._saved_step = 0
         self.num_skipped = 0
         self.skipped_files: set[str] = set()
         self._unlogged_scalars: list[torch.Tensor] = []
+        self._last_batch: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._timed_images, self._timed_since = 0, time.perf_counter()
+        names = ["SIGTERM", "SIGINT", arguments.save_on_signal]
+        # Several processes would have to agree on the step at which they save.
+        is_alone = self.accelerator.num_processes == 1
+        self._stop_signals = StopSignals(signal.Signals[name] for name in names if name is not None and is_alone)
 
     def fit(self) -> FlowBackPipeline:
         """
         Train to the last step, from the checkpoint if the run is resumed.
 
+        SIGTERM, SIGINT and the signal of `save_on_signal` let the running step end, save a checkpoint and end the
+        process. A second signal ends it at once. This holds for a run of one process, in the main thread.
+
         Returns:
             [`FlowBackPipeline`]: with the averaged weights, as they were saved in the output folder.
         Raises:
-            FloatingPointError: if the loss or the gradient is not finite. The last checkpoint is intact.
+            ValueError: before training, if another process writes to the output folder, or no checkpoint can be read.
+            FloatingPointError: if the loss, the gradient or weights are not finite. Says which checkpoint is good.
+            SystemExit: with 128 plus the signal's number, after a signal.
         """
-        self._open_folder()
-        progress_bar = tqdm(
+        self.accelerator.wait_for_everyone()  # every process has looked at the output folder
+        is_main = self.accelerator.is_main_process
+        with lock_run_folder(self.folder) if is_main else contextlib.nullcontext():
+            self._open_folder()
+            with self._stop_signals:
+                self._train()
+            return self._save()
+
+    def _train(self):
+        with tqdm(
             total=self.max_train_steps,
             initial=self.global_step,
             desc="Training",
             disable=not self.accelerator.is_local_main_process,
-        )
-        if self.global_step == 0:
-            self._evaluate()
-        self._timed_since = time.perf_counter()
-        while self.global_step < self.max_train_steps:
-            self._train_epoch(progress_bar)
-        progress_bar.close()
-        return self._save()
+        ) as progress_bar:
+            if self.global_step == 0:
+                self._evaluate()
+            self._timed_since = time.perf_counter()
+            while self.global_step < self.max_train_steps:
+                self._train_epoch(progress_bar)
 
     # Before the first step
 
@@ -240,13 +272,6 @@ class Trainer:
                 f"`--train_batch_size` {self.arguments.train_batch_size} on {self.accelerator.num_processes} processes"
                 f" needs {self.images_per_batch} images, but the training split has {num_images}."
             )
-
-    def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
-        resume = self.arguments.resume_from_checkpoint
-        checkpoint = find_checkpoint(self.folder, resume) if resume else None
-        if resume and checkpoint is None:
-            logger.warning(f"There is no checkpoint to resume from in {self.folder}: starting at step 0.")
-        return checkpoint
 
     def _prepare(self, objective: AlignedFlowObjective):
         """Build the optimizer, the data loaders, the schedule and the average, and hand them to Accelerate."""
@@ -295,24 +320,46 @@ class Trainer:
 
     def _open_folder(self):
         """Write the settings of a new run, or load the checkpoint of one that is resumed, and open the log."""
-        accelerator = self.accelerator
-        accelerator.wait_for_everyone()  # every process has looked at the output folder
+        accelerator, resume = self.accelerator, self.arguments.resume_from_checkpoint
+        # Again, because another process may have written to the folder since.
+        earlier = check_run_folder(self.folder, self.settings, resume)
+        folder, progress = (resume and find_checkpoint(self.folder, resume)) or (None, None)
+        accelerator.wait_for_everyone()  # every process has found the same checkpoint
+        if folder is None:
+            settings = self.settings | {"validation_class_labels": self.validation_class_labels}
+            if resume:
+                logger.warning(f"There is no checkpoint to resume from in {self.folder}: starting at step 0.")
+        else:
+            settings = self._resume(folder, progress, earlier)
         if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             if self.source.hold_out is not None:
                 self.source.hold_out.write(self.folder)
-            if not self.holds_run:
-                labels = {"validation_class_labels": self.validation_class_labels}
-                write_json(self.folder / SETTINGS_FILE, self.settings | labels)
-        if self.checkpoint is not None:
-            folder, progress = self.checkpoint
-            logger.info(f"Resuming from {folder}.")
-            load_checkpoint(accelerator, folder, self.ema)
-            self.global_step, self.num_batches = progress["global_step"], progress["num_batches"]
-        if accelerator.is_main_process:
-            self.metrics_log = MetricsLog(self.folder, self.global_step)
+            write_json(self.folder / SETTINGS_FILE, settings)
+            self.metrics_log = MetricsLog(self.folder, folder, self.global_step)
             tracked = {name: value for name, value in self.settings.items() if isinstance(value, int | float | str)}
             accelerator.init_trackers(self.arguments.tracker_project_name, tracked)
+
+    def _resume(self, checkpoint: Path, progress: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+        """Load a checkpoint. Returns the settings of the run, which has another branch if they have changed."""
+        logger.info(f"Resuming from {checkpoint}.")
+        if "figures" in progress and not is_sane(progress):
+            logger.warning(
+                f"The weights in {checkpoint} are ruined: their nll is {progress['figures']['nll']:.4g}, but the run"
+                f" had reached {progress['figures']['lowest_nll']:.4g}. {self._advise()}"
+            )
+        base_learning_rates = list(self.lr_scheduler.scheduler.base_lrs)
+        load_checkpoint(self.accelerator, checkpoint, self.ema)
+        set_learning_rates(self.optimizer, self.lr_scheduler.scheduler, base_learning_rates)
+        self.global_step, self.num_batches = progress["global_step"], progress["num_batches"]
+        self._saved_step = self.global_step
+        changes = describe_branch(earlier, self.settings)
+        if not changes:
+            return earlier
+        logger.warning(f"A new branch of the run starts at step {self.global_step}: {', '.join(changes)}.")
+        if self.accelerator.is_main_process:
+            set_aside_later_checkpoints(self.folder, self.global_step)
+        branches = [*earlier.get(BRANCHES, []), {"from_step": self.global_step, "changes": changes}]
+        return earlier | {name: self.settings.get(name) for name in BRANCH_SETTINGS} | {BRANCHES: branches}
 
     # Steps
 
@@ -323,7 +370,7 @@ class Trainer:
         batches = self.train_dataloader
         if num_done:
             batches = self.accelerator.skip_first_batches(batches, num_done)
-        for batch in batches:
+        for batch in self._until_stopped(batches):
             values = self._train_on(batch)
             self.num_batches += 1
             self._timed_images += self.images_per_batch
@@ -334,8 +381,23 @@ class Trainer:
             progress_bar.update()
             progress_bar.set_postfix(loss=f"{values['loss']:.4f}")
             self._end_step(values | {"epoch": epoch})
+            if self._stop_signals.received is not None:
+                self._save_and_exit()
             if self.global_step == self.max_train_steps:
                 return
+        if self._stop_signals.received is not None:
+            self._save_and_exit()
+
+    def _until_stopped(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """
+        The batches, up to a signal that also ended the processes that load them. What the steps before it made can be
+        saved, unless it came in the middle of a step of several batches.
+        """
+        try:
+            yield from batches
+        except Exception:  # of many kinds, depending on what the loader was doing
+            if self._stop_signals.received is None or not self.accelerator.sync_gradients:
+                raise
 
     def _train_on(self, batch: dict[str, Any]) -> dict[str, float] | None:
         """
@@ -353,11 +415,10 @@ class Trainer:
         with accelerator.accumulate(self.objective):
             teacher_features = batch.get("teacher_features") if self.teacher is None else self.teacher(batch["images"])
             clean_sample = self.source.clean_sample(batch, generator)
-            output = self.objective(
-                add_noise(clean_sample, self.flow.config, generator),
-                None if self.flow.config.num_classes is None else batch["class_labels"],
-                teacher_features,
-            )
+            noisy_sample = add_noise(clean_sample, self.flow.config, generator)
+            class_labels = None if self.flow.config.num_classes is None else batch["class_labels"]
+            self._last_batch = (noisy_sample, class_labels)
+            output = self.objective(noisy_sample, class_labels, teacher_features)
             accelerator.backward(output.loss)
             scalars = scalars_of(output)
             self._unlogged_scalars.append(torch.stack(list(scalars.values())))
@@ -392,12 +453,26 @@ class Trainer:
         is_scaled = self.accelerator.scaler is not None
         if math.isfinite(values["loss"]) and (math.isfinite(values["gradient_norm"]) or is_scaled):
             return
-        checkpoints = list_checkpoints(self.folder)
-        good = f"the last checkpoint, {checkpoints[-1]}, is intact" if checkpoints else "there is no checkpoint yet"
         raise FloatingPointError(
             f"Step {self.global_step + 1}: the loss is {values['loss']} and the gradient's norm"
-            f" {values['gradient_norm']}. Training stopped before this step changed the weights; {good}. Try a lower"
-            " --learning_rate or --max_grad_norm, or more --lr_warmup_steps."
+            f" {values['gradient_norm']}. Training stopped before this step changed the weights. {self._advise()}"
+        )
+
+    def _check_finite_weights(self, parameters: list[torch.Tensor], what: str):
+        if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
+            raise FloatingPointError(
+                f"Step {self.global_step}: the {what} are not finite, and were not saved. {self._advise()}"
+            )
+
+    def _advise(self) -> str:
+        """What to do with a run that diverged."""
+        changes = "a lower --learning_rate or --max_grad_norm, or more --lr_warmup_steps"
+        checkpoint = find_sane_checkpoint(self.folder)
+        if checkpoint is None:
+            return f"No checkpoint is known to hold good weights: start again, in another folder, with {changes}."
+        return (
+            f"The last checkpoint with good weights is {checkpoint}: go on from it with --resume_from_checkpoint"
+            f" {checkpoint.name} and {changes}."
         )
 
     def _report_skipped(self, names: list[str]):
@@ -428,8 +503,48 @@ class Trainer:
         if step % arguments.validation_steps == 0 or is_last:
             self._evaluate()
         if step % arguments.checkpointing_steps == 0 or is_last:
-            limit = arguments.checkpoints_total_limit
-            save_checkpoint(self.accelerator, self.folder, step, self.num_batches, limit, self.ema)
+            self._save_checkpoint()
+
+    def _save_checkpoint(self):
+        figures = {"nll": self._measure_weights()}
+        if self.accelerator.is_main_process:
+            figures["lowest_nll"] = self.metrics_log.lowest_nll
+            self.metrics_log.flush()
+        limit = self.arguments.checkpoints_total_limit
+        save_checkpoint(self.accelerator, self.folder, self.global_step, self.num_batches, figures, limit, self.ema)
+        self._saved_step = self.global_step
+
+    @torch.no_grad()
+    def _measure_weights(self) -> float:
+        """
+        The nll of the trained weights as they are now, on the last batch, in nats per dimension.
+
+        The loss of a step is that of the weights before it: it does not tell what the step made of them.
+
+        Raises:
+            FloatingPointError: unless it and the averaged weights are finite.
+        """
+        noisy_sample, class_labels = self._last_batch
+        with self.accelerator.autocast():
+            log_prob = self.flow.log_prob(noisy_sample, class_labels)
+        nll = -self.accelerator.reduce(log_prob.mean(), reduction="mean").item() / noisy_sample[0].numel()
+        if not math.isfinite(nll):
+            raise FloatingPointError(
+                f"Step {self.global_step} ruined the weights: their nll is {nll}. They were not saved."
+                f" {self._advise()}"
+            )
+        if self.ema is not None:
+            self._check_finite_weights(self.ema.shadow_params, "averaged weights")
+        return nll
+
+    def _save_and_exit(self):
+        """Save the steps so far and end the process, after a signal."""
+        received = self._stop_signals.received
+        if self.global_step != self._saved_step:
+            self._save_checkpoint()
+        logger.warning(f"{received.name}: saved up to step {self.global_step}. Resume with the same command.")
+        self.accelerator.end_training()
+        raise SystemExit(128 + received)
 
     def _record(self, values: dict[str, float]):
         self.accelerator.log(values, step=self.global_step)
@@ -439,7 +554,13 @@ class Trainer:
     def _evaluate(self):
         """Validate the averaged weights, and draw samples and the loss curve."""
         self._update_evaluated_flow()
-        self._record(validate(self.accelerator, self.classifier, self.validation_dataloader, self.source))
+        metrics = validate(self.accelerator, self.classifier, self.validation_dataloader, self.source)
+        if not math.isfinite(metrics["validation_nll"]):
+            raise FloatingPointError(
+                f"Step {self.global_step}: the nll of the validation images is {metrics['validation_nll']}."
+                f" {self._advise()}"
+            )
+        self._record(metrics)
         if self.accelerator.is_main_process:
             path = self.folder / "samples" / f"step-{self.global_step:07d}.png"
             guidance_scale = self.arguments.validation_guidance_scale
@@ -450,6 +571,7 @@ class Trainer:
     @torch.no_grad()
     def _update_evaluated_flow(self):
         averaged = trained_parameters(self.flow) if self.ema is None else self.ema.shadow_params
+        self._check_finite_weights(averaged, "weights to validate and save")
         pairs = zip(self.flow.parameters(), self.evaluated_flow.parameters())
         evaluated = [evaluated for trained, evaluated in pairs if trained.requires_grad]
         for parameter, average in zip(evaluated, averaged, strict=True):
@@ -468,6 +590,21 @@ class Trainer:
             logger.info(f"Saved the {kind} in {self.folder}{skipped}.")
         self.accelerator.wait_for_everyone()
         return self.pipeline
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, base_learning_rates: list[float]):
+    """
+    Let a schedule that was loaded go on with other learning rates. An optimizer keeps those that it was saved with.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): With the scheduler's parameter groups.
+        scheduler (`torch.optim.lr_scheduler.LambdaLR`): Knows the number of steps.
+        base_learning_rates (`list[float]`): The largest learning rate of each group.
+    """
+    scheduler.base_lrs = base_learning_rates
+    for group, base, factor in zip(optimizer.param_groups, base_learning_rates, scheduler.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = base, base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def describe_run(arguments: TrainingArguments, objective: AlignedFlowObjective) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""Runs that are asked to end."""
+
+import functools
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from flowback_hf.files import read_metrics_log
+from flowback_hf.training import list_checkpoints
+
+from .runs import assert_same_run, send_at_line, start, wait_until
+
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.drill) for name in SIGNALS)])
+def test_a_signal_saves_the_running_step(whole_run, line, tmp_path, drill, name):
+    folder = tmp_path / "run"
+    command = line(folder, save_on_signal="SIGUSR1")
+    process = start(tmp_path / "log", command, functools.partial(send_at_line, folder, 2, name))
+    assert process.wait() == 128 + signal.Signals[name], process.log
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-1"]
+    assert f"{name}: saved up to step 1" in process.log and "Traceback" not in process.log
+    process = start(tmp_path / "log", line(folder))
+    assert process.wait() == 0, process.log
+    (folder / "checkpoint-1").rename(tmp_path / "checkpoint-1")
+    assert_same_run(folder, whole_run.folder)
+    drill("Signals", signals=1, steps_lost=0, failed_restarts=0)
+
+
+def test_a_second_signal_ends_at_once(line, tmp_path, drill):
+    folder = tmp_path / "run"
+    process = start(tmp_path / "log", line(folder), functools.partial(send_at_line, folder, 2, "SIGTERM", times=2))
+    assert process.wait() == -signal.SIGTERM and not list_checkpoints(folder), process.log
+    drill("A second signal", signals=2, checkpoints=0)
+
+
+@pytest.mark.parametrize("number", [pytest.param(number, marks=pytest.mark.drill) for number in range(10)])
+def test_a_signal_to_all_processes(line, tmp_path, drill, number):
+    """As schedulers and Ctrl-C send it: the processes that load data end at once, but not the step."""
+    folder = tmp_path / "run"
+    process = start(
+        tmp_path / "log", line(folder, dataloader_num_workers=1, max_train_steps=400, validation_steps=400)
+    )
+    wait_until(lambda: len(read_metrics_log(folder)) > 3, process)
+    time.sleep(0.1 * number)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM, process.log
+    assert list_checkpoints(folder)[-1].name == f"checkpoint-{last_step(folder)}"
+    drill("Signals to all processes of a run", signals=1, steps_lost=0)
+
+
+def last_step(folder: Path) -> int:
+    return read_metrics_log(folder)[-1]["step"]
+
+
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.drill) for seed in range(20)])
+def test_signals_at_random_moments(whole_run, line, tmp_path, drill, seed):
+    """A run that is sent signals, and resumed, until it has ended, and then is as good as any."""
+    rng, folder = random.Random(seed), tmp_path / "run"
+    num_signals, lost, log = 0, 0, tmp_path / "log"
+    while True:
+        process = start(log, line(folder, save_on_signal="SIGUSR1"))
+        process.process.join(rng.uniform(0, 1.5 * whole_run.seconds))
+        if process.process.exitcode is None:
+            name = rng.choice(SIGNALS[:2])
+            os.kill(process.pid, signal.Signals[name])
+            num_signals += 1
+            process.wait()
+            # Before training begins, nothing can be lost, and the signal does what it does to every script.
+            assert process.wait() in (0, 128 + signal.Signals[name], -signal.Signals[name], 1), process.log
+            if process.wait() == 128 + signal.Signals[name]:
+                lost += f"checkpoint-{last_step(folder)}" != list_checkpoints(folder)[-1].name
+        if process.wait() == 0:
+            break
+    for extra in ("checkpoint-1", "checkpoint-3"):
+        if (folder / extra).exists():
+            (folder / extra).rename(tmp_path / extra)
+    assert_same_run(folder, whole_run.folder)
+    drill("Signals", signals=num_signals, steps_lost=lost, failed_restarts=0)
