@@ -195,14 +195,13 @@ def test_flow_is_made_once_and_kept(benchmark_script, tmp_path):
 def test_cold_starts_are_timed_in_new_processes(benchmark_script, monkeypatch, tiny_options, capsys):
     sampling = benchmark_script("sampling")
     options, output = tiny_options
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # in the new processes
-    monkeypatch.setattr(sampling, "COLD_SAMPLERS", ("published loop", "compiled"))
+    monkeypatch.setattr(sampling, "COLD_SAMPLERS", ("published loop", "plain"))  # compiling takes long
     sampling.main([*options, "--cold", "--guidance_scales", "2", "--batch_sizes", "1", "2"])
     results = json.loads(output.read_text())["results"]
-    cases = [(name, batch_size) for name in ("published loop", "compiled") for batch_size in (1, 2)]
+    cases = [(name, batch_size) for name in ("published loop", "plain") for batch_size in (1, 2)]
     assert [(result["sampler"], result["batch_size"]) for result in results] == cases
     for result in results:
         assert 0 < result["min_seconds"] <= result["median_seconds"] and 0 < result["first_seconds"]
         assert result["residual"] < 1e-2
     assert {result["times_faster_than_published_loop"] for result in results[:2]} == {1.0}
-    assert capsys.readouterr().out.count("| compiled |") == 2
+    assert capsys.readouterr().out.count("| plain |") == 2

@@ -467,6 +467,33 @@ def test_steps_compile_whole_and_not_again_for_each_token(randomised_model, fres
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (3 if solver == "sequential" else 6)
 
 
+@each_architecture
+def test_compiled_products_of_few_rows_are_sums(randomised_model, fresh_compiler, monkeypatch, architecture):
+    monkeypatch.setattr(transformer_tarflow, "MKL_SUITS_CPU", False)
+    model = randomised_model(num_blocks=2, **{**architecture, "num_layers": 1}).requires_grad_(False)
+    options = {"inverse": True, "solver": "sequential", "guidance_scale": 2.0}
+    expected = model(noise(model, 1), torch.tensor([2]), **options).sample
+    products = []
+
+    def count_products(graph, inputs):
+        nodes = [node.target for node in graph.graph.nodes]
+        products.append((nodes.count(torch.nn.functional.linear) + nodes.count(torch._C._nn.linear), len(nodes)))
+        return graph
+
+    for block in model.blocks:
+        block.compile_steps(backend=count_products, fullgraph=True)
+    assert_close(model(noise(model, 1), torch.tensor([2]), **options).sample, expected, atol=1e-9)
+    assert products and all(number == 0 for number, _ in products)
+
+    # The weights' dtype decides the precision of the sums, not that of the result.
+    weight, bias = torch.randn(40, 30).bfloat16(), torch.randn(40).bfloat16()
+    states = torch.randn(2, 1, 30).bfloat16()
+    product = torch.compile(transformer_tarflow.linear, backend="eager")(states, weight, bias)
+    assert product.dtype == torch.bfloat16
+    exact = torch.nn.functional.linear(states.double(), weight.double(), bias.double())
+    torch.testing.assert_close(product.double(), exact, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize("tuned", [False, True])
 @pytest.mark.parametrize("solver", ["sequential", "jacobi"])
 def test_inductor_inverts_batches_of_any_size(randomised_model, fresh_compiler, solver, tuned):

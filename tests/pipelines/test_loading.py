@@ -160,9 +160,9 @@ def test_encode_takes_every_kind_of_image(pipe, tmp_path):
         torch.testing.assert_close(data, expected, rtol=0, atol=1e-6)
     assert pipe.encode(pictures[0]).shape == (1, 3, 4, 4)
     with pytest.warns(UserWarning, match="resized and center-cropped"):
-        assert pipe.encode(PIL.Image.new("RGB", (9, 7))).shape == (1, 3, 4, 4)
+        assert pipe.encode(PIL.PIL.Image.new("RGB", (9, 7))).shape == (1, 3, 4, 4)
     with pytest.raises(ValueError, match="Image 0 must be 4x4 pixels of mode RGB, but is 9x7"):
-        pipe.encode(PIL.Image.new("RGB", (9, 7)), strict=True)
+        pipe.encode(PIL.PIL.Image.new("RGB", (9, 7)), strict=True)
     with pytest.raises(ValueError, match=r"Image 0 must hold floats in \[0, 1\] or uint8, but holds .* from -"):
         pipe.encode(2 * tensor - 1)
 
@@ -220,3 +220,47 @@ def test_model_offloading_of_a_latent_pipeline(latent_pipe):
     assert torch.equal(sample(latent_pipe, output_type="pt"), expected)
     latent_pipe.encode(torch.rand(1, 3, 8, 8))
     assert torch.equal(sample(latent_pipe, output_type="pt"), expected)
+
+
+# Compiling
+
+
+@pytest.fixture
+def without_code_generation(fresh_compiler, monkeypatch):
+    """Compiling without Inductor, and the arguments of each call."""
+    compile, calls = torch.compile, []
+
+    def recorded(*args, **kwargs):
+        calls.append(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name != "mode"}
+        return compile(*args, **kwargs, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    return calls
+
+
+def test_one_call_compiles_sampling_and_classification(randomised_model, without_code_generation):
+    flow = randomised_model(sample_size=8).float().requires_grad_(False)
+    pipe = FlowBackPipeline(flow, id2label={0: "zero"})
+    options = {"class_labels": [2, -1], "guidance_scale": 2.0, "output_type": "pt"}
+    image, classify = PIL.Image.new("RGB", (8, 8), "red"), FlowBackClassificationPipeline.from_pipe(pipe)
+    expected = pipe(**options, generator=torch.Generator().manual_seed(0)).images, classify(image, top_k=None)
+    classify.compile()
+    assert all(call == {"fullgraph": True} for call in without_code_generation)
+    assert all(block.steps_are_compiled for block in flow.blocks)
+    assert all(layer._compiled_call_impl is not None for block in flow.blocks for layer in block.layers)
+    images = pipe(**options, generator=torch.Generator().manual_seed(0)).images
+    torch.testing.assert_close(images, expected[0], rtol=0, atol=1e-4)
+    for actual, before in zip(classify(image, top_k=None), expected[1], strict=True):
+        assert actual["score"] == pytest.approx(before["score"], abs=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA graphs fail where there is no GPU")
+def test_where_cuda_graphs_fail_a_warning_says_so_once(randomised_model, without_code_generation, monkeypatch, caplog):
+    pipe = FlowBackPipeline(randomised_model(sample_size=8).float())
+    monkeypatch.setattr(FlowBackPipeline, "_execution_device", torch.device("cuda"))
+    pipe.compile()
+    modes = [call.get("mode") for call in without_code_generation]
+    assert modes == ["reduce-overhead"] * (len(modes) // 2) + [None] * (len(modes) // 2)
+    (warning,) = [record for record in caplog.records if "CUDA graphs" in record.message]
+    assert "compiled without CUDA graphs, which failed: " in warning.message

@@ -1932,9 +1932,9 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
                 f"`class_labels` must be integers of shape ({batch_size},) or floating-point class weights of shape"
                 f" ({batch_size}, {num_classes}), but are {class_labels.dtype} of shape {tuple(class_labels.shape)}."
             )
-        # One graph cannot depend on values. Tensors on the meta device and fake tensors, a subclass, have none.
-        has_values = type(class_labels) is torch.Tensor and not class_labels.is_meta
-        if class_labels.is_floating_point() or not has_values or torch.compiler.is_compiling():
+        # One graph cannot depend on values. Fake tensors, a subclass, have none, and a GPU would have to be waited for.
+        is_readable = type(class_labels) is torch.Tensor and class_labels.device.type == "cpu"
+        if class_labels.is_floating_point() or not is_readable or torch.compiler.is_compiling():
             return
         label_ids = class_labels.long()  # without a sign, -1 would be the largest
         if ((label_ids < -1) | (label_ids >= num_classes)).any():
