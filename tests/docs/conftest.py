@@ -97,13 +97,8 @@ def clone(quickstart, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def settings_of_torch():
-    """The pages switch on compiling: it is skipped here, and what they set is set back."""
-    inductor = {name: getattr(torch._inductor.config, name) for name in ("freezing", "max_autotune")}
-    recompile_limit = torch._dynamo.config.recompile_limit
+    """The pages switch on compiling: it is skipped here."""
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
-    for name, value in inductor.items():
-        setattr(torch._inductor.config, name, value)
-    torch._dynamo.config.recompile_limit = recompile_limit
     torch.compiler.reset()
