@@ -90,12 +90,12 @@ def test_a_checkpoint(whole_run, line, tmp_path, drill, name, as_torch_saves):
     process = start(tmp_path / "log", line(folder, max_train_steps=5))
     process.wait()
     assert not proof.exists(), process.log
-    if name == "progress.json":
-        assert process.wait() == 0 and "progress.json" in process.log
-    elif name == "metrics.jsonl":
-        assert_one_sentence(process, r"metrics.jsonl")
+    if name in ("progress.json", "training_args.json", "metrics.jsonl"):  # there are others, or it can do without
+        assert process.wait() == 0, process.log
     else:
-        assert_one_sentence(process, rf"checkpoint-4.*{name if name.endswith(('bin', 'pkl', 'json')) else ''}")
+        assert_one_sentence(
+            process, rf"checkpoint-4 was not loaded: .*{'could run code' if '.safe' not in name else ''}"
+        )
     drill("Planted pickles", files=1, code_run=0)
 
 

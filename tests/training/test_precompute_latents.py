@@ -205,7 +205,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(precompute_latents, laten
     expected = names(folder)
     (folder / "00000-00001.parquet").unlink()
     (folder / ".partial-00000-00001.parquet").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="The disk is full: 00000-00001.parquet was not written.*goes on there"):
+    with pytest.raises(OSError, match="There is no room for .*00000-00001.parquet: the disk is full"):
         run(precompute_latents, latents_arguments())
     assert names(folder) == [name for name in expected if name != "00000-00001.parquet"]
     run(precompute_latents, latents_arguments())

@@ -1,7 +1,6 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """Encoding a data set with a VAE, streaming and resumable: what `training/precompute_latents.py` does."""
 
-import errno
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -180,19 +179,9 @@ def is_whole(path: Path) -> bool:
 
 
 def write_shard(path: Path, values: dict[str, Any], columns: datasets.Features):
-    """Write a shard, whole or not at all. Raises OSError with advice if the disk is full."""
-    try:
-        with write_whole(path) as partial:
-            datasets.Dataset.from_dict(values, columns).to_parquet(str(partial))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(
-                errno.ENOSPC,
-                f"The disk is full: {path.name} was not written, and what is before it is whole. Free some space and"
-                " run the same command again, which goes on there",
-                str(path.parent),
-            ) from error
-        raise
+    """Write a shard, whole or not at all."""
+    with write_whole(path) as partial:
+        datasets.Dataset.from_dict(values, columns).to_parquet(str(partial))
 
 
 class LatentEncoder:

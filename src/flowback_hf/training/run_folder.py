@@ -28,6 +28,7 @@ from flowback_hf.files import (
     staged,
     write_json,
     write_text,
+    write_whole,
 )
 from flowback_hf.reporting import import_pyplot, save_figure
 from flowback_hf.training.adapters import ADAPTER_FILE
@@ -113,9 +114,10 @@ def read_earlier_settings(folder: Path, resume_from_checkpoint: str) -> dict[str
         ValueError: if there are only damaged ones. Says what to do.
     """
     for checkpoint in checkpoints_to_try(folder, resume_from_checkpoint):
-        copy = read_copy(checkpoint, SETTINGS_FILE)
-        if copy is not None:
-            return json.loads(copy)
+        with contextlib.suppress(ValueError):
+            settings = json.loads(read_copy(checkpoint, SETTINGS_FILE) or b"")
+            if isinstance(settings, dict):
+                return settings
     cure = (
         "no checkpoint has a copy: restore it from a backup, or start again in another folder"
         if list_checkpoints(folder)
@@ -213,7 +215,8 @@ class MetricsLog:
             return
         if not self.path.exists() or not self.path.read_bytes().startswith(copy):
             logger.warning(f"{self.path} was damaged: it is restored from {checkpoint}.")
-        write_text(self.path, copy.decode())
+        with write_whole(self.path) as partial:
+            partial.write_bytes(copy)
         self.records = read_metrics_log(folder)
 
     def write(self, record: dict[str, Any]):
