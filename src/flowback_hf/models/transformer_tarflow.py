@@ -1932,7 +1932,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
                 f"`class_labels` must be integers of shape ({batch_size},) or floating-point class weights of shape"
                 f" ({batch_size}, {num_classes}), but are {class_labels.dtype} of shape {tuple(class_labels.shape)}."
             )
-        # One graph cannot depend on values, fake tensors (a subclass) have none, and a GPU would have to be waited for.
+        # One graph cannot depend on values. Fake tensors (a subclass) have none, and a GPU would be waited for.
         is_readable = type(class_labels) is torch.Tensor and class_labels.device.type == "cpu"
         if class_labels.is_floating_point() or not is_readable or torch.compiler.is_compiling():
             return
