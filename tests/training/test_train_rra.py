@@ -326,10 +326,15 @@ def test_bad_arguments_raise_and_leave_nothing(train_rra, arguments, tmp_path, o
 @pytest.mark.parametrize(
     "name, installed, error, message",
     [
-        ("tensorboard", [], ImportError, r'tensorboard finds no such .*: pip install "flowback_hf\[tensorboard\]"'),
-        ("wandb", ["tensorboard"], ImportError, r'wandb finds no such .*: pip install "flowback_hf\[wandb\]"'),
-        ("comet_ml", ["tensorboard"], ImportError, "comet_ml finds no such .*: pip install comet_ml, or leave it out"),
-        ("all", [], ImportError, r'all finds no such .*: pip install "flowback_hf\[tensorboard\]"'),
+        ("tensorboard", [], ImportError, r'tensorboard needs a package .*: pip install "flowback_hf\[tensorboard\]"'),
+        ("wandb", ["tensorboard"], ImportError, r'wandb needs a package .*: pip install "flowback_hf\[wandb\]"'),
+        (
+            "comet_ml",
+            ["tensorboard"],
+            ImportError,
+            r"comet_ml needs a package .*: pip install comet_ml\. Or leave it out",
+        ),
+        ("all", [], ImportError, r'all needs a package .*: pip install "flowback_hf\[tensorboard\]"'),
         ("tensorbored", ["tensorboard"], ValueError, "must be one of .*, tensorboard, .* but is 'tensorbored'"),
     ],
 )

@@ -84,8 +84,8 @@ def check_tracker(name: str | None):
     tracker = TRACKER_EXTRAS[0] if name == "all" else name
     package = f'"flowback_hf[{tracker}]"' if tracker in TRACKER_EXTRAS else tracker
     raise ImportError(
-        f"`--report_to` {name} finds no such package installed: pip install {package}, or leave it out."
-        " metrics.jsonl is written without it."
+        f"`--report_to` {name} needs a package that is not installed: pip install {package}. Or leave it out:"
+        " metrics.jsonl is always written."
     )
 
 
