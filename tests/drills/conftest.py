@@ -21,7 +21,7 @@ from .runs import start
 REPORT = Path(__file__).parents[2] / "docs" / "drills.md"
 ABOUT = """# Drills
 
-<!-- test: only parsed, takes half an hour -->
+<!-- test: only parsed, needs half an hour -->
 ```bash
 make drills
 ```
