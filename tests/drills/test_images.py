@@ -187,7 +187,7 @@ def test_strict_refuses_other_depths_and_modes_of_files(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
-def test_damaged_files_are_read_or_refused(pipe, tmp_path, rounds):
+def test_damaged_files_are_read_or_refused(pipe, tmp_path, rounds, drill):
     """Random bytes of files of every format are changed, or their ends are cut off."""
     generator = random.Random(0)
     image = PIL.Image.fromarray(np.random.default_rng(1).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
@@ -206,4 +206,6 @@ def test_damaged_files_are_read_or_refused(pipe, tmp_path, rounds):
             answers = read_everywhere(path, pipe)
             for place, answer in answers.items():
                 assert not isinstance(answer, str) or path.name in answer, (place, answer)
-            assert_same({place: answer for place, answer in answers.items() if not isinstance(answer, str)})
+            pixels = {place: answer for place, answer in answers.items() if not isinstance(answer, str)}
+            assert_same(pixels)
+            drill("Damaged images", files=1, refused_by_name=int(not pixels), read_alike=int(bool(pixels)))

@@ -67,9 +67,10 @@ def test_names_are_text_in_markdown():
 
 
 @pytest.mark.parametrize("length", [pytest.param(2, id="short"), pytest.param(3, id="long", marks=pytest.mark.drill)])
-def test_all_short_texts_of_special_parts_are_text(length):
+def test_all_short_texts_of_special_parts_are_text(length, drill):
     for parts in itertools.product(PARTS, repeat=length):
         assert_is_text("x" + "".join(parts) + "x")
+    drill("Hostile names in a card", names=len(PARTS) ** length, that_are_not_text=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

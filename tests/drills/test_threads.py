@@ -50,7 +50,7 @@ def sample(pipeline, seed: int, callback=None, **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
-def test_threads_sample_what_each_call_samples_alone(pipeline, rounds):
+def test_threads_sample_what_each_call_samples_alone(pipeline, rounds, drill):
     generator = random.Random(0)
     for _ in range(rounds):
         calls = [random_options(generator) for _ in range(6)]
@@ -65,10 +65,11 @@ def test_threads_sample_what_each_call_samples_alone(pipeline, rounds):
             together = list(threads.map(lambda options: sample(pipeline, callback=meet, **options), calls))
         for options, one, other in zip(calls, alone, together):
             assert one.isfinite().all() and torch.equal(one, other), options
+        drill("Threads that sample with one pipeline", calls=len(calls), other_images=0)
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
-def test_threads_classify_as_each_call_alone(pipeline, rounds):
+def test_threads_classify_as_each_call_alone(pipeline, rounds, drill):
     classifier = FlowBackClassificationPipeline.from_pipe(pipeline)
     classifier.set_progress_bar_config(disable=True)
     generator = random.Random(0)
@@ -91,6 +92,7 @@ def test_threads_classify_as_each_call_alone(pipeline, rounds):
             together = list(threads.map(scores, calls))
         for call, one, other in zip(calls, alone, together):
             assert torch.equal(one, other), call[1]
+        drill("Threads that classify with one pipeline", calls=len(calls), other_scores=0)
 
 
 def test_a_callback_asks_and_stops_its_own_call(pipeline):

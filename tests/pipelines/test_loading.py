@@ -160,9 +160,9 @@ def test_encode_takes_every_kind_of_image(pipe, tmp_path):
         torch.testing.assert_close(data, expected, rtol=0, atol=1e-6)
     assert pipe.encode(pictures[0]).shape == (1, 3, 4, 4)
     with pytest.warns(UserWarning, match="resized and center-cropped"):
-        assert pipe.encode(PIL.PIL.Image.new("RGB", (9, 7))).shape == (1, 3, 4, 4)
+        assert pipe.encode(PIL.Image.new("RGB", (9, 7))).shape == (1, 3, 4, 4)
     with pytest.raises(ValueError, match="Image 0 must be 4x4 pixels of mode RGB, but is 9x7"):
-        pipe.encode(PIL.PIL.Image.new("RGB", (9, 7)), strict=True)
+        pipe.encode(PIL.Image.new("RGB", (9, 7)), strict=True)
     with pytest.raises(ValueError, match=r"Image 0 must hold floats in \[0, 1\] or uint8, but holds .* from -"):
         pipe.encode(2 * tensor - 1)
 
