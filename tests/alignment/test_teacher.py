@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,6 +226,16 @@ def test_an_incomplete_folder_says_what_it_lacks(tmp_path, missing):
     message = f"must hold config.json, preprocessor_config.json, model.safetensors, but {missing} cannot be read"
     with pytest.raises(FileNotFoundError, match=message):
         RepresentationTeacher.from_pretrained(tmp_path, grid_size=4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_truncated_weights_are_named(folder, tmp_path, share):
+    source = folder("dinov2")
+    shutil.copytree(source, tmp_path / "teacher")
+    (weights,) = (tmp_path / "teacher").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[: int(share * weights.stat().st_size)])
+    with pytest.raises(ValueError, match=r"teacher' was not loaded: its weights are truncated or damaged \(.*Save or"):
+        RepresentationTeacher.from_pretrained(tmp_path / "teacher", grid_size=4)
 
 
 def test_a_hub_id_offline_says_where_it_looked(tmp_path, monkeypatch):
