@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from reporting import add_flow_sizes, add_run_arguments, seconds_of, write_report
+from reporting import add_flow_sizes, add_run_arguments, build_random_flow, seconds_of, write_report
 from tqdm.auto import tqdm
 
-from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
+from flowback_hf import AlignedFlowObjective
 from flowback_hf.files import flush, replace, write_json, write_text
 from flowback_hf.reporting import markdown_table
 from flowback_hf.training.checkpoints import COPIED_FILES, EMA_FILE, checksum_of_file, save_checkpoint, save_ema
@@ -48,17 +48,8 @@ class Run:
     """A run after its first step, whose optimizer has all of its state."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
-        torch.manual_seed(0)
         self.folder = folder
-        self.flow = TarFlowTransformer2DModel(
-            sample_size=args.sample_size,
-            patch_size=args.patch_size,
-            num_blocks=args.num_blocks,
-            num_layers=args.num_layers,
-            num_attention_heads=args.num_attention_heads,
-            attention_head_dim=args.attention_head_dim,
-            num_classes=10,
-        )
+        self.flow = build_random_flow(args, num_classes=10)
         self.sample = torch.randn(args.batch_size, 3, args.sample_size, args.sample_size)
         self.class_labels = torch.zeros(args.batch_size, dtype=torch.long)
         self.accelerator = Accelerator(cpu=True)

@@ -9,9 +9,9 @@ import argparse
 import statistics
 
 import torch
-from reporting import add_flow_sizes, add_run_arguments, seconds_of, write_report
+from reporting import add_flow_sizes, add_run_arguments, build_random_flow, seconds_of, write_report
 
-from flowback_hf import FlowBackClassificationPipeline, TarFlowTransformer2DModel
+from flowback_hf import FlowBackClassificationPipeline
 from flowback_hf.reporting import markdown_table
 
 
@@ -48,16 +48,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def build_pipeline(args: argparse.Namespace, num_classes: int) -> FlowBackClassificationPipeline:
-    torch.manual_seed(0)
-    model = TarFlowTransformer2DModel(
-        sample_size=args.sample_size,
-        patch_size=args.patch_size,
-        num_blocks=args.num_blocks,
-        num_layers=args.num_layers,
-        num_attention_heads=args.num_attention_heads,
-        attention_head_dim=args.attention_head_dim,
-        num_classes=num_classes,
-    )
+    model = build_random_flow(args, num_classes)
     for block in model.blocks:
         # An untrained flow is the identity, of which the classes change nothing.
         torch.nn.init.normal_(block.proj_out.weight, std=0.1 * block.proj_out.in_features**-0.5)

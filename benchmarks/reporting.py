@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from flowback_hf import TarFlowTransformer2DModel
 from flowback_hf.files import write_json, write_text
 from flowback_hf.reporting import current_commit, describe_machine
 
@@ -31,6 +32,20 @@ def add_flow_sizes(
     add("num_layers", num_layers, "Transformer layers in every flow block.")
     add("num_attention_heads", num_heads, "Attention heads.")
     add("attention_head_dim", 64, "Width of an attention head. The flow is heads times this wide.")
+
+
+def build_random_flow(args: argparse.Namespace, num_classes: int) -> TarFlowTransformer2DModel:
+    """The flow of these sizes, always with the same random weights."""
+    torch.manual_seed(0)
+    return TarFlowTransformer2DModel(
+        sample_size=args.sample_size,
+        patch_size=args.patch_size,
+        num_blocks=args.num_blocks,
+        num_layers=args.num_layers,
+        num_attention_heads=args.num_attention_heads,
+        attention_head_dim=args.attention_head_dim,
+        num_classes=num_classes,
+    )
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, output: str, device: bool = True, threads: bool = True):

@@ -103,9 +103,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_model(args: argparse.Namespace) -> TarFlowTransformer2DModel:
-    pipe = FlowBackPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-    return pipe.transformer.to(args.device).eval().requires_grad_(False)
+def load_pipeline(args: argparse.Namespace) -> FlowBackPipeline:
+    pipe = FlowBackPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
+    pipe.transformer.eval().requires_grad_(False)
+    return pipe
 
 
 def draw_noise_and_labels(
@@ -362,15 +363,9 @@ def cold_start(args: argparse.Namespace, name: str) -> list[dict]:
     """
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    pipe = FlowBackPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
-    pipe.transformer.requires_grad_(False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(args)
     if name.startswith("compiled"):
         pipe.compile()
-
-    def finish(sample: torch.Tensor, class_labels: torch.Tensor):
-        pipe.denoise(sample, class_labels)
-
     results = []
     for scale in args.guidance_scales:
         published = partial(published_token_loop, pipe.transformer, guidance_scale=scale)
@@ -378,7 +373,7 @@ def cold_start(args: argparse.Namespace, name: str) -> list[dict]:
         sampler = published if is_published else partial(sample, pipe.transformer, args, scale, "auto")
         for batch_size in args.batch_sizes:
             inputs = draw_noise_and_labels(pipe.transformer, args, batch_size)
-            first = seconds_of(lambda: finish(sampler(*inputs), inputs[1]), args.device)
+            first = seconds_of(lambda: pipe.denoise(sampler(*inputs), inputs[1]), args.device)
             seconds, published_seconds = [], []
             for _ in range(args.repeats):
                 published_seconds.append(seconds_of(lambda: published(*inputs), args.device))
@@ -428,7 +423,7 @@ def main(arguments: list[str] | None = None):
         return
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    model = load_model(args)
+    model = load_pipeline(args).transformer
     compiled_model = compile_copy(model) if args.compile else None
     floor = Floor(model, args.device)
     results = []

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 from alignment_baselines import sequential_loss, two_evaluation_loss
-from reporting import add_flow_sizes, add_run_arguments, peak_memory_of, seconds_of, write_report
+from reporting import add_flow_sizes, add_run_arguments, build_random_flow, peak_memory_of, seconds_of, write_report
 from tqdm.auto import tqdm
 
 from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
@@ -102,16 +102,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def build_flow(args: argparse.Namespace) -> TarFlowTransformer2DModel:
-    torch.manual_seed(0)
-    flow = TarFlowTransformer2DModel(
-        sample_size=args.sample_size,
-        patch_size=args.patch_size,
-        num_blocks=args.num_blocks,
-        num_layers=args.num_layers,
-        num_attention_heads=args.num_attention_heads,
-        attention_head_dim=args.attention_head_dim,
-        num_classes=NUM_CLASSES,
-    )
+    flow = build_random_flow(args, NUM_CLASSES)
     for block in flow.blocks:
         # An untrained flow is the identity, through which no gradient of the generative pass comes.
         torch.nn.init.normal_(block.proj_out.weight, std=0.1 * block.proj_out.in_features**-0.5)

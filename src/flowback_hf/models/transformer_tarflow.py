@@ -978,14 +978,14 @@ def choose_settings(
 
     if profile is not None:
         settings = replace(settings, initial_guess=profile.initial_guess)
-    is_known = profile is not None and min(profile.sweeps.values()) < math.inf
-    if profile is not None and not is_known and solver == "auto" and window_size is None:
-        return settings
-    if is_known and window_size is None:
+    if profile is not None and window_size is None:
         block_costs = {size: sweeps * (costs.sweep + size * rows) for size, sweeps in profile.sweeps.items()}
         best = min(block_costs, key=block_costs.get)
         pays = block_costs[best] <= (1 - MIN_JACOBI_SAVING) * num_steps * token_cost
-        return replace(settings, window_size=best) if pays or solver == "jacobi" else settings
+        if pays or (solver == "jacobi" and block_costs[best] < math.inf):
+            return replace(settings, window_size=best)
+        if solver == "auto":
+            return settings
 
     if window_size is None:
         window_size = max(4, 2 ** round(math.log2(max(costs.sweep / rows, 1))))
@@ -1659,8 +1659,8 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
         Returns:
             [`TarFlowOutput`] or `tuple`. Tensors are float32, or float64 for a float64 model or sample.
         Raises:
-            ValueError: if a shape, a number, a name or a label does not fit the model. A compiled model does not check
-                labels: one graph cannot depend on their values.
+            ValueError: if a shape, a number, a name or a label does not fit the model. Labels on a GPU, and those of a
+                compiled model, are not checked: reading them would wait for the GPU, or break the graph.
         """
         self._check_class_labels(class_labels, len(sample))
         numbers = self._check_blocks(blocks)
@@ -1792,8 +1792,9 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
             )
         self._check_class_labels(class_labels, len(latents))
         guidance = Guidance(guidance_scale, guidance_rule, guidance_schedule, guidance_temperature)
-        check_guidance(guidance, inverse=True, is_conditional=self.config.num_classes is not None)
-        check_solver("jacobi", tolerance, None, output_report=False, inverse=True, num_tokens=self._num_tokens)
+        self.check_inverse_arguments(
+            guidance_scale, guidance_rule, guidance_schedule, guidance_temperature, "jacobi", tolerance
+        )
         tokens = self.patchify(latents)
         tolerance = DEFAULT_TOLERANCES[tokens.dtype] if tolerance is None else tolerance
         profile = {
