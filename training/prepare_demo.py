@@ -119,7 +119,7 @@ def main(arguments: argparse.Namespace) -> None:
     # Imported after the flags are checked: it takes seconds.
     import torch
 
-    from flowback_hf.data.demo import make_demo
+    from flowback_hf.data.demo.make import make_demo
     from flowback_hf.files import write_json
 
     # The networks are tiny, and one thread adds up in the same order however many cores a machine has.

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, Dinov2Model
 
-from flowback_hf.data import demo
+from flowback_hf.data.demo import digits, make, networks, shapes
 
 from ..conftest import end_of_command, load_script
 
@@ -128,7 +128,7 @@ def test_the_teacher_is_a_dinov2_backbone_that_has_been_trained(demos, kind, num
     tokens = teacher(torch.zeros(1, 3, resolution, resolution)).last_hidden_state
     assert tokens.shape == (1, 1 + num_patches, teacher.config.hidden_size)
     report = read_report(demos[kind])
-    untrained = demo.make_teacher(
+    untrained = networks.make_teacher(
         resolution, teacher.config.patch_size, report["class_names"], report["seed"]
     ).dinov2.state_dict()
     # The mask token is for DINOv2's own pre-training, and the key bias cannot change the softmax but by rounding.
@@ -169,28 +169,28 @@ def test_the_same_seed_gives_the_same_images_and_weights_to_the_bit(demos, tmp_p
 
 
 def test_another_seed_gives_other_images():
-    assert not images_are_equal(demo.draw_shape_image(0, "train", 5, 16), demo.draw_shape_image(1, "train", 5, 16))
-    first_digits, second_digits = (demo.make_digits(seed)["validation"][0] for seed in (0, 1))
+    assert not images_are_equal(shapes.draw_shape_image(0, "train", 5, 16), shapes.draw_shape_image(1, "train", 5, 16))
+    first_digits, second_digits = (digits.make_digits(seed, 8, {})["validation"][0] for seed in (0, 1))
     assert not all(images_are_equal(*pair) for pair in zip(first_digits, second_digits))
 
 
 def test_the_two_splits_differ():
     assert not images_are_equal(
-        demo.draw_shape_image(0, "train", 5, 16), demo.draw_shape_image(0, "validation", 5, 16)
+        shapes.draw_shape_image(0, "train", 5, 16), shapes.draw_shape_image(0, "validation", 5, 16)
     )
 
 
 def test_a_shape_does_not_depend_on_how_many_are_made(demos):
-    fewer = demo.make_shapes(3, 16, {"train": 12, "validation": 10})
+    fewer = shapes.make_shapes(3, 16, {"train": 12, "validation": 10})
     for split, (images, labels) in fewer.items():
         for index, (image, label) in enumerate(zip(images, labels)):
-            class_name = list(demo.SHAPE_OUTLINES)[label]
+            class_name = list(shapes.SHAPE_OUTLINES)[label]
             saved = Image.open(demos["shapes"] / "images" / split / class_name / f"{index:05d}.png")
             assert images_are_equal(image, saved)
 
 
 def test_the_shape_classes_are_in_the_order_of_an_image_folder():
-    names = list(demo.SHAPE_OUTLINES)
+    names = list(shapes.SHAPE_OUTLINES)
     assert len(names) == 10
     assert names == sorted(names)
 
@@ -250,7 +250,7 @@ def test_a_failure_half_way_leaves_nothing_behind(tmp_path, monkeypatch):
         assert [path.name for path in tmp_path.glob(".demo-*/demo/teacher")] == ["teacher"]
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(demo, "make_judge", fail)
+    monkeypatch.setattr(make, "make_judge", fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         run([*ARGUMENTS["shapes"], "--output_dir", str(tmp_path / "demo")])
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,94 @@
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+"""
+Demo data that need no download: images of a kind, a small teacher and an independent judge.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from flowback_hf.data.demo.digits import DIGITS
+from flowback_hf.data.demo.networks import fit_and_measure, make_image_processor, make_judge, make_teacher
+from flowback_hf.data.demo.shapes import SHAPES
+
+
+KINDS = {"digits": DIGITS, "shapes": SHAPES}
+
+
+def save_image_folder(folder: Path, images: list[Image.Image], labels: list[int], class_names: list[str]) -> None:
+    for class_name in class_names:
+        (folder / class_name).mkdir(parents=True)
+    for index, (image, label) in enumerate(zip(images, labels)):
+        image.save(folder / class_names[label] / f"{index:05d}.png")
+
+
+def make_demo(
+    folder: Path,
+    kind: str,
+    seed: int,
+    resolution: int,
+    num_images: dict[str, int],
+    teacher_epochs: int,
+    judge_epochs: int,
+) -> dict[str, Any]:
+    """
+    Write images, a teacher and a judge into a folder.
+
+    The same arguments give the same images and, on the same machine, the same weights, to the bit.
+
+    Args:
+        folder (`pathlib.Path`): An empty folder.
+        kind (`str`): A key of `KINDS`.
+        seed (`int`): Decides images, split and weights.
+        resolution (`int`): Height and width of the images, in pixels: 8 for digits, a multiple of 8 for shapes.
+        num_images (`dict`): Of shapes, for `"train"` and `"validation"`.
+        teacher_epochs (`int`), judge_epochs (`int`): How long the two networks are trained.
+    Returns:
+        `dict`: what was made, the networks' accuracies in [0, 1], and the seconds that each stage took.
+    """
+    start = time.perf_counter()
+    kind_of_images = KINDS[kind]
+    class_names = kind_of_images.class_names
+    splits = kind_of_images.make_splits(seed, resolution, num_images)
+    image_processor = make_image_processor(resolution)
+    pixel_values, labels = {}, {}
+    for split, (images, split_labels) in splits.items():
+        save_image_folder(folder / "images" / split, images, split_labels, class_names)
+        pixel_values[split] = image_processor(images, return_tensors="pt").pixel_values
+        labels[split] = torch.tensor(split_labels)
+    images_done = time.perf_counter()
+
+    data = {"pixel_values": pixel_values, "labels": labels, "quarter_turns": kind_of_images.quarter_turns}
+    teacher = make_teacher(resolution, resolution // kind_of_images.teacher_grid_size, class_names, seed)
+    teacher_accuracy = fit_and_measure(teacher, **data, num_epochs=teacher_epochs, seed=seed, description="teacher")
+    teacher.dinov2.save_pretrained(folder / "teacher")
+    image_processor.save_pretrained(folder / "teacher")
+    teacher_done = time.perf_counter()
+
+    # The judge shares neither architecture nor seed with the teacher, so that it does not repeat its mistakes.
+    judge = make_judge(class_names, seed + 1)
+    judge_accuracy = fit_and_measure(judge, **data, num_epochs=judge_epochs, seed=seed + 1, description="judge")
+    judge.save_pretrained(folder / "judge")
+    image_processor.save_pretrained(folder / "judge")
+    judge_done = time.perf_counter()
+
+    return {
+        "kind": kind,
+        "class_names": class_names,
+        "num_train_images": len(labels["train"]),
+        "num_validation_images": len(labels["validation"]),
+        "resolution": resolution,
+        "seed": seed,
+        "teacher_epochs": teacher_epochs,
+        "judge_epochs": judge_epochs,
+        "teacher_validation_accuracy": teacher_accuracy,
+        "judge_validation_accuracy": judge_accuracy,
+        "seconds": {
+            "images": round(images_done - start, 1),
+            "teacher": round(teacher_done - images_done, 1),
+            "judge": round(judge_done - teacher_done, 1),
+        },
+    }
