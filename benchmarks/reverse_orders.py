@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from flowback_hf import AlignedFlowObjective, FlowBackPipeline, TarFlowTransformer2DModel
-from flowback_hf.data import ImageDataset, add_noise, collate, load_splits, load_teacher
+from flowback_hf.data import ImageDataset, RowGenerator, add_noise, collate, load_splits, load_teacher, make_generator
 from flowback_hf.places import choose_places
 from flowback_hf.reporting import markdown_table
 from flowback_hf.training import list_checkpoints
@@ -101,7 +101,7 @@ def trained_case(run: Path, batch_size: int) -> Case:
         config.in_channels,
     )
     batch = collate([dataset[number] for number in range(batch_size)])
-    noisy_sample = add_noise(batch["images"], config, torch.Generator().manual_seed(0))
+    noisy_sample = add_noise(batch["images"], config, RowGenerator(make_generator(0), len(batch["images"])))
     grid_size = config.sample_size // config.patch_size
     name = settings.teacher_model_name_or_path
     teacher = load_teacher(name, grid_size, Accelerator(cpu=True), settings.cache_dir)

@@ -22,6 +22,8 @@ def main(args: argparse.Namespace):
     from flowback_hf.training import (
         Trainer,
         check_run_folder,
+        decide,
+        describe_processes,
         make_accelerator,
         make_flow,
         make_objective,
@@ -36,7 +38,8 @@ def main(args: argparse.Namespace):
     accelerator = make_accelerator(arguments)
 
     # Everything a user can get wrong is found before anything is written.
-    check_run_folder(args.output_dir, vars(args), args.resume_from_checkpoint)
+    settings = vars(args) | describe_processes(arguments, accelerator)
+    decide(accelerator, check_run_folder, args.output_dir, settings, args.resume_from_checkpoint)
     splits = load_splits(args)
     flow, id2label, label_ids = make_flow(args, splits.class_names, splits.flow_sizes)
     source = make_source(args, splits, flow.config, label_ids)

@@ -3,6 +3,7 @@
 
 import argparse
 import linecache
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -54,6 +55,9 @@ def run_command(main: Callable[[argparse.Namespace], None], args: argparse.Names
     except Exception as error:
         if debug or not is_users_mistake(error):
             raise
+        # Of several processes, all find a wrong value. A file may be missing for one of them.
+        if os.environ.get("RANK", "0") != "0" and not isinstance(error, OSError):
+            sys.exit(MISTAKE)
         print(f"{Path(sys.argv[0]).name}: error: {str(error) or type(error).__name__}", file=sys.stderr)
         for note in getattr(error, "__notes__", []):
             print(note, file=sys.stderr)

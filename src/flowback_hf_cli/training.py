@@ -78,7 +78,7 @@ class TrainingArguments:
     max_grad_norm: float = number_field(1.0, Number(float, at_least=0))
     label_dropout: float = number_field(0.1, Number(float, at_least=0, at_most=1))
     random_flip: bool = False
-    dataloader_num_workers: int = number_field(0, Number(int, at_least=0))
+    dataloader_num_workers: int | None = number_field(None, Number(int, at_least=0))
     use_ema: bool = True
     ema_decay: float = number_field(0.9999, Number(float, at_least=0, below=1))
     logging_dir: str = "logs"
@@ -86,6 +86,7 @@ class TrainingArguments:
     logging_steps: int = number_field(10, COUNT)
     checkpointing_steps: int = number_field(500, COUNT)
     checkpoints_total_limit: int | None = number_field(None, COUNT)
+    ddp_timeout: int = number_field(1800, COUNT)
     resume_from_checkpoint: str | None = None
     save_on_signal: str | None = None
     validation_steps: int = number_field(500, COUNT)
@@ -149,8 +150,8 @@ def add_loading_arguments(group: argparse._ArgumentGroup):
         "--dataloader_num_workers",
         type=number_of(TrainingArguments, "dataloader_num_workers"),
         default=defaults.dataloader_num_workers,
-        help="Processes that load images, beside each training process. Default: %(default)s, which loads in the"
-        " training process.",
+        help="Processes that load images, beside each training process; 0 loads in the training process. Default: 2,"
+        " and 0 on a CPU.",
     )
 
 
@@ -378,14 +379,22 @@ def add_run_arguments(group: argparse._ArgumentGroup):
     )
     group.add_argument(
         "--resume_from_checkpoint",
-        help="Go on from a checkpoint of the output folder: its name, or latest. With another --learning_rate,"
-        " --lr_warmup_steps or --max_grad_norm, a new branch of the run starts there. Default: start a new run.",
+        help="Go on from a checkpoint of the output folder: its name, or latest. The number of processes may be"
+        " another one if each step takes as many images as before. With another --learning_rate, --lr_warmup_steps or"
+        " --max_grad_norm, a new branch of the run starts there. Default: start a new run.",
     )
     group.add_argument(
         "--save_on_signal",
         choices=SAVE_SIGNALS,
         help="Save a checkpoint and end the run on this signal, too, as on SIGTERM and SIGINT: at the end of the"
         " running step, with exit code 128 plus the signal's number. Default: only on those two.",
+    )
+    group.add_argument(
+        "--ddp_timeout",
+        type=number_of(TrainingArguments, "ddp_timeout"),
+        default=defaults.ddp_timeout,
+        help="Seconds that a process waits for the others before the run ends with an error: longer than the main"
+        " process takes to draw the samples of a validation. Default: %(default)s.",
     )
     group.add_argument(
         "--validation_steps",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowback_hf import TarFlowTransformer2DModel
-from flowback_hf.data import ImageDataset, add_noise, make_generator
+from flowback_hf.data import ImageDataset, RowGenerator, add_noise, make_generator
 
 
 def test_an_item_is_in_range_cropped_and_replaces_a_broken_one():
@@ -43,11 +43,11 @@ def test_only_broken_images_raise():
 def test_noise():
     images = torch.linspace(-1, 1, 256).view(1, 1, 16, 16)  # every 8-bit value
     config = TarFlowTransformer2DModel(8, 4, num_blocks=1, num_layers=1, noise_std=0.3).config
-    noise = add_noise(images.expand(200, 1, 16, 16), config, torch.Generator().manual_seed(0)) - images
+    noise = add_noise(images.expand(200, 1, 16, 16), config, RowGenerator(make_generator(0), 200)) - images
     assert noise.std() == pytest.approx(0.3, rel=0.02)
     config = {**config, "noise_type": "uniform"}
     config = type("Config", (), config)
-    dequantized = add_noise(images.double(), config, torch.Generator().manual_seed(0))
+    dequantized = add_noise(images.double(), config, RowGenerator(make_generator(0), 200))
     cells = (dequantized + 1) * 128
     assert torch.equal(cells.floor().flatten(), torch.arange(256.0, dtype=torch.float64))
 

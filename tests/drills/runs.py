@@ -5,11 +5,13 @@ They are forked from a process that has imported everything: a start takes a ten
 hundreds can be killed.
 """
 
+import functools
 import multiprocessing
 import os
 import re
 import runpy
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -86,6 +88,39 @@ def start(log_file: Path, line: list[str], before: Callable[[], None] | None = N
     process = FORKS.Process(target=run_script, args=(log_file, script, line, before))
     process.start()
     return Process(process, log_file)
+
+
+def start_group(folder: Path, lines: list[list[str]], prepare: Callable[[int], None] | None = None) -> list[Process]:
+    """
+    Start one run of several processes on the CPU, as a launcher does.
+
+    Args:
+        folder (`pathlib.Path`): Where to write what each prints.
+        lines (`list[list[str]]`): The command line of each process.
+        prepare (`Callable`, *optional*): Called in each process first, with its number.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        start(folder / f"log-{rank}", line, functools.partial(join_group, rank, len(lines), port, prepare))
+        for rank, line in enumerate(lines)
+    ]
+
+
+def join_group(rank: int, num_processes: int, port: int, prepare: Callable[[int], None] | None):
+    """Tell this process which one of a group it is."""
+    os.environ |= {
+        "ACCELERATE_USE_CPU": "true",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    if prepare is not None:
+        prepare(rank)
 
 
 def run_script(log_file: Path, script: Path, line: list[str], before: Callable[[], None] | None):

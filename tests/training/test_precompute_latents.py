@@ -12,7 +12,15 @@ from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackPipeline, RepresentationTeacher
-from flowback_hf.data import DataSource, LatentDataset, LatentSource, Splits, load_latents
+from flowback_hf.data import (
+    DataSource,
+    LatentDataset,
+    LatentSource,
+    RowGenerator,
+    Splits,
+    load_latents,
+    make_generator,
+)
 from flowback_hf.data.latent_encoding import LatentEncoder, columns_of, describe_latents, encode_split, open_streams
 from flowback_hf.data.latents import draw_latents, hash_weights, load_vae
 
@@ -237,7 +245,8 @@ def test_draws_are_the_posteriors_and_scaled(tiny_vae):
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         posterior = tiny_vae.encode(images).latent_dist
-    draws = torch.stack([draw_latents(posterior.parameters, tiny_vae.config) for _ in range(2000)])
+    generator = RowGenerator(make_generator(0), 2)
+    draws = torch.stack([draw_latents(posterior.parameters, tiny_vae.config, generator) for _ in range(2000)])
     expected_mean, expected_std = (posterior.mean - 0.1) * 0.5, posterior.std * 0.5
     standard_error = expected_std / math.sqrt(2000)
     assert ((draws.mean(dim=0) - expected_mean).abs() < 5 * standard_error).all()

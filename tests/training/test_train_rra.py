@@ -311,7 +311,10 @@ def test_a_model_config_file(train_rra, arguments, tmp_path):
         ({"alignment": "detach", "alignment_order": 1}, "`order` is for the strategy 'reverse' only"),
         ({"patch_size": 3}, "`sample_size` must be divisible by `patch_size`, but they are 8 and 3"),
         ({"num_layers": [1, 2, 3]}, "`num_layers` must be one number, or a list of one for each of the 2"),
-        ({"train_batch_size": 64}, "`--train_batch_size` 64 on 1 processes needs 64 images, but .* has 20"),
+        (
+            {"train_batch_size": 64},
+            "`--train_batch_size` 64 on 1 process with .* needs 64 images a step, but .* has 20",
+        ),
         ({"validation_class_labels": ["horse"]}, "'horse' is not one. The nearest known ones are"),
         ({"validation_class_labels": [7]}, "`class_labels` must lie between 0 and 1"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "`--resume_from_checkpoint` must be latest or one of"),
@@ -400,8 +403,8 @@ def test_an_output_folder_of_another_run_is_refused(train_rra, arguments, tmp_pa
     before = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*")}
     with pytest.raises(ValueError, match="already holds a run: add --resume_from_checkpoint latest"):
         train_rra.main(train_rra.parse_args(arguments(output_dir=output_dir, max_train_steps=2)))
-    line = arguments(output_dir=output_dir, resume_from_checkpoint="latest", train_batch_size=5, alignment="none")
-    with pytest.raises(ValueError, match=r"--alignment \('reverse' then, 'none' now\), --train_batch_size \(4 then"):
+    line = arguments(output_dir=output_dir, resume_from_checkpoint="latest", label_dropout=0.2, alignment="none")
+    with pytest.raises(ValueError, match=r"--alignment \('reverse' then, 'none' now\), --label_dropout \(0.1 then"):
         train_rra.main(train_rra.parse_args(line))
     assert {path: path.stat().st_mtime_ns for path in output_dir.rglob("*")} == before
 

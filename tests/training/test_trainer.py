@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowback_hf import AlignedFlowObjective, FlowBackPipeline, RepresentationTeacher, TarFlowTransformer2DModel
-from flowback_hf.data import ImageSource, Splits
+from flowback_hf.data import ImageSource, RowGenerator, Splits, make_generator
 from flowback_hf.files import read_json_lines
 from flowback_hf.hub import write_repository
 from flowback_hf.training import Trainer, TrainingArguments, list_checkpoints
@@ -123,7 +123,7 @@ def test_augmentation_is_what_was_asked_for(make_trainer, random_flip, label_dro
     trainer = make_trainer(random_flip=random_flip, label_dropout=label_dropout)
     images = torch.arange(8.0).expand(400, 3, 8, 8)
     batch = {"images": images, "class_labels": torch.zeros(400, dtype=torch.long)}
-    augmented = trainer._augment(batch, torch.Generator().manual_seed(0))
+    augmented = trainer._augment(batch, RowGenerator(make_generator(0), 400))
     is_mirrored = (augmented["images"] == images.flip(-1)).all(dim=(1, 2, 3))
     is_same = (augmented["images"] == images).all(dim=(1, 2, 3))
     assert (is_mirrored ^ is_same).all()

@@ -3,7 +3,7 @@ import torch
 from accelerate import Accelerator
 
 from flowback_hf import FlowBackClassificationPipeline
-from flowback_hf.data import ImageSource, Splits, add_noise, make_generator
+from flowback_hf.data import ImageSource, RowGenerator, Splits, add_noise, make_generator
 from flowback_hf.training.validation import validate
 
 from ..conftest import image_rows
@@ -14,7 +14,7 @@ def test_validation_accuracy_is_the_classifiers_by_one_gradient(randomised_model
     images = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     config = classifier.transformer.config
     # what the likelihood sees, too
-    noisy_images = add_noise(images, config, make_generator(0, 0, 0))
+    noisy_images = add_noise(images, config, RowGenerator(make_generator(0, 0), 6))
     predictions = classifier.log_prob_and_class_gradient(noisy_images[None])[1].argmax(dim=1)
     assert len(predictions.unique()) > 1
     labels = predictions.clone()

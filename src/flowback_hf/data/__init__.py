@@ -2,7 +2,7 @@
 
 from flowback_hf.data.images import ImageDataset, collate
 from flowback_hf.data.latents import LatentDataset, load_latents
-from flowback_hf.data.noise import add_noise, make_generator
+from flowback_hf.data.noise import RowGenerator, add_noise, make_generator
 from flowback_hf.data.sources import ImageSource, LatentSource
 from flowback_hf.data.splits import DataSource, HoldOut, Splits, load_split, load_splits
 from flowback_hf.data.teacher_features import load_teacher, load_teacher_features
@@ -15,6 +15,7 @@ __all__ = [
     "ImageSource",
     "LatentDataset",
     "LatentSource",
+    "RowGenerator",
     "Splits",
     "add_noise",
     "collate",

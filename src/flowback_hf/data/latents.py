@@ -22,6 +22,7 @@ from diffusers.models import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from flowback_hf.data.images import image_to_tensor
+from flowback_hf.data.noise import RowGenerator
 from flowback_hf.files import read_json
 from flowback_hf.pipelines.pipeline_flowback import scale_latents
 
@@ -131,7 +132,7 @@ class LatentDataset(torch.utils.data.Dataset):
         return item
 
 
-def draw_latents(moments: torch.Tensor, vae_config: Any, generator: torch.Generator | None = None) -> torch.Tensor:
+def draw_latents(moments: torch.Tensor, vae_config: Any, generator: RowGenerator) -> torch.Tensor:
     """
     Draw the data of a latent flow from a VAE's posterior, and scale them.
 
@@ -139,8 +140,10 @@ def draw_latents(moments: torch.Tensor, vae_config: Any, generator: torch.Genera
         moments (`torch.Tensor` of shape `(batch_size, 2 * latent_channels, height, width)`):
             Means, then logarithms of the variances.
         vae_config: The VAE's config, for its `scaling_factor` and `shift_factor`.
-        generator (`torch.Generator`, *optional*): Decides the draw.
+        generator ([`RowGenerator`]): Decides the draw, on the device of `moments`.
     Returns:
         `torch.Tensor` of shape `(batch_size, latent_channels, height, width)` in float32.
     """
-    return scale_latents(DiagonalGaussianDistribution(moments.float()).sample(generator), vae_config)
+    posterior = DiagonalGaussianDistribution(moments.float())
+    latents = posterior.mean + posterior.std * generator.randn(tuple(posterior.mean.shape))
+    return scale_latents(latents, vae_config)

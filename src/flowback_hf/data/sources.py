@@ -9,6 +9,7 @@ from diffusers.models import AutoencoderKL
 
 from flowback_hf.data.images import ImageDataset
 from flowback_hf.data.latents import LatentDataset, draw_latents
+from flowback_hf.data.noise import RowGenerator
 from flowback_hf.data.splits import Splits
 
 
@@ -40,14 +41,14 @@ class ImageSource:
         >>> import PIL.Image
         >>> import torch
         >>> from flowback_hf import TarFlowTransformer2DModel
-        >>> from flowback_hf.data import ImageSource, Splits, collate
+        >>> from flowback_hf.data import ImageSource, RowGenerator, Splits, collate, make_generator
 
         >>> features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat"])})
         >>> rows = datasets.Dataset.from_dict({"image": [PIL.Image.new("L", (8, 8))] * 2, "label": [0, 0]}, features)
         >>> flow = TarFlowTransformer2DModel(8, 4, 1, num_blocks=1, num_layers=1, num_classes=1)
         >>> source = ImageSource(Splits(rows, rows, ["cat"]), flow.config, label_ids=[0])
         >>> batch = collate([source.train_dataset[0], source.train_dataset[1]])
-        >>> source.clean_sample(batch, torch.Generator()).shape
+        >>> source.clean_sample(batch, RowGenerator(make_generator(0), 2)).shape
         torch.Size([2, 1, 8, 8])
         ```
     """
@@ -82,7 +83,7 @@ class ImageSource:
         """
         return batch | mirror_images(batch, mirrored) | choose_stored(batch, mirrored, ["teacher_features"])
 
-    def clean_sample(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    def clean_sample(self, batch: Batch, generator: RowGenerator) -> torch.Tensor:
         """What the flow models, before noise: the images of a batch. `generator` is not used."""
         return batch["images"]
 
@@ -131,7 +132,7 @@ class LatentSource:
         stored = [name for name in ("moments", "teacher_features") if name in batch]
         return batch | images | choose_stored(batch, mirrored, stored)
 
-    def clean_sample(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    def clean_sample(self, batch: Batch, generator: RowGenerator) -> torch.Tensor:
         """What the flow models, before noise: a draw from the VAE's posterior, scaled."""
         return draw_latents(batch["moments"], self.vae.config, generator)
 

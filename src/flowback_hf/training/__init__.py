@@ -2,7 +2,8 @@
 
 from flowback_hf.training.checkpoints import find_checkpoint, list_checkpoints, load_averaged_parameters
 from flowback_hf.training.flow import LabelledFlow, make_flow, make_objective, make_source, make_teacher
-from flowback_hf.training.run_folder import check_run_folder
+from flowback_hf.training.processes import decide
+from flowback_hf.training.run_folder import check_run_folder, describe_processes
 from flowback_hf.training.trainer import Trainer, make_accelerator
 from flowback_hf_cli.training import TrainingArguments
 
@@ -12,6 +13,8 @@ __all__ = [
     "Trainer",
     "TrainingArguments",
     "check_run_folder",
+    "decide",
+    "describe_processes",
     "find_checkpoint",
     "list_checkpoints",
     "load_averaged_parameters",

@@ -63,7 +63,6 @@ def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
     global_step: int,
-    num_batches: int,
     figures: dict[str, float],
     limit: int | None = None,
     ema: EMAModel | None = None,
@@ -74,7 +73,7 @@ def save_checkpoint(
     Args:
         accelerator (`accelerate.Accelerator`): What prepared the objective, optimizer, scheduler and data.
         output_dir (`pathlib.Path`): The run's folder.
-        global_step (`int`), num_batches (`int`): Optimizer steps and batches so far.
+        global_step (`int`): Optimizer steps so far.
         figures (`dict`): What [`is_sane`] reads: `nll` of the weights and `lowest_nll` of the run, both in nats per
             dimension.
         limit (`int`, *optional*): How many checkpoints to keep, this one included. Default: all.
@@ -91,7 +90,7 @@ def save_checkpoint(
                 save_ema(ema, partial / EMA_FILE)
             for name in COPIED_FILES:
                 shutil.copyfile(output_dir / name, partial / name)
-            progress = {"global_step": global_step, "num_batches": num_batches, "figures": figures}
+            progress = {"global_step": global_step, "figures": figures}
             write_progress(partial, progress)
     if is_main and limit is not None:
         delete_old_checkpoints(output_dir, limit)
@@ -161,7 +160,7 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     progress = read_json(checkpoint / PROGRESS_FILE)
     if progress is None:
         raise ValueError(f"there is no {PROGRESS_FILE}")
-    needed = {"global_step": int, "num_batches": int, "file_sizes": dict}
+    needed = {"global_step": int, "file_sizes": dict}
     if not isinstance(progress, dict) or any(not isinstance(progress.get(key), needed[key]) for key in needed):
         raise ValueError(f"{PROGRESS_FILE} is damaged")
     # Checkpoints of version 0.1.0 have no checksums.
@@ -290,16 +289,21 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMAModel | 
     """
     Load a checkpoint into what an accelerator prepared, and into the averaged weights. Called by every process.
 
-    No file is unpickled in a way that could run code.
+    No file is unpickled in a way that could run code. The random states are those of as many processes as saved it;
+    others go without, as a run draws nothing from them.
 
     Raises:
         ValueError: if a file holds something else than it should. Says which, if it is one that could run code.
     """
+    random_states = checkpoint / f"random_states_{accelerator.process_index}.pkl"
     try:
         # Accelerate trains on without the random states if it cannot read them.
-        load_plain_data(checkpoint / f"random_states_{accelerator.process_index}.pkl")
+        if random_states.exists():
+            load_plain_data(random_states)
         with without_old_ema(checkpoint) as folder:
             accelerator.load_state(str(folder), strict=not has_frozen_parameters(accelerator))
+        # Batches that were accumulated, a multiple of a number that may have changed.
+        accelerator.step = 0
         if ema is not None:
             ema.load_state_dict(read_ema(checkpoint))
             ema.to(accelerator.device)

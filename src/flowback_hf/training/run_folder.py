@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from filelock import FileLock, Timeout
 
@@ -33,6 +34,7 @@ from flowback_hf.files import (
 from flowback_hf.reporting import import_pyplot, save_figure
 from flowback_hf.training.adapters import ADAPTER_FILE
 from flowback_hf.training.checkpoints import SETTINGS_FILE, checkpoints_to_try, list_checkpoints, read_copy
+from flowback_hf_cli.training import TrainingArguments
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -47,6 +49,7 @@ RESUMABLE_SETTINGS = {
     "checkpointing_steps",
     "checkpoints_total_limit",
     "dataloader_num_workers",
+    "ddp_timeout",
     "eval_batch_size",
     "hub_model_id",
     "hub_private_repo",
@@ -67,9 +70,46 @@ RESUMABLE_SETTINGS = {
 }
 
 
+# How the images of a step are divided. A resumed run may change it if there are as many of them as before.
+DIVISION_SETTINGS = ("train_batch_size", "num_processes", "gradient_accumulation_steps", "total_batch_size")
+
 # What may be changed to get a run that diverged to go on: it becomes another branch of the run, which is recorded.
 BRANCH_SETTINGS = ("learning_rate", "lr_warmup_steps", "max_grad_norm")
 BRANCHES = "branches"
+
+
+def describe_processes(arguments: TrainingArguments, accelerator: Accelerator) -> dict[str, int]:
+    """How a run's steps are divided: `num_processes`, and `total_batch_size`, the images that a step takes."""
+    num_processes = accelerator.num_processes
+    total = arguments.train_batch_size * num_processes * arguments.gradient_accumulation_steps
+    return {"num_processes": num_processes, "total_batch_size": total}
+
+
+def describe_total_batch_size(settings: dict[str, Any]) -> str:
+    """How a run gets its images per step, for a message."""
+    batch_size, num_processes = settings["train_batch_size"], settings["num_processes"]
+    return (
+        f"{batch_size} on {num_processes} process{'es' * (num_processes > 1)} with `--gradient_accumulation_steps`"
+        f" {settings['gradient_accumulation_steps']}"
+    )
+
+
+def check_total_batch_size(earlier: dict[str, Any], settings: dict[str, Any]):
+    """
+    Check that the steps of a resumed run take as many images as before. Learning rate and schedule were chosen for it.
+
+    Raises:
+        ValueError: unless they do.
+    """
+    # Runs of earlier versions do not say on how many processes they ran.
+    earlier = {"num_processes": settings["num_processes"], **earlier}
+    total = math.prod(earlier[name] for name in DIVISION_SETTINGS[:3])
+    if total != settings["total_batch_size"]:
+        raise ValueError(
+            f"`--train_batch_size` {describe_total_batch_size(settings)} makes steps of"
+            f" {settings['total_batch_size']} images, but the run to resume takes {total}"
+            f" ({describe_total_batch_size(earlier)}): choose them so that their product is the same."
+        )
 
 
 def check_run_folder(
@@ -80,12 +120,13 @@ def check_run_folder(
 
     Args:
         folder (`str` or `pathlib.Path`): The output folder.
-        settings (`dict`): What `training_args.json` is to hold.
+        settings (`dict`): What `training_args.json` is to hold, with [`describe_processes`].
         resume_from_checkpoint (`str`, *optional*): Whether an earlier run is to go on.
     Returns:
         `dict`: the settings of the run to resume; `None` if there is none.
     Raises:
-        ValueError: if the folder holds another run, another model, or a run that is not to be resumed.
+        ValueError: if the folder holds another run, another model, a run that is not to be resumed, or one whose steps
+            took another number of images.
     """
     folder = Path(folder)
     if resume_from_checkpoint is None and (folder / SETTINGS_FILE).exists():
@@ -98,10 +139,13 @@ def check_run_folder(
         if any(any(folder.glob(name)) for name in ("checkpoint-*", INDEX_FILE, ADAPTER_FILE)):
             raise ValueError(f"`--output_dir` {folder} already holds another model: choose another folder.")
         return None
-    different = compare_settings(earlier, settings, {*RESUMABLE_SETTINGS, *BRANCH_SETTINGS, BRANCHES})
+    different = compare_settings(
+        earlier, settings, {*RESUMABLE_SETTINGS, *DIVISION_SETTINGS, *BRANCH_SETTINGS, BRANCHES}
+    )
     if different:
         flags = ", ".join(f"--{difference}" for difference in different)
         raise ValueError(f"`--output_dir` {folder} holds a different run; it differs in {flags}.")
+    check_total_batch_size(earlier, settings)
     return earlier
 
 

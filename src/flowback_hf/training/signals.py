@@ -6,6 +6,8 @@ import signal
 import threading
 from collections.abc import Iterable
 
+from flowback_hf_cli.training import SAVE_SIGNALS
+
 
 class StopSignals:
     """
@@ -37,9 +39,6 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._receive) for number in self.signals}
-            # A signal to the whole process group also ends the processes that load data, whereupon torch's own handler
-            # would raise in the middle of the step.
-            self._handlers[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD)
         return self
 
     def __exit__(self, *_):
@@ -53,3 +52,15 @@ class StopSignals:
         # Not through `print` or a logger: the signal may have come while they write.
         name = self.received.name
         os.write(2, f"\n{name}: saving at the end of this step. Another signal ends the run at once.\n".encode())
+
+
+def ignore_stop_signals(_: int):
+    """
+    Let a process that loads data live through a signal to the whole process group: the running step needs it. It ends
+    with the process that it works for.
+
+    Args:
+        _ (`int`): Its number, which a `worker_init_fn` of `torch.utils.data.DataLoader` takes.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, *(signal.Signals[name] for name in SAVE_SIGNALS)):
+        signal.signal(number, signal.SIG_IGN)

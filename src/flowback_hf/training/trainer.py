@@ -6,14 +6,14 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
@@ -29,7 +29,7 @@ from flowback_hf import (
     FlowBackPipeline,
     RepresentationTeacher,
 )
-from flowback_hf.data import ImageSource, LatentSource, add_noise, collate, make_generator
+from flowback_hf.data import ImageSource, LatentSource, RowGenerator, add_noise, collate, make_generator
 from flowback_hf.files import write_json
 from flowback_hf.places import place_name
 from flowback_hf.reporting import import_pyplot
@@ -44,22 +44,32 @@ from flowback_hf.training.checkpoints import (
     save_checkpoint,
 )
 from flowback_hf.training.compilation import compile_layers
+from flowback_hf.training.processes import SharedSignal, check_shared, decide
 from flowback_hf.training.run_folder import (
     BRANCH_SETTINGS,
     BRANCHES,
+    DIVISION_SETTINGS,
+    OWNER_FILE,
     MetricsLog,
     check_run_folder,
     describe_branch,
+    describe_processes,
+    describe_total_batch_size,
     lock_run_folder,
     save_pipeline,
     set_aside_later_checkpoints,
 )
-from flowback_hf.training.signals import StopSignals
+from flowback_hf.training.sampler import EpochSampler
+from flowback_hf.training.signals import StopSignals, ignore_stop_signals
+from flowback_hf.training.step_values import StepValues
 from flowback_hf.training.validation import draw_samples, validate
 from flowback_hf_cli.training import TrainingArguments
 
 
 logger = get_logger(__name__, log_level="INFO")
+
+# Processes that load data, beside each process that trains on another device than the CPU.
+NUM_WORKERS = 2
 
 # Trackers whose package an extra of the same name installs.
 TRACKER_EXTRAS = ("tensorboard", "wandb")
@@ -103,7 +113,8 @@ def make_accelerator(arguments: TrainingArguments) -> Accelerator:
         mixed_precision=arguments.mixed_precision,
         log_with=arguments.report_to,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / arguments.logging_dir)),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=arguments.ddp_timeout))],
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
@@ -123,8 +134,9 @@ class Trainer:
 
     A run's folder holds `training_args.json`, `metrics.jsonl` (losses and speed every few steps, validations),
     `loss_curve.png`, `samples/`, `checkpoint-*` and, when it is done, the pipeline or the adapter. On a CPU a resumed
-    run ends with the weights of one that was never interrupted, to the bit: noise depends on the seed, batch and
-    process only.
+    run ends with the weights of one that was never interrupted, to the bit. A run may be resumed on another number of
+    processes if its steps take as many images as before: what is drawn at random belongs to a step and to an image's
+    place in it, whichever process sees it.
 
     Args:
         objective ([`AlignedFlowObjective`]): The flow and its loss.
@@ -137,7 +149,7 @@ class Trainer:
         accelerator ([`~accelerate.Accelerator`], *optional*): Default: [`make_accelerator`] of `arguments`.
     Raises:
         ValueError: before anything is written, if the output folder holds another run, a validation label is unknown,
-            there are fewer images than a batch takes or none that can be used, or the flow has several adapters.
+            there are fewer images than a step takes or none that can be used, or the flow has several adapters.
 
     Example:
         ```py
@@ -181,8 +193,9 @@ class Trainer:
         self.teacher = teacher
         self.accelerator = make_accelerator(arguments) if accelerator is None else accelerator
         self.folder = Path(arguments.output_dir)
-        self.settings = describe_run(arguments, objective) if settings is None else settings
-        check_run_folder(self.folder, self.settings, arguments.resume_from_checkpoint)
+        settings = describe_run(arguments, objective) if settings is None else settings
+        self.settings = settings | describe_processes(arguments, self.accelerator)
+        decide(self.accelerator, check_run_folder, self.folder, self.settings, arguments.resume_from_checkpoint)
         self.flow = objective.flow
         if len(self.flow.attached_adapters) > 1:
             raise ValueError(
@@ -191,8 +204,10 @@ class Trainer:
             )
         self.pipeline = FlowBackPipeline(self.flow, source.vae, id2label=id2label)
         self.validation_class_labels = self._normalize_class_labels()
-        self.images_per_batch = arguments.train_batch_size * self.accelerator.num_processes
+        self.images_per_step = self.settings["total_batch_size"]
         self._check_batch_size()
+        # What is left over does not fill a step. Which images that are changes from epoch to epoch.
+        self.steps_per_epoch = len(source.train_dataset) // self.images_per_step
         for dataset in (source.train_dataset, source.validation_dataset):
             dataset[0]  # raises if none of its images can be used
 
@@ -208,24 +223,23 @@ class Trainer:
         self._prepare(objective)
 
         self.global_step = 0
-        self.num_batches = 0
         self._saved_step = 0
         self.num_skipped = 0
         self.skipped_files: set[str] = set()
-        self._unlogged_scalars: list[torch.Tensor] = []
+        self._step_values = StepValues(self.accelerator)
         self._last_batch: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._timed_images, self._timed_since = 0, time.perf_counter()
+        self._timed_steps, self._timed_since = 0, time.perf_counter()
         names = ["SIGTERM", "SIGINT", arguments.save_on_signal]
-        # Several processes would have to agree on the step at which they save.
-        is_alone = self.accelerator.num_processes == 1
-        self._stop_signals = StopSignals(signal.Signals[name] for name in names if name is not None and is_alone)
+        self._stop_signals = StopSignals(signal.Signals[name] for name in names if name is not None)
+        self._shared_signal = SharedSignal(self.accelerator)
 
     def fit(self) -> FlowBackPipeline:
         """
         Train to the last step, from the checkpoint if the run is resumed.
 
         SIGTERM, SIGINT and the signal of `save_on_signal` let the running step end, save a checkpoint and end the
-        process. A second signal ends it at once. This holds for a run of one process, in the main thread.
+        process. A second signal ends it at once. Of several processes it is enough that one receives the signal. This
+        holds in the main thread.
 
         Returns:
             [`FlowBackPipeline`]: with the averaged weights, as they were saved in the output folder.
@@ -234,9 +248,10 @@ class Trainer:
             FloatingPointError: if the loss, the gradient or weights are not finite. Says which checkpoint is good.
             SystemExit: with 128 plus the signal's number, after a signal.
         """
-        self.accelerator.wait_for_everyone()  # every process has looked at the output folder
-        is_main = self.accelerator.is_main_process
-        with lock_run_folder(self.folder) if is_main else contextlib.nullcontext():
+        self.accelerator.wait_for_everyone()  # the main process has looked at the output folder
+        with contextlib.ExitStack() as lock:
+            decide(self.accelerator, lambda: lock.enter_context(lock_run_folder(self.folder)))
+            check_shared(self.accelerator, self.folder / OWNER_FILE, "--output_dir")
             self._open_folder()
             with self._stop_signals:
                 self._train()
@@ -267,10 +282,10 @@ class Trainer:
 
     def _check_batch_size(self):
         num_images = len(self.source.train_dataset)
-        if num_images < self.images_per_batch:
+        if num_images < self.images_per_step:
             raise ValueError(
-                f"`--train_batch_size` {self.arguments.train_batch_size} on {self.accelerator.num_processes} processes"
-                f" needs {self.images_per_batch} images, but the training split has {num_images}."
+                f"`--train_batch_size` {describe_total_batch_size(self.settings)} needs {self.images_per_step} images"
+                f" a step, but the training split has {num_images}."
             )
 
     def _prepare(self, objective: AlignedFlowObjective):
@@ -282,36 +297,45 @@ class Trainer:
             compile_layers(accelerator, objective.to(accelerator.device), arguments.train_batch_size)
         learning_rate = arguments.learning_rate
         if arguments.scale_lr:
-            learning_rate *= self.images_per_batch * arguments.gradient_accumulation_steps
+            learning_rate *= self.images_per_step
         optimizer = torch.optim.AdamW(
             trained_parameters(objective),
             lr=learning_rate,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             weight_decay=arguments.adam_weight_decay,
             eps=arguments.adam_epsilon,
+            fused=True,  # the one that can skip a step without asking the device
         )
-        options = {"num_workers": arguments.dataloader_num_workers, "collate_fn": collate}
+        self.max_train_steps = arguments.max_train_steps
+        if self.max_train_steps is None:
+            self.max_train_steps = arguments.num_train_epochs * self.steps_per_epoch
+        # Not prepared: Accelerate's counts the steps of all processes, which may be more or fewer when it goes on.
+        self.lr_scheduler = get_scheduler(
+            arguments.lr_scheduler,
+            optimizer,
+            num_warmup_steps=arguments.lr_warmup_steps,
+            num_training_steps=self.max_train_steps,
+        )
+        num_workers = arguments.dataloader_num_workers
+        if num_workers is None:
+            num_workers = 0 if accelerator.device.type == "cpu" else NUM_WORKERS
+        options = {
+            "collate_fn": collate,
+            "num_workers": num_workers,
+            "worker_init_fn": ignore_stop_signals,
+            "persistent_workers": num_workers > 0,
+            "pin_memory": accelerator.device.type == "cuda",
+        }
+        num_used = self.steps_per_epoch * self.images_per_step
+        sampler = EpochSampler(len(self.source.train_dataset), num_used, arguments.seed)
         train_dataloader = torch.utils.data.DataLoader(
-            self.source.train_dataset, arguments.train_batch_size, shuffle=True, drop_last=True, **options
+            self.source.train_dataset, arguments.train_batch_size, sampler=sampler, drop_last=True, **options
         )
         validation_dataloader = torch.utils.data.DataLoader(
             self.source.validation_dataset, arguments.eval_batch_size, **options
         )
         self.objective, self.optimizer, self.train_dataloader, self.validation_dataloader = accelerator.prepare(
             objective, optimizer, train_dataloader, validation_dataloader
-        )
-        self.max_train_steps = arguments.max_train_steps
-        if self.max_train_steps is None:
-            steps_per_epoch = math.ceil(len(self.train_dataloader) / arguments.gradient_accumulation_steps)
-            self.max_train_steps = arguments.num_train_epochs * steps_per_epoch
-        # Every process steps the schedule.
-        self.lr_scheduler = accelerator.prepare(
-            get_scheduler(
-                arguments.lr_scheduler,
-                self.optimizer,
-                num_warmup_steps=arguments.lr_warmup_steps * accelerator.num_processes,
-                num_training_steps=self.max_train_steps * accelerator.num_processes,
-            )
         )
         accelerator.register_save_state_pre_hook(leave_out_frozen_parameters)
         self.ema = None
@@ -321,10 +345,10 @@ class Trainer:
     def _open_folder(self):
         """Write the settings of a new run, or load the checkpoint of one that is resumed, and open the log."""
         accelerator, resume = self.accelerator, self.arguments.resume_from_checkpoint
-        # Again, because another process may have written to the folder since.
-        earlier = check_run_folder(self.folder, self.settings, resume)
-        folder, progress = (resume and find_checkpoint(self.folder, resume)) or (None, None)
-        accelerator.wait_for_everyone()  # every process has found the same checkpoint
+        # Again, because another run may have written to the folder since.
+        earlier = decide(accelerator, check_run_folder, self.folder, self.settings, resume)
+        found = decide(accelerator, find_checkpoint, self.folder, resume) if resume else None
+        folder, progress = found or (None, None)
         if folder is None:
             settings = self.settings | {"validation_class_labels": self.validation_class_labels}
             if resume:
@@ -347,11 +371,11 @@ class Trainer:
                 f"The weights in {checkpoint} are ruined: their nll is {progress['figures']['nll']:.4g}, but the run"
                 f" had reached {progress['figures']['lowest_nll']:.4g}. {self._advise()}"
             )
-        base_learning_rates = list(self.lr_scheduler.scheduler.base_lrs)
         load_checkpoint(self.accelerator, checkpoint, self.ema)
-        set_learning_rates(self.optimizer, self.lr_scheduler.scheduler, base_learning_rates)
-        self.global_step, self.num_batches = progress["global_step"], progress["num_batches"]
-        self._saved_step = self.global_step
+        use_fused_steps(self.optimizer)
+        self.global_step = self._saved_step = progress["global_step"]
+        set_learning_rates(self.optimizer, self.lr_scheduler, self.global_step)
+        earlier = earlier | {name: self.settings[name] for name in DIVISION_SETTINGS}
         changes = describe_branch(earlier, self.settings)
         if not changes:
             return earlier
@@ -365,52 +389,38 @@ class Trainer:
 
     def _train_epoch(self, progress_bar: tqdm):
         """Train on the batches of an epoch that have not been seen, or up to the last step."""
-        epoch, num_done = divmod(self.num_batches, len(self.train_dataloader))
+        epoch, num_done = divmod(self.global_step, self.steps_per_epoch)
         self.train_dataloader.set_epoch(epoch)
         batches = self.train_dataloader
         if num_done:
-            batches = self.accelerator.skip_first_batches(batches, num_done)
-        for batch in self._until_stopped(batches):
-            values = self._train_on(batch)
-            self.num_batches += 1
-            self._timed_images += self.images_per_batch
+            batches = self.accelerator.skip_first_batches(
+                batches, num_done * self.arguments.gradient_accumulation_steps
+            )
+        for batch in batches:
+            self._train_on(batch)
             self._report_skipped(batch["skipped"])
-            if values is None:
+            if not self.accelerator.sync_gradients:
                 continue
             self.global_step += 1
+            self._timed_steps += 1
             progress_bar.update()
-            progress_bar.set_postfix(loss=f"{values['loss']:.4f}")
-            self._end_step(values | {"epoch": epoch})
-            if self._stop_signals.received is not None:
-                self._save_and_exit()
+            self._end_step(epoch, progress_bar)
+            received = self._shared_signal.share(self._stop_signals.received)
+            if received is not None:
+                self._save_and_exit(received)
             if self.global_step == self.max_train_steps:
                 return
-        if self._stop_signals.received is not None:
-            self._save_and_exit()
 
-    def _until_stopped(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """
-        The batches, up to a signal that also ended the processes that load them. What the steps before it made can be
-        saved, unless it came in the middle of a step of several batches.
-        """
-        try:
-            yield from batches
-        except Exception:  # of many kinds, depending on what the loader was doing
-            if self._stop_signals.received is None or not self.accelerator.sync_gradients:
-                raise
+    def _row_generator(self) -> RowGenerator:
+        """What draws this process's share of the running step's noise."""
+        accelerator, batch_size = self.accelerator, self.arguments.train_batch_size
+        generator = make_generator(self.arguments.seed, self.global_step, device=accelerator.device)
+        number = self._step_values.num_batches * accelerator.num_processes + accelerator.process_index
+        return RowGenerator(generator, self.images_per_step, first_row=number * batch_size)
 
-    def _train_on(self, batch: dict[str, Any]) -> dict[str, float] | None:
-        """
-        Take one batch's share of an optimizer step.
-
-        Returns:
-            `dict`: the step's mean losses over all processes, its largest log-scale and the norm of its gradient;
-            `None` while gradients are accumulated.
-        """
-        accelerator = self.accelerator
-        generator = make_generator(
-            self.arguments.seed, self.num_batches, accelerator.process_index, device=accelerator.device
-        )
+    def _train_on(self, batch: dict[str, Any]):
+        """Take one batch's share of an optimizer step. Nothing waits for the device."""
+        accelerator, generator = self.accelerator, self._row_generator()
         batch = self._augment(batch, generator)
         with accelerator.accumulate(self.objective):
             teacher_features = batch.get("teacher_features") if self.teacher is None else self.teacher(batch["images"])
@@ -419,44 +429,36 @@ class Trainer:
             class_labels = None if self.flow.config.num_classes is None else batch["class_labels"]
             self._last_batch = (noisy_sample, class_labels)
             output = self.objective(noisy_sample, class_labels, teacher_features)
-            accelerator.backward(output.loss)
-            scalars = scalars_of(output)
-            self._unlogged_scalars.append(torch.stack(list(scalars.values())))
-            values = None
+            # A loss that is not finite makes the gradient NaN, and all processes see it.
+            accelerator.backward(output.loss * torch.where(output.loss.detach().isfinite(), 1.0, math.nan))
+            self._step_values.add(scalars_of(output))
             if accelerator.sync_gradients:
-                # (batches of this step on all processes, values)
-                gathered = accelerator.gather(torch.stack(self._unlogged_scalars))
-                self._unlogged_scalars.clear()
-                values = dict(zip(scalars, gathered.mean(dim=0).tolist()))
-                values["max_log_scale"] = gathered[:, -1].amax().item()
                 gradient_norm = accelerator.clip_grad_norm_(
                     self.objective.parameters(), self.arguments.max_grad_norm or math.inf
                 )
-                values["gradient_norm"] = gradient_norm.item()
-                self._check_finite(values)
+                has_failed = self._step_values.end_step(self.global_step + 1, gradient_norm)
+                if accelerator.scaler is None:
+                    self.optimizer.optimizer.found_inf = has_failed
             self.optimizer.step()
-            self.lr_scheduler.step()
             self.optimizer.zero_grad()
-            if accelerator.sync_gradients and self.ema is not None:
-                self.ema.step(trained_parameters(self.flow))
-        return values
+            if accelerator.sync_gradients:
+                self.lr_scheduler.step()
+                if self.ema is not None:
+                    self.ema.step(trained_parameters(self.flow))
 
-    def _augment(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    def _augment(self, batch: dict[str, Any], generator: RowGenerator) -> dict[str, Any]:
         """Mirror half of the images, if that is asked for, and drop a share of the labels."""
         class_labels = batch["class_labels"]
-        mirrored, dropped = torch.rand(2, len(class_labels), generator=generator, device=class_labels.device)
+        mirrored, dropped = generator.rand((len(class_labels),)), generator.rand((len(class_labels),))
         batch = self.source.mirror(batch, (mirrored < 0.5) & self.arguments.random_flip)
         return batch | {"class_labels": class_labels.masked_fill(dropped < self.arguments.label_dropout, -1)}
 
-    def _check_finite(self, values: dict[str, float]):
-        # Loss scaling of fp16 meets infinite gradients and skips their steps by itself.
-        is_scaled = self.accelerator.scaler is not None
-        if math.isfinite(values["loss"]) and (math.isfinite(values["gradient_norm"]) or is_scaled):
-            return
-        raise FloatingPointError(
-            f"Step {self.global_step + 1}: the loss is {values['loss']} and the gradient's norm"
-            f" {values['gradient_norm']}. Training stopped before this step changed the weights. {self._advise()}"
-        )
+    def _read_step(self) -> dict[str, float]:
+        """The values of the last step. Raises FloatingPointError if one since the last look was not finite."""
+        try:
+            return self._step_values.read()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} {self._advise()}") from None
 
     def _check_finite_weights(self, parameters: list[torch.Tensor], what: str):
         if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
@@ -484,25 +486,31 @@ class Trainer:
 
     # Between steps
 
-    def _end_step(self, values: dict[str, float]):
+    def _end_step(self, epoch: int, progress_bar: tqdm):
         """Log, validate and save, each when it is due."""
         arguments, step = self.arguments, self.global_step
-        is_last = step == self.max_train_steps
-        if step % arguments.logging_steps == 0 or is_last:
+        intervals = (arguments.logging_steps, arguments.validation_steps, arguments.checkpointing_steps)
+        logs, validates, saves = (step % interval == 0 or step == self.max_train_steps for interval in intervals)
+        if not (logs or validates or saves):
+            return
+        values = self._read_step()
+        progress_bar.set_postfix(loss=f"{values['loss']:.4f}")
+        if logs:
             elapsed = time.perf_counter() - self._timed_since
             self._record(
                 values
                 | {
+                    "epoch": epoch,
                     "learning_rate": self.lr_scheduler.get_last_lr()[0],
-                    "images_per_second": self._timed_images / elapsed,
+                    "images_per_second": self._timed_steps * self.images_per_step / elapsed,
                     "images_skipped": self.num_skipped,
                 }
             )
-            self._timed_images, self._timed_since = 0, time.perf_counter()
+            self._timed_steps, self._timed_since = 0, time.perf_counter()
         # What was logged before a checkpoint is kept when the run is resumed from it: it comes last.
-        if step % arguments.validation_steps == 0 or is_last:
+        if validates:
             self._evaluate()
-        if step % arguments.checkpointing_steps == 0 or is_last:
+        if saves:
             self._save_checkpoint()
 
     def _save_checkpoint(self):
@@ -511,7 +519,7 @@ class Trainer:
             figures["lowest_nll"] = self.metrics_log.lowest_nll
             self.metrics_log.flush()
         limit = self.arguments.checkpoints_total_limit
-        save_checkpoint(self.accelerator, self.folder, self.global_step, self.num_batches, figures, limit, self.ema)
+        save_checkpoint(self.accelerator, self.folder, self.global_step, figures, limit, self.ema)
         self._saved_step = self.global_step
 
     @torch.no_grad()
@@ -537,12 +545,14 @@ class Trainer:
             self._check_finite_weights(self.ema.shadow_params, "averaged weights")
         return nll
 
-    def _save_and_exit(self):
+    def _save_and_exit(self, received: int):
         """Save the steps so far and end the process, after a signal."""
-        received = self._stop_signals.received
+        self._shared_signal.finish()
         if self.global_step != self._saved_step:
+            self._read_step()
             self._save_checkpoint()
-        logger.warning(f"{received.name}: saved up to step {self.global_step}. Resume with the same command.")
+        name = signal.Signals(received).name
+        logger.warning(f"{name}: saved up to step {self.global_step}. Resume with the same command.")
         self.accelerator.end_training()
         raise SystemExit(128 + received)
 
@@ -592,18 +602,28 @@ class Trainer:
         return self.pipeline
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, base_learning_rates: list[float]):
+def use_fused_steps(optimizer: torch.optim.Optimizer):
+    """Make an optimizer fused whose state was loaded, and which may have been saved by another kind of steps."""
+    for group in optimizer.param_groups:
+        group["fused"] = True
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, step: int):
     """
-    Let a schedule that was loaded go on with other learning rates. An optimizer keeps those that it was saved with.
+    Set a schedule to a step. An optimizer that was loaded has the learning rates that it was saved with.
 
     Args:
         optimizer (`torch.optim.Optimizer`): With the scheduler's parameter groups.
-        scheduler (`torch.optim.lr_scheduler.LambdaLR`): Knows the number of steps.
-        base_learning_rates (`list[float]`): The largest learning rate of each group.
+        scheduler (`torch.optim.lr_scheduler.LambdaLR`): A function of the number of steps and nothing else.
+        step (`int`): How many there were.
     """
-    scheduler.base_lrs = base_learning_rates
-    for group, base, factor in zip(optimizer.param_groups, base_learning_rates, scheduler.lr_lambdas, strict=True):
-        group["initial_lr"], group["lr"] = base, base * factor(scheduler.last_epoch)
+    scheduler.last_epoch = step
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = base, base * factor(step)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from diffusers.utils import make_image_grid
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
-from flowback_hf.data import ImageSource, LatentSource, add_noise, make_generator
+from flowback_hf.data import ImageSource, LatentSource, RowGenerator, add_noise, make_generator
 from flowback_hf.files import write_whole
 
 
@@ -38,7 +38,12 @@ def validate(
     flow = classifier.transformer
     log_probs, hits = [], []
     for number, batch in enumerate(dataloader):
-        generator = make_generator(0, number, accelerator.process_index, device=accelerator.device)
+        num_rows = len(batch["class_labels"])
+        generator = RowGenerator(
+            make_generator(0, number, device=accelerator.device),
+            num_rows * accelerator.num_processes,
+            first_row=num_rows * accelerator.process_index,
+        )
         batch = source.mirror(batch, torch.zeros_like(batch["class_labels"], dtype=torch.bool))
         noisy_sample = add_noise(source.clean_sample(batch, generator), flow.config, generator)
         class_labels = None if flow.config.num_classes is None else batch["class_labels"]
