@@ -108,23 +108,20 @@ def test_steps_of_another_number_of_images_are_refused_once(run, arguments, whol
 
 
 def go_to(folder: Path, rank: int):
-    (folder / str(rank)).mkdir()
+    (folder / str(rank)).mkdir(parents=True)
     os.chdir(folder / str(rank))
 
 
-def test_a_folder_that_processes_do_not_share_is_refused(run, tmp_path):
-    processes = run("two", Path("run"), prepare=functools.partial(go_to, tmp_path))
-    assert [process.wait(60) for process in processes] == [0, 0]  # the folder is given by its whole path
-    (tmp_path / "nodes").mkdir()
-    processes = run("two", os.path.relpath("run", tmp_path), functools.partial(go_to, tmp_path / "nodes"))
+def test_a_folder_that_processes_do_not_share_is_refused(arguments, tmp_path):
+    (tmp_path / "logs").mkdir()
+    lines = [arguments(output_dir="run", train_batch_size=2)] * 2
+    processes = start_group(tmp_path / "logs", lines, functools.partial(go_to, tmp_path / "nodes"))
     end(processes, 2)
-    for process in processes:
-        assert "must be a folder that all 2 processes share, but those numbered [1] do not see" in process.sentence
+    assert "must be a folder that all 2 processes share, but those numbered [1] do not see" in processes[0].sentence
 
 
 def test_a_signal_to_one_process_ends_all_at_the_same_step(run, whole, tmp_path):
     folder = tmp_path / "run"
-
     processes = run("two", "run", prepare=functools.partial(signal_main, folder), checkpointing_steps=100)
     end(processes, 128 + signal.SIGTERM)
     (checkpoint,) = list_checkpoints(folder)

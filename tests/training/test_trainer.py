@@ -72,6 +72,53 @@ def test_a_norm_of_0_does_not_clip(make_trainer):
     assert not torch.equal(unclipped, weights("clipped", 1e-4))
 
 
+def test_a_step_that_is_not_finite_changes_nothing(make_trainer, tmp_path):
+    """The run ends when it next looks, before it saves anything."""
+    options = {"lr_scheduler": "constant", "lr_warmup_steps": 0, "validation_steps": 100, "checkpointing_steps": 100}
+    expected = make_trainer("short", max_train_steps=1, use_ema=False, **options).fit().transformer.state_dict()
+    trainer = make_trainer(max_train_steps=6, logging_steps=4, **options)
+    clean_sample = trainer.source.clean_sample
+
+    def spoil(batch, generator):
+        sample = clean_sample(batch, generator)
+        return sample.where(torch.tensor(trainer.global_step != 1), torch.nan)
+
+    trainer.source.clean_sample = spoil
+    with pytest.raises(FloatingPointError, match="Step 2: the loss is nan and the gradient's norm nan. Training stop"):
+        trainer.fit()
+    assert trainer.global_step == 4 and not list_checkpoints(tmp_path / "run")
+    for name, parameter in trainer.flow.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_host_reads_the_device_only_to_log(make_trainer, monkeypatch, accumulation):
+    """Between two logs nothing waits for the device."""
+    trainer = make_trainer(
+        max_train_steps=8, logging_steps=4, validation_steps=100, checkpointing_steps=100,
+        gradient_accumulation_steps=accumulation, train_batch_size=2 // accumulation, max_grad_norm=1.0,
+    )  # fmt: skip
+    trainer.flow._check_class_labels = lambda *arguments: None  # looks at labels on the CPU, and on no other device
+    reads = []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *arguments, name=name, method=method: reads.append(name) or method(*arguments)
+        )
+    train_on, end_step, reads_of_steps, reads_of_ends = trainer._train_on, trainer._end_step, [], []
+
+    def count(function, counts, *arguments):
+        before = len(reads)
+        function(*arguments)
+        counts.append(len(reads) - before)
+
+    trainer._train_on = lambda *arguments: count(train_on, reads_of_steps, *arguments)
+    trainer._end_step = lambda *arguments: count(end_step, reads_of_ends, *arguments)
+    trainer.fit()
+    assert reads_of_steps == [0] * 8 * accumulation
+    assert reads_of_ends[:7] == [0, 0, 0, 1, 0, 0, 0]
+
+
 @pytest.mark.parametrize("validation_steps", [1, 100])
 def test_averaged_weights_that_are_not_finite_are_not_saved(make_trainer, tmp_path, validation_steps):
     trainer = make_trainer(checkpointing_steps=1, validation_steps=validation_steps)
