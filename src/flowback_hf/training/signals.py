@@ -39,6 +39,9 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._receive) for number in self.signals}
+            # A signal to all processes of a job also ends those that load data, whereupon torch's own handler would
+            # raise in the middle of the step.
+            self._handlers[signal.SIGCHLD] = signal.getsignal(signal.SIGCHLD)
         return self
 
     def __exit__(self, *_):
@@ -54,13 +57,14 @@ class StopSignals:
         os.write(2, f"\n{name}: saving at the end of this step. Another signal ends the run at once.\n".encode())
 
 
-def ignore_stop_signals(_: int):
+def leave_process_group(_: int):
     """
-    Let a process that loads data live through a signal to the whole process group: the running step needs it. It ends
-    with the process that it works for.
+    Keep a process that loads data out of reach of signals to the whole process group, such as Ctrl-C: the running step
+    needs it.
 
     Args:
         _ (`int`): Its number, which a `worker_init_fn` of `torch.utils.data.DataLoader` takes.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, *(signal.Signals[name] for name in SAVE_SIGNALS)):
-        signal.signal(number, signal.SIG_IGN)
+    os.setsid()
+    for name in ("SIGINT", *SAVE_SIGNALS):  # SIGTERM is how it is ended
+        signal.signal(signal.Signals[name], signal.SIG_IGN)

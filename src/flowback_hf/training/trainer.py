@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -60,7 +61,7 @@ from flowback_hf.training.run_folder import (
     set_aside_later_checkpoints,
 )
 from flowback_hf.training.sampler import EpochSampler
-from flowback_hf.training.signals import StopSignals, ignore_stop_signals
+from flowback_hf.training.signals import StopSignals, leave_process_group
 from flowback_hf.training.step_values import StepValues
 from flowback_hf.training.validation import draw_samples, validate
 from flowback_hf_cli.training import TrainingArguments
@@ -322,7 +323,7 @@ class Trainer:
         options = {
             "collate_fn": collate,
             "num_workers": num_workers,
-            "worker_init_fn": ignore_stop_signals,
+            "worker_init_fn": leave_process_group,
             "persistent_workers": num_workers > 0,
             "pin_memory": accelerator.device.type == "cuda",
         }
@@ -396,7 +397,7 @@ class Trainer:
             batches = self.accelerator.skip_first_batches(
                 batches, num_done * self.arguments.gradient_accumulation_steps
             )
-        for batch in batches:
+        for batch in self._until_stopped(batches):
             self._train_on(batch)
             self._report_skipped(batch["skipped"])
             if not self.accelerator.sync_gradients:
@@ -410,6 +411,20 @@ class Trainer:
                 self._save_and_exit(received)
             if self.global_step == self.max_train_steps:
                 return
+        if self.accelerator.num_processes == 1 and self._stop_signals.received is not None:
+            self._save_and_exit(self._stop_signals.received)
+
+    def _until_stopped(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """
+        The batches, up to a signal that also ended the processes that load them. What the steps before it made can be
+        saved, unless it came in the middle of a step of several batches, or other processes wait for this one.
+        """
+        try:
+            yield from batches
+        except Exception:  # of many kinds, depending on what the loader was doing
+            is_alone = self.accelerator.num_processes == 1
+            if self._stop_signals.received is None or not self.accelerator.sync_gradients or not is_alone:
+                raise
 
     def _row_generator(self) -> RowGenerator:
         """What draws this process's share of the running step's noise."""
