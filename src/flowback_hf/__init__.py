@@ -4,6 +4,7 @@ import diffusers
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
 from flowback_hf.alignment.objective import AlignedFlowObjective, AlignedFlowOutput
+from flowback_hf.alignment.reverse_objective import ReverseFlowObjective, ReverseFlowOutput
 from flowback_hf.alignment.teacher import RepresentationTeacher
 from flowback_hf.models.transformer_reverse import TarFlowReverseOutput, TarFlowReverseTransformer2DModel
 from flowback_hf.models.transformer_tarflow import TarFlowOutput, TarFlowTransformer2DModel
@@ -21,6 +22,8 @@ __all__ = [
     "FlowBackClassificationPipeline",
     "FlowBackPipeline",
     "RepresentationTeacher",
+    "ReverseFlowObjective",
+    "ReverseFlowOutput",
     "TarFlowReverseOutput",
     "TarFlowReverseTransformer2DModel",
     "TarFlowOutput",

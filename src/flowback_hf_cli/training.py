@@ -241,8 +241,8 @@ def add_alignment_arguments(group: argparse._ArgumentGroup):
     )
     group.add_argument(
         "--teacher_model_name_or_path",
-        help="The vision encoder to align with, DINOv2, CLIP, SigLIP or ViT-MAE: its id on the Hub or a folder."
-        " Default: facebook/dinov2-base.",
+        help="The vision encoder to align with, DINOv2, CLIP, SigLIP, ViT-MAE or ConvNeXt V2: its id on the Hub or a"
+        " folder. Default: facebook/dinov2-base.",
     )
     group.add_argument(
         "--teacher_features",

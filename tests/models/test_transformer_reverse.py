@@ -69,7 +69,7 @@ def plain_embedding(stage, labels, index, weight):
     def mlp(vector):
         inner, outer = stage.guidance_embed[0], stage.guidance_embed[2]
         hidden = inner.weight @ torch.cat([vector, weight.view(1)]) + inner.bias
-        return outer.weight @ (hidden / (1 + torch.exp(-hidden))) + outer.bias
+        return outer.weight @ (hidden / (1 + torch.exp(-hidden)))
 
     return embedding + weight * (mlp(embedding) - mlp(no_class))
 
@@ -124,7 +124,9 @@ def test_labels_and_guidance_matter_and_guidance_of_no_class_does_not(random_rev
 
 def test_every_token_attends_to_every_other(random_reverse_transformer, noise):
     model = random_reverse_transformer(num_blocks=1, patch_size=2)
-    jacobian = torch.autograd.functional.jacobian(lambda sample: model(sample, LABELS["classes"][:1]).sample, noise[:1])
+    jacobian = torch.autograd.functional.jacobian(
+        lambda sample: model(sample, LABELS["classes"][:1]).sample, noise[:1]
+    )
     patches = torch.nn.functional.pixel_unshuffle(jacobian.reshape(48, 3, 4, 4), 2).flatten(2).abs().amax(dim=1)
     assert patches.min() > 0
 
@@ -241,7 +243,7 @@ def test_another_flow_is_refused(randomised_model, random_reverse_transformer):
     model = TarFlowReverseTransformer2DModel.for_flow(flow)
     model.check_flow(flow)
     model.check_flow(randomised_model().to(torch.bfloat16))
-    with pytest.raises(ValueError, match="is that of a flow with other weights. Train one for this flow with training"):
+    with pytest.raises(ValueError, match="is that of a flow with other weights. Train one for this flow with"):
         model.check_flow(randomised_model(seed=1))
     with pytest.raises(ValueError, match="must have the flow's `num_classes`, 4, but has 5"):
         model.check_flow(randomised_model(num_classes=4))

@@ -247,7 +247,9 @@ class TarFlowReverseStage(nn.Module):
         self.class_embed = None
         if num_classes is not None:
             self.class_embed = nn.Parameter(0.01 * torch.randn(num_classes, width))
-            self.guidance_embed = nn.Sequential(nn.Linear(width + 1, width), nn.SiLU(), nn.Linear(width, width))
+            # A bias of the last layer would cancel out.
+            output = nn.Linear(width, width, bias=False)
+            self.guidance_embed = nn.Sequential(nn.Linear(width + 1, width), nn.SiLU(), output)
             nn.init.zeros_(self.guidance_embed[2].weight)
         self.layers = nn.ModuleList(
             TarFlowReverseLayer(num_attention_heads, attention_head_dim, mlp_ratio) for _ in range(num_layers)
