@@ -167,6 +167,25 @@ def push_to_hub(
     return str(url)
 
 
+def publish(
+    pipeline: pipeline_flowback.FlowBackPipeline,
+    repo_id: str,
+    output_dir: str | os.PathLike,
+    private: bool | None,
+    token: str | None,
+):
+    """Push the pipeline of a run that has just ended, and say how to try again if that fails."""
+    try:
+        url = pipeline.push_to_hub(repo_id, run_dir=output_dir, private=private, token=token)
+    except Exception as error:
+        error.add_note(
+            f"The pipeline is saved in {output_dir}, but could not be published. Try again with"
+            f" pipelines/push_to_hub.py --model {output_dir} --hub_model_id {repo_id}."
+        )
+        raise
+    print(f"Published {url}.")
+
+
 def check_repository(
     repo_id: str,
     transformer_config: dict[str, Any],

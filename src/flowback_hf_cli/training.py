@@ -403,8 +403,8 @@ def add_run_arguments(group: argparse._ArgumentGroup):
         "--validation_guidance_scale",
         type=number_of(TrainingArguments, "validation_guidance_scale"),
         default=defaults.validation_guidance_scale,
-        help="Guidance scale of the sample grids and, by default, of the saved pipeline; 1.0 is off."
-        " Default: %(default)s.",
+        help="Guidance scale of the sample grids; 1.0 is off. A new flow's pipeline has it as its own. Default:"
+        " %(default)s.",
     )
     group.add_argument(
         "--report_to",

@@ -236,6 +236,11 @@ class AlignedFlowObjective(nn.Module):
                 nn.Linear(projector_dim, teacher_dim),
             )
 
+    @property
+    def model(self) -> TarFlowTransformer2DModel:
+        """What is trained: the flow."""
+        return self.flow
+
     def forward(
         self,
         noisy_sample: torch.Tensor,

@@ -172,6 +172,11 @@ class ReverseFlowObjective(nn.Module):
         if supervision != "final":
             reverse_transformer.add_heads()
 
+    @property
+    def model(self) -> TarFlowReverseTransformer2DModel:
+        """What is trained: the learned inverse."""
+        return self.reverse_transformer
+
     @torch.no_grad()
     def measure_statistics(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]]):
         """
@@ -183,14 +188,14 @@ class ReverseFlowObjective(nn.Module):
         Raises:
             ValueError: if the flow is not finite on them.
         """
-        if self.supervision == "final" or not self.normalize:
-            return
         count, sums, squares = 0, 0.0, 0.0
         for noisy_sample, class_labels in batches:
             values = torch.stack(trajectory_of(self.flow, noisy_sample, class_labels)[:-1]).double().flatten(1)
             check_finite(values)
             count += values.shape[1]
             sums, squares = sums + values.sum(dim=1), squares + values.square().sum(dim=1)
+        if self.supervision == "final" or not self.normalize:
+            return
         mean = sums / count
         heads = self.reverse_transformer.heads
         heads.mean.copy_(mean)

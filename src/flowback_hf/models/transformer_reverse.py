@@ -225,6 +225,7 @@ class TarFlowReverseStage(nn.Module):
     Args:
         num_attention_heads, attention_head_dim, num_layers, mlp_ratio, num_classes:
             As in [`TarFlowReverseTransformer2DModel`].
+        guided (`bool`): Whether guidance is an input.
         in_dim (`int`, *optional*), out_dim (`int`, *optional*):
             Values in a token that the stage takes and returns, if they are no hidden states.
     """
@@ -238,15 +239,17 @@ class TarFlowReverseStage(nn.Module):
         num_layers: int,
         mlp_ratio: float,
         num_classes: int | None,
+        guided: bool,
         in_dim: int | None = None,
         out_dim: int | None = None,
     ):
         super().__init__()
         width = num_attention_heads * attention_head_dim
         self.proj_in = nn.Identity() if in_dim is None else nn.Linear(in_dim, width)
-        self.class_embed = None
+        self.class_embed = self.guidance_embed = None
         if num_classes is not None:
             self.class_embed = nn.Parameter(0.01 * torch.randn(num_classes, width))
+        if num_classes is not None and guided:
             # A bias of the last layer would cancel out.
             output = nn.Linear(width, width, bias=False)
             self.guidance_embed = nn.Sequential(nn.Linear(width + 1, width), nn.SiLU(), output)
@@ -293,7 +296,7 @@ class TarFlowReverseStage(nn.Module):
     def _embed(self, class_labels: torch.Tensor | None, guidance_weight: torch.Tensor | None) -> torch.Tensor:
         """Return what is added to every token, `(1 or batch_size, width)`."""
         embedding = embed_classes(self.class_embed, class_labels).to(self.dtype)
-        if class_labels is None or guidance_weight is None:
+        if class_labels is None or guidance_weight is None or self.guidance_embed is None:
             return embedding
         weight = guidance_weight.to(self.dtype).unsqueeze(1)
         no_class = embed_classes(self.class_embed, None).to(self.dtype).expand_as(embedding)
@@ -471,6 +474,7 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 num_layers,
                 mlp_ratio,
                 num_classes,
+                guided=max_guidance_scale > 1.0,
                 in_dim=token_dim if number == num_blocks else inner_dim,
                 out_dim=token_dim if number == 0 else inner_dim,
             )
