@@ -39,9 +39,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         SystemExit: after a message, for a wrong flag or value.
     """
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", required=True, help="Folder or Hub id of the pipeline whose flow is to be inverted."
-    )
+    parser.add_argument("--model", required=True, help="Folder or Hub id of the pipeline whose flow is inverted.")
     data = parser.add_argument_group("data")
     add_data_arguments(data)
     data.add_argument(

@@ -133,12 +133,10 @@ def test_it_learns_to_undo_the_flow(train_reverse, line, tmp_path):
     options = {"max_train_steps": 150, "validation_steps": 150, "checkpointing_steps": 150, "logging_steps": 150}
     options |= {"num_attention_heads": 4, "attention_head_dim": 8, "max_guidance_scale": 1.0, "ema_decay": 0.9}
     train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", **options)))
-    first, last = (
-        [record[f"validation_reconstruction"] for record in read_metrics(tmp_path / "run")[number:][:1]]
-        for number in (0, -1)
-    )
-    # the images are uniform noise: their variance is 1/3
-    assert first[0] == pytest.approx(1 / 3, abs=0.02) and last[0] < 0.5 * first[0]
+    metrics = read_metrics(tmp_path / "run")
+    # the images are uniform noise, whose second moment is 1/3
+    assert metrics[0]["validation_reconstruction"] == pytest.approx(1 / 3, abs=0.02)
+    assert metrics[-1]["validation_reconstruction"] < 0.15
 
 
 def test_a_killed_run_goes_on_exactly(line, tmp_path):
