@@ -54,7 +54,6 @@ def test_defaults_of_the_flags_are_those_of_the_arguments():
 
 
 def test_choices_are_the_librarys():
-    sample = load_script(REPOSITORY / "pipelines" / "sample.py")
     assert evaluation.METHODS == METHODS
     assert evaluation.GUIDANCE_RULES == GUIDANCE_RULES
-    assert evaluation.GUIDANCE_SCHEDULES == GUIDANCE_SCHEDULES and sample.SOLVERS == SOLVERS
+    assert evaluation.GUIDANCE_SCHEDULES == GUIDANCE_SCHEDULES and evaluation.SOLVERS == (*SOLVERS, "learned")
