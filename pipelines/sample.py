@@ -15,11 +15,8 @@ import argparse
 from pathlib import Path
 
 from flowback_hf_cli.command import add_debug_argument, run_command
-from flowback_hf_cli.evaluation import GUIDANCE_RULES, GUIDANCE_SCHEDULES
+from flowback_hf_cli.evaluation import GUIDANCE_RULES, GUIDANCE_SCHEDULES, SOLVERS
 from flowback_hf_cli.numbers import COUNT, SEED, Number
-
-
-SOLVERS = ("auto", "sequential", "jacobi")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -52,7 +49,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Attention temperature that guides an unconditional flow. 1.0 is off. Default: %(default)s.",
     )
     parser.add_argument(
-        "--solver", choices=SOLVERS, default="auto", help="How the flow is inverted. Default: %(default)s."
+        "--solver",
+        choices=SOLVERS,
+        default="auto",
+        help="How the flow is inverted; learned samples with the pipeline's learned inverse. Default: %(default)s.",
     )
     parser.add_argument(
         "--tolerance",

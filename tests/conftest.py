@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
+from flowback_hf.models.transformer_reverse import TarFlowReverseTransformer2DModel
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 
 from .stand_in_hub import TOKEN, StandInHub
@@ -78,6 +79,10 @@ TINY_CONFIG = {
 }
 
 
+# A learned inverse of such a flow
+TINY_REVERSE_CONFIG = TINY_CONFIG | {"max_guidance_scale": 3.0}
+
+
 def randomise_weights(model: torch.nn.Module, seed: int):
     """Weights of the size a trained model has, everywhere: what starts at zero or one hides most mistakes."""
     generator = torch.Generator().manual_seed(seed)
@@ -99,6 +104,18 @@ def randomised_model():
 
     def build(seed: int = 0, **config) -> TarFlowTransformer2DModel:
         model = TarFlowTransformer2DModel(**{**TINY_CONFIG, **config}).to(torch.float64).eval()
+        randomise_weights(model, seed)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_reverse_transformer():
+    """A function of the config's values: a float64 learned inverse with random weights everywhere."""
+
+    def build(seed: int = 0, **config) -> TarFlowReverseTransformer2DModel:
+        model = TarFlowReverseTransformer2DModel(**{**TINY_REVERSE_CONFIG, **config}).to(torch.float64).eval()
         randomise_weights(model, seed)
         return model
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from diffusers.utils import logging
 
-from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
+from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline, TarFlowReverseTransformer2DModel
 from flowback_hf.hub import load_pipeline, write_repository
 from flowback_hf.model_card import is_as_written
 
+from .conftest import randomise_weights
 from .run_folders import write_tiny_run
 from .stand_in_hub import REVOKED_TOKEN, TOKEN
 
@@ -93,6 +94,12 @@ for repo_id in ("tester/pixels", "tester/latents"):
     generator = torch.Generator().manual_seed(5)
     images[repo_id] = pipe(class_labels=["felis", 3], generator=generator, output_type="pt").images
     assert pipe.guidance_scale == 1.5
+assert type(pipe.reverse_transformer).__module__.split(".")[0] == library and pipe.reverse_transformer.heads is None
+pipe.reverse_transformer.load_heads(repo_id)
+for denoise in (True, False):
+    generator = torch.Generator().manual_seed(5)
+    arguments = {"solver": "learned", "denoise": denoise, "generator": generator, "output_type": "pt"}
+    images[denoise] = pipe(class_labels=["felis", 3], **arguments).images
 torch.save(images, output)
 if way == "without the package":
     try:
@@ -114,7 +121,8 @@ if way == "without the package":
 else:
     from flowback_hf import FlowBackClassificationPipeline
     from flowback_hf.hub import load_pipeline
-    for repo_id, pictures in images.items():
+    for repo_id in ("tester/pixels", "tester/latents"):
+        pictures = images[repo_id]
         classifier = load_pipeline(FlowBackClassificationPipeline, repo_id)
         scores = classifier.class_scores(pictures, method="bayes")
         torch.save(scores, output.replace("with the package", repo_id.split("/")[1]))
@@ -128,7 +136,12 @@ def test_they_load_with_and_without_the_package_and_sample_the_same_bits(
     FlowBackPipeline.from_pretrained(run_dir).push_to_hub("pixels")
     # diffusers' other way of publishing
     transformer = randomised_model(in_channels=4, position_embedding="rope", activation_fn="swiglu").float()
-    latent_pipeline = FlowBackPipeline(transformer, tiny_vae, {0: "cat, felis"}, guidance_scale=1.5)
+    reverse_transformer = TarFlowReverseTransformer2DModel.for_flow(transformer, max_guidance_scale=2.0)
+    reverse_transformer.add_heads()
+    randomise_weights(reverse_transformer, seed=1)
+    latent_pipeline = FlowBackPipeline(
+        transformer, tiny_vae, {0: "cat, felis"}, guidance_scale=1.5, reverse_transformer=reverse_transformer
+    )
     latent_pipeline.save_pretrained(tmp_path / "latents", push_to_hub=True, private=True)
     assert the_hub.repositories["tester/latents"].private
     assert not any(name.startswith("samples") for name in files_of(the_hub, "tester/latents"))
@@ -153,6 +166,13 @@ def test_they_load_with_and_without_the_package_and_sample_the_same_bits(
         assert expected.std() > 0.01
         for way in processes:
             assert torch.equal(torch.load(tmp_path / f"{way}.pt")[repo_id], expected), (repo_id, way)
+        for denoise in (True, False) if pipeline.reverse_transformer is not None else ():
+            pipeline.reverse_transformer.load_heads(folder)
+            arguments = {"solver": "learned", "denoise": denoise, "generator": generator.manual_seed(5)}
+            learned = pipeline(class_labels=["felis", 3], output_type="pt", **arguments).images
+            assert learned.std() > 0.01 and not torch.equal(learned, expected)
+            for way in processes:
+                assert torch.equal(torch.load(tmp_path / f"{way}.pt")[denoise], learned), (denoise, way)
         # a classifier is loaded from the same repository
         scores = FlowBackClassificationPipeline.from_pipe(pipeline).class_scores(expected, method="bayes")
         assert scores.std() > 0

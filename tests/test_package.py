@@ -67,7 +67,8 @@ def test_some_defaults_are_documented():
 
 def test_the_model_and_the_pipeline_need_torch_and_diffusers_only():
     """Each is uploaded as a single file for those who load a model without the package."""
-    for file in ("models/transformer_tarflow.py", "pipelines/pipeline_flowback.py"):
+    files = ("models/transformer_tarflow.py", "models/transformer_reverse.py", "pipelines/pipeline_flowback.py")
+    for file in files:
         tree = ast.parse((REPOSITORY / "src" / "flowback_hf" / file).read_text())
         imported = set()
         for node in ast.walk(tree):
@@ -75,8 +76,8 @@ def test_the_model_and_the_pipeline_need_torch_and_diffusers_only():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add("." * node.level or node.module.split(".")[0])
-        # diffusers requires Pillow itself.
-        assert imported - sys.stdlib_module_names - {"PIL"} == {"torch", "diffusers"}
+        # diffusers requires Pillow and safetensors itself.
+        assert imported - sys.stdlib_module_names - {"PIL", "safetensors"} == {"torch", "diffusers"}
 
 
 USE = """

@@ -18,7 +18,7 @@ from flowback_hf_cli.training import TrainingArguments, parse_args
 def main(args: argparse.Namespace):
     # Imported after the flags are parsed: it takes seconds.
     from flowback_hf.data import load_splits
-    from flowback_hf.hub import check_repository
+    from flowback_hf.hub import check_repository, publish
     from flowback_hf.training import (
         Trainer,
         check_run_folder,
@@ -53,19 +53,6 @@ def main(args: argparse.Namespace):
     if args.push_to_hub and accelerator.is_main_process:
         publish(pipeline, hub_model_id, args.output_dir, args.hub_private_repo, hub_token)
     accelerator.end_training()
-
-
-def publish(pipeline, repo_id: str, output_dir: str, private: bool, token: str | None):
-    """Push a pipeline to the Hub, and say how to try again if that fails."""
-    try:
-        url = pipeline.push_to_hub(repo_id, run_dir=output_dir, private=private, token=token)
-    except Exception as error:
-        error.add_note(
-            f"The pipeline is saved in {output_dir}, but could not be published. Try again with"
-            f" pipelines/push_to_hub.py --model {output_dir} --hub_model_id {repo_id}."
-        )
-        raise
-    print(f"Published {url}.")
 
 
 if __name__ == "__main__":

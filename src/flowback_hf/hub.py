@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from flowback_hf.files import read_json, write_json, write_text
 from flowback_hf.model_card import Run, find_run, is_as_written, read_edited_card, render_model_card
-from flowback_hf.models import transformer_tarflow
+from flowback_hf.models import transformer_reverse, transformer_tarflow
 from flowback_hf.pipelines import modular_flowback, pipeline_flowback, pipeline_flowback_classification
 
 
@@ -27,9 +27,11 @@ logger = logging.get_logger(__name__)
 # must be distinctive.
 PIPELINE_MODULE = "pipeline_flowback"
 TRANSFORMER_MODULE = "transformer_tarflow"
+REVERSE_TRANSFORMER_MODULE = "transformer_reverse"
 # Where a repository keeps the modules of this package, for those that import others.
 REPOSITORY_MODULES = {
     transformer_tarflow: f"transformer.{TRANSFORMER_MODULE}",
+    transformer_reverse: f"reverse_transformer.{REVERSE_TRANSFORMER_MODULE}",
     pipeline_flowback: PIPELINE_MODULE,
     pipeline_flowback_classification: "pipeline_flowback_classification",
     modular_flowback: "modular_flowback",
@@ -149,7 +151,7 @@ def push_to_hub(
             commit_message=commit_message or f"Upload {type(pipeline).__name__}",
             create_pr=create_pr,
             # Otherwise, weight shards and pictures of an earlier upload would remain beside the new ones.
-            delete_patterns=["transformer/*", "vae/*", "samples/*"],
+            delete_patterns=["transformer/*", "reverse_transformer/*", "vae/*", "samples/*"],
         )
         if card.exists() and is_as_written(card.read_text(encoding="utf-8")) and not create_pr:
             # A commit cannot name itself, so a second one adds the revision of code and weights to the card.
@@ -163,6 +165,25 @@ def push_to_hub(
             if run_dir is not None:
                 shutil.copyfile(card, run_dir / card.name)
     return str(url)
+
+
+def publish(
+    pipeline: pipeline_flowback.FlowBackPipeline,
+    repo_id: str,
+    output_dir: str | os.PathLike,
+    private: bool | None,
+    token: str | None,
+):
+    """Push the pipeline of a run that has just ended, and say how to try again if that fails."""
+    try:
+        url = pipeline.push_to_hub(repo_id, run_dir=output_dir, private=private, token=token)
+    except Exception as error:
+        error.add_note(
+            f"The pipeline is saved in {output_dir}, but could not be published. Try again with"
+            f" pipelines/push_to_hub.py --model {output_dir} --hub_model_id {repo_id}."
+        )
+        raise
+    print(f"Published {url}.")
 
 
 def check_repository(
@@ -251,8 +272,14 @@ def write_repository(
     index = read_json(folder / "model_index.json")
     index["_class_name"] = [PIPELINE_MODULE, "FlowBackPipeline"]
     index["transformer"] = [TRANSFORMER_MODULE, "TarFlowTransformer2DModel"]
+    has_reverse_transformer = pipeline.reverse_transformer is not None
+    if has_reverse_transformer:
+        index["reverse_transformer"] = [REVERSE_TRANSFORMER_MODULE, "TarFlowReverseTransformer2DModel"]
+        copy_heads(folder, run_dir)
     write_config(folder / "model_index.json", index)
     for module, name in REPOSITORY_MODULES.items():
+        if module is transformer_reverse and not has_reverse_transformer:
+            continue
         write_text(folder / f"{name.replace('.', '/')}.py", repository_code(module))
     write_modular_files(folder, repo_id, index)
     for config_file in folder.glob("*/config.json"):
@@ -264,6 +291,13 @@ def write_repository(
         shutil.copyfile(grid, folder / "samples" / grid.name)
     edited_card = None if run_dir is None else read_edited_card(run_dir)
     write_text(folder / "README.md", edited_card or render_model_card(pipeline, repo_id, run_dir, license))
+
+
+def copy_heads(folder: Path, run_dir: str | os.PathLike | None):
+    """Copy the learned inverse's heads from a run's folder, unless the pipeline had them and has saved them."""
+    name = f"reverse_transformer/{transformer_reverse.HEADS_FILE}"
+    if run_dir is not None and Path(run_dir, name).exists() and not (folder / name).exists():
+        shutil.copyfile(Path(run_dir, name), folder / name)
 
 
 def repository_code(module: ModuleType) -> str:

@@ -71,6 +71,11 @@ class Run:
         return self.args.get("alignment", "none") != "none"
 
     @property
+    def trains_inverse(self) -> bool:
+        """Whether the run trained the learned inverse of a given flow."""
+        return "supervision" in self.args
+
+    @property
     def teacher(self) -> str | None:
         """
         The teacher's Hub id or folder. Stored features name theirs; without a name it is the default teacher.
@@ -229,9 +234,10 @@ def render_model_card(
         call=example_call(config, id2label),
         revision=revision,
         guidance=describe_guidance(pipeline),
+        learned=describe_learned_inverse(pipeline),
         grid=None if run.grid is None else f"samples/{run.grid.name}",
         grid_caption=None if run.grid is None else describe_grid(run, config),
-        model_table=settings_table(model_settings(pipeline)),
+        model_table=settings_table(model_settings(pipeline) | learned_inverse_settings(pipeline)),
         classes=markdown_text(", ".join(id2label.values())) if 0 < len(id2label) <= MAX_NAMED_CLASSES else None,
         training_table=settings_table(training_settings(run)) if run.args else None,
         metrics_table=results_table(measurements(run.metrics)) if run.metrics else None,
@@ -344,11 +350,28 @@ def describe_guidance(pipeline: FlowBackPipeline) -> str:
     return f"By default, `guidance_scale` is {scale:g} with the {rule} rule. 1.0 turns guidance off."
 
 
+def describe_learned_inverse(pipeline: FlowBackPipeline) -> str | None:
+    """Say what the learned inverse is for, and which guidance it takes; `None` without one."""
+    if pipeline.reverse_transformer is None:
+        return None
+    config = pipeline.reverse_transformer.config
+    text = (
+        '`solver="learned"` samples with a learned inverse, in one evaluation instead of the flow\'s'
+        f" {pipeline.transformer.config.num_blocks} sequential blocks. Its images are not those of the exact inverse,"
+        " which the other solvers compute, and have no exact density."
+    )
+    if config.min_guidance_scale == config.max_guidance_scale:
+        return f"{text} It takes `guidance_scale={config.min_guidance_scale:g}` only."
+    return f"{text} It takes a `guidance_scale` from {config.min_guidance_scale:g} to {config.max_guidance_scale:g}."
+
+
 def describe_grid(run: Run, config: Any) -> str:
     step = int(run.grid.stem.removeprefix("step-"))
     text = f"Drawn by the training script at step {step}, seed {run.args['seed']}"
     if config.num_classes is not None:
         text += f", one row a class, `guidance_scale={run.args['validation_guidance_scale']:g}`"
+    if run.trains_inverse:
+        text += ", the exact sampler's on the left, those of the learned inverse of the same noise on the right"
     return f"{text}. The samples were not selected."
 
 
@@ -356,6 +379,11 @@ def describe_metrics(run: Run) -> str:
     weights = "averaged" if run.args.get("use_ema") else "last"
     max_images = run.args.get("max_validation_samples")
     images = "the validation images" if max_images is None else f"at most {max_images} validation images"
+    if run.trains_inverse:
+        return (
+            f"The squared error is the mean over {images}, which are in [-1, 1], each with one draw of the training"
+            f" noise, under the {weights} weights. Lower is better."
+        )
     text = (
         f"The nll (negative log-likelihood) is the mean over {images}, each with one draw of the training noise, under"
         f" the {weights} weights. Lower is better."
@@ -395,6 +423,18 @@ def describe_limits(pipeline: FlowBackPipeline) -> str:
 # Tables
 
 
+def learned_inverse_settings(pipeline: FlowBackPipeline) -> dict[str, Any]:
+    if pipeline.reverse_transformer is None:
+        return {}
+    config = pipeline.reverse_transformer.config
+    return {
+        "learned inverse, parameters": f"{pipeline.reverse_transformer.num_parameters() / 1e6:.2f} M",
+        "learned inverse, patch": f"{config.patch_size} × {config.patch_size}",
+        "learned inverse, stages": f"{config.num_blocks + 1} of {config.num_layers} layers",
+        "learned inverse, width": f"{config.num_attention_heads} heads of {config.attention_head_dim}",
+    }
+
+
 def model_settings(pipeline: FlowBackPipeline) -> dict[str, Any]:
     config = pipeline.transformer.config
     layers = config.num_layers
@@ -432,6 +472,8 @@ def training_settings(run: Run) -> dict[str, Any]:
         "data": describe_data(run),
         "augmentation": f"{flips}; {args['label_dropout']:.0%} of the labels dropped",
     }
+    if run.trains_inverse:
+        settings["trained"] = f"the learned inverse of a flow that was given; supervision {args['supervision']}"
     if run.is_aligned:
         order = f", order {args.get('alignment_order') or 0}" if args["alignment"] == "reverse" else ""
         places = {place for record in run.metrics for place in cosine_similarities(record)}
@@ -482,6 +524,11 @@ def cosine_similarities(record: dict[str, float]) -> dict[Place, float]:
 def measurements(metrics: list[dict[str, float]]) -> dict[str, Any]:
     """Return the last logged validation results and cosine similarities, and the untrained flow's validation nll."""
     table = {}
+    reconstructions = [record for record in metrics if "validation_reconstruction" in record]
+    if reconstructions:
+        last = reconstructions[-1]
+        value = f"{last['validation_reconstruction']:.4g} (step {last['step']})"
+        table["squared error of validation images, restored from their latents"] = value
     validations = [record for record in metrics if "validation_nll" in record]
     if validations:
         first, last = validations[0], validations[-1]

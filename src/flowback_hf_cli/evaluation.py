@@ -30,6 +30,8 @@ the work between processes, which must see the same output folder. The results s
 METHODS = ("gradient", "ascent", "bayes", "shortlist")
 GUIDANCE_RULES = ("linear", "product")
 GUIDANCE_SCHEDULES = ("constant", "linear")
+# The exact ones of the flow, and the pipeline's learned inverse.
+SOLVERS = ("auto", "sequential", "jacobi", "learned")
 
 
 @dataclass
@@ -54,6 +56,7 @@ class EvaluationArguments:
         guidance_rule (`str`, *optional*): Default: the pipeline's.
         guidance_schedule (`str`, *optional*): With `"linear"`, guidance grows along the sequence. Default: constant.
         guidance_temperature (`float`, defaults to 1.0): What guides an unconditional flow.
+        solver (`str`, defaults to `"auto"`): How the flow is inverted; `"learned"` samples with the learned inverse.
         reference (`pathlib.Path`, *optional*): The `reference.npz` of an earlier evaluation.
         write_best_guidance (`bool`, defaults to `False`): Write the best guidance scale into the folder `model`.
         linear_probe (`bool`, defaults to `False`): Fit linear probes to the hidden states.
@@ -85,6 +88,7 @@ class EvaluationArguments:
     guidance_rule: str | None = None
     guidance_schedule: str | None = None
     guidance_temperature: float = number_field(1.0, Number(float, above=0))
+    solver: str = "auto"
     reference: Path | None = None
     write_best_guidance: bool = False
     linear_probe: bool = False
@@ -214,6 +218,12 @@ def add_part_arguments(parser: argparse.ArgumentParser):
         type=number_of(defaults, "guidance_temperature"),
         default=defaults.guidance_temperature,
         help="Attention temperature that guides an unconditional flow. 1.0 is off. Default: %(default)s.",
+    )
+    samples.add_argument(
+        "--solver",
+        choices=SOLVERS,
+        default=defaults.solver,
+        help="How the flow is inverted; learned samples with the pipeline's learned inverse. Default: %(default)s.",
     )
     samples.add_argument(
         "--reference", type=Path, help="A reference.npz of an earlier evaluation, used instead of --reference_split."

@@ -242,8 +242,8 @@ def add_alignment_arguments(group: argparse._ArgumentGroup):
     )
     group.add_argument(
         "--teacher_model_name_or_path",
-        help="The vision encoder to align with, DINOv2, CLIP, SigLIP or ViT-MAE: its id on the Hub or a folder."
-        " Default: facebook/dinov2-base.",
+        help="The vision encoder to align with, DINOv2, CLIP, SigLIP, ViT-MAE or ConvNeXt V2: its id on the Hub or a"
+        " folder. Default: facebook/dinov2-base.",
     )
     group.add_argument(
         "--teacher_features",
@@ -412,8 +412,8 @@ def add_run_arguments(group: argparse._ArgumentGroup):
         "--validation_guidance_scale",
         type=number_of(TrainingArguments, "validation_guidance_scale"),
         default=defaults.validation_guidance_scale,
-        help="Guidance scale of the sample grids and, by default, of the saved pipeline; 1.0 is off."
-        " Default: %(default)s.",
+        help="Guidance scale of the sample grids; 1.0 is off. A new flow's pipeline has it as its own. Default:"
+        " %(default)s.",
     )
     group.add_argument(
         "--report_to",

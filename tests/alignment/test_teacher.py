@@ -12,6 +12,9 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    ConvNextImageProcessorPil,
+    ConvNextV2Config,
+    ConvNextV2Model,
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
@@ -74,6 +77,13 @@ KINDS = {
         ViTImageProcessorPil,
         1,
     ),
+    "convnext": (
+        lambda: ConvNextV2Model(
+            ConvNextV2Config(num_stages=1, hidden_sizes=[16], depths=[2], image_size=28, patch_size=7)
+        ),
+        ConvNextImageProcessorPil,
+        0,
+    ),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -118,6 +128,8 @@ def test_features_are_the_encoders_patch_tokens_of_normalized_images(folder, kin
         arguments["noise"] = torch.linspace(0, 1, 16).expand(2, -1)
     with torch.no_grad():
         expected = encoder(pixel_values, **arguments).last_hidden_state
+    if kind == "convnext":
+        expected = expected.permute(0, 2, 3, 1).reshape(2, 16, 16)
     num_prefix_tokens = KINDS[kind][2]
     assert expected.shape[1] == 16 + num_prefix_tokens
     features = teacher(images)
@@ -176,8 +188,26 @@ def test_it_is_frozen_and_in_its_own_dtype(folder, kind):
     teacher = RepresentationTeacher.from_pretrained(folder(kind), grid_size=4, dtype=torch.bfloat16).train()
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    features = teacher(torch.zeros(1, 3, 28, 28, requires_grad=True))
+    features = teacher(torch.zeros(1, 3, 28, 28))
     assert not features.requires_grad and features.dtype == torch.bfloat16
+
+
+@every_kind
+def test_gradients_flow_to_images_that_require_them(folder, kind):
+    """What is trained by the features of its images needs them."""
+    teacher = RepresentationTeacher.from_pretrained(folder(kind), grid_size=4)
+    images = random_images(1, 3, 20, 20).requires_grad_()
+    teacher(images)[0, 5].square().sum().backward()
+    assert images.grad.abs().amax(dim=1).min() > 0 or kind == "convnext"  # whose patches see their neighbours only
+    assert images.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_convnexts_later_stages_halve_its_grid():
+    config = ConvNextV2Config(num_stages=3, hidden_sizes=[8, 12, 20], depths=[1, 1, 1], image_size=64, patch_size=4)
+    teacher = RepresentationTeacher(ConvNextV2Model(config), grid_size=4)
+    assert teacher.feature_dim == 20 and teacher(random_images(2, 3, 64, 64)).shape == (2, 16, 20)
+    assert RepresentationTeacher(ConvNextV2Model(config), grid_size=6)(random_images(2, 3, 64, 64)).shape[1] == 36
 
 
 def test_grey_images_are_repeated(folder):
@@ -201,7 +231,7 @@ def test_the_text_tower_is_not_reported(folder, caplog):
 )
 def test_a_model_without_patch_tokens_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
-    known = "DINOv2, DINOv2 with registers, CLIP, SigLIP, ViT-MAE"
+    known = "DINOv2, DINOv2 with registers, CLIP, SigLIP, ViT-MAE, ConvNeXt V2"
     message = f"patch tokens lie on a grid, one of {known}, but its model type is '{model.config.model_type}'"
     with pytest.raises(ValueError, match=message):
         RepresentationTeacher.from_pretrained(tmp_path, grid_size=4)

@@ -11,7 +11,7 @@ from flowback_hf.models.transformer_tarflow import GUIDANCE_RULES, GUIDANCE_SCHE
 from flowback_hf.pipelines.pipeline_flowback_classification import METHODS
 from flowback_hf_cli import evaluation
 
-from ..conftest import end_of_command, load_script
+from ..conftest import end_of_command
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -54,7 +54,6 @@ def test_defaults_of_the_flags_are_those_of_the_arguments():
 
 
 def test_choices_are_the_librarys():
-    sample = load_script(REPOSITORY / "pipelines" / "sample.py")
     assert evaluation.METHODS == METHODS
     assert evaluation.GUIDANCE_RULES == GUIDANCE_RULES
-    assert evaluation.GUIDANCE_SCHEDULES == GUIDANCE_SCHEDULES and sample.SOLVERS == SOLVERS
+    assert evaluation.GUIDANCE_SCHEDULES == GUIDANCE_SCHEDULES and evaluation.SOLVERS == (*SOLVERS, "learned")

@@ -75,7 +75,7 @@ def test_from_pipe_needs_a_flow(tiny_vae):
 def test_components_make_the_same_pipeline(latent_pipe):
     again = FlowBackPipeline(**latent_pipe.components)
     again.set_progress_bar_config(disable=True)
-    assert set(latent_pipe.components) == {"transformer", "vae"}
+    assert set(latent_pipe.components) == {"transformer", "vae", "reverse_transformer"}
     assert torch.equal(sample(again), sample(latent_pipe))
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from torch.autograd.function import once_differentiable
 
-from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
+from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel, check_class_labels
 from flowback_hf.places import Place, check_places, place_name
 from flowback_hf_cli.numbers import check_number
 
@@ -236,6 +236,11 @@ class AlignedFlowObjective(nn.Module):
                 nn.Linear(projector_dim, teacher_dim),
             )
 
+    @property
+    def model(self) -> TarFlowTransformer2DModel:
+        """What is trained: the flow."""
+        return self.flow
+
     def forward(
         self,
         noisy_sample: torch.Tensor,
@@ -257,7 +262,7 @@ class AlignedFlowObjective(nn.Module):
             ValueError: if `teacher_features` are missing or of another shape, or labels do not fit the flow.
         """
         tokens = self.flow.patchify(noisy_sample)
-        self.flow._check_class_labels(class_labels, len(tokens))
+        check_class_labels(class_labels, len(tokens), self.flow.config.num_classes)
         self._check_teacher_features(teacher_features, tokens)
 
         fixed_points: dict[int, FixedPoint] = {}

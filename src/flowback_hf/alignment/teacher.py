@@ -52,6 +52,7 @@ ENCODER_KINDS = {
     "siglip": EncoderKind("SigLIP", "SiglipVisionModel", num_prefix_tokens=0),
     "siglip_vision_model": EncoderKind("SigLIP", "SiglipVisionModel", num_prefix_tokens=0),
     "vit_mae": EncoderKind("ViT-MAE", "ViTMAEModel", num_prefix_tokens=1),
+    "convnextv2": EncoderKind("ConvNeXt V2", "ConvNextV2Model", num_prefix_tokens=0),
 }
 
 
@@ -88,10 +89,11 @@ class RepresentationTeacher(nn.Module):
     """
     A frozen vision encoder that computes patch features on a flow's token grid.
 
-    The encoder is DINOv2 (with or without registers), the vision tower of CLIP or SigLIP, or ViT-MAE. Images are
-    resized to what it takes. DINOv2 takes any size, so its images are chosen to have one patch per token: a grid of 16
-    and DINOv2-B/14 give 224 pixels. The others take the size in their config. If their patches form another grid, the
-    features are resampled bilinearly to the flow's (`align_corners=False`).
+    The encoder is DINOv2 (with or without registers), the vision tower of CLIP or SigLIP, ViT-MAE, or ConvNeXt V2,
+    whose patches are the cells of its last feature map. Images are resized to what it takes. DINOv2 takes any size, so
+    its images are chosen to have one patch per token: a grid of 16 and DINOv2-B/14 give 224 pixels. The others take
+    the size in their config. If their patches form another grid, the features are resampled bilinearly to the flow's
+    (`align_corners=False`).
 
     Args:
         encoder ([`~transformers.PreTrainedModel`]): The encoder. It is frozen and put into eval mode.
@@ -116,7 +118,7 @@ class RepresentationTeacher(nn.Module):
 
     References: DINOv2, https://arxiv.org/abs/2304.07193, and registers, https://arxiv.org/abs/2309.16588;
     CLIP, https://arxiv.org/abs/2103.00020; SigLIP, https://arxiv.org/abs/2303.15343;
-    MAE, https://arxiv.org/abs/2111.06377
+    MAE, https://arxiv.org/abs/2111.06377; ConvNeXt V2, https://arxiv.org/abs/2301.00808
     """
 
     def __init__(
@@ -199,16 +201,24 @@ class RepresentationTeacher(nn.Module):
     @property
     def feature_dim(self) -> int:
         """The dimension of the features, which [`AlignedFlowObjective`] takes as `teacher_dim`."""
-        return self.encoder.config.hidden_size
+        config = self.encoder.config
+        return config.hidden_sizes[-1] if config.model_type == "convnextv2" else config.hidden_size
+
+    @property
+    def _encoder_grid_size(self) -> int:
+        """Height and width of the encoder's grid of patches."""
+        config = self.encoder.config
+        # Each of ConvNeXt's later stages halves the feature map.
+        halvings = len(config.hidden_sizes) - 1 if config.model_type == "convnextv2" else 0
+        return self.image_size // (config.patch_size * 2**halvings)
 
     def train(self, mode: bool = True) -> "RepresentationTeacher":
         """Stay in eval mode, whatever `mode` is: a teacher is frozen."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
-        Compute the patch features of images.
+        Compute the patch features of images. Gradients flow to images that require them, never to the encoder.
 
         Args:
             images (`torch.Tensor` of shape `(batch_size, 1 or 3, height, width)`):
@@ -232,14 +242,15 @@ class RepresentationTeacher(nn.Module):
         if self.encoder.config.model_type == "vit_mae":
             arguments["noise"] = self.patch_order.expand(len(images), -1)
         hidden_states = self.encoder(pixel_values.to(self.encoder.dtype), **arguments).last_hidden_state
+        if hidden_states.ndim == 4:  # a feature map
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
         return self._resample(hidden_states[:, self.num_prefix_tokens :])
 
     def _resample(self, features: torch.Tensor) -> torch.Tensor:
         """Resample features from the encoder's grid of patches to the flow's grid of tokens."""
-        encoder_grid_size = self.image_size // self.encoder.config.patch_size
-        if encoder_grid_size == self.grid_size:
+        if self._encoder_grid_size == self.grid_size:
             return features
-        grid = features.transpose(1, 2).unflatten(2, (encoder_grid_size, encoder_grid_size))
+        grid = features.transpose(1, 2).unflatten(2, (self._encoder_grid_size, self._encoder_grid_size))
         grid = F.interpolate(grid.float(), size=self.grid_size, mode="bilinear", align_corners=False)
         return grid.flatten(2).transpose(1, 2).to(features.dtype)
 

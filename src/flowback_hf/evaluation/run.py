@@ -118,6 +118,8 @@ class Evaluation:
         self.classifier = FlowBackClassificationPipeline.from_pipe(pipeline)
         self.classifier.set_progress_bar_config(disable=True)
         self.guidance_rule = options.guidance_rule or pipeline.config.guidance_rule
+        # Evaluations from before there was a choice do not name it.
+        self.solver = {} if options.solver == "auto" else {"solver": options.solver}
         self.source = DataSource.from_args(options)
         self.hold_out = HoldOut.read(options.model, self.source) if Path(options.model).is_dir() else None
         self.images = self.load_images(options.split, options.max_images)
@@ -182,6 +184,7 @@ class Evaluation:
                 "guidance_rule": self.guidance_rule,
                 "guidance_schedule": options.guidance_schedule,
                 "guidance_temperature": options.guidance_temperature,
+                **self.solver,
             }
         if self.probe_images is not None:
             settings["linear_probe"] = {**common, **split, "num_probe_images": len(self.probe_images)}
@@ -257,6 +260,7 @@ class Evaluation:
                     guidance_rule=self.guidance_rule,
                     guidance_schedule=options.guidance_schedule or "constant",
                     guidance_temperature=options.guidance_temperature,
+                    **self.solver,
                 )
                 return {f"{key}/guidance_{scale}": value for key, value in measured.items()}
 
@@ -268,6 +272,7 @@ class Evaluation:
             "best_frechet_distance": distances[best],
             "guidance_rule": self.guidance_rule,
             "guidance_schedule": options.guidance_schedule or "constant",
+            **self.solver,
             "features": extractor.name,
             "reference": reference.name,
             "num_reference_images": reference.num_images,
@@ -329,6 +334,7 @@ def check_flow(pipeline: FlowBackPipeline, options: EvaluationArguments):
             guidance_rule=options.guidance_rule,
             guidance_schedule=options.guidance_schedule or "constant",
             guidance_temperature=options.guidance_temperature,
+            solver=options.solver,
         )
 
 

@@ -92,8 +92,8 @@ def evaluate_samples(
         num_samples (`int`, defaults to 2000): How many samples.
         batch_size (`int`, defaults to 32): Images per process and pass.
         seed (`int`, defaults to 0): Decides the noise.
-        guidance: `guidance_scale`, `guidance_rule`, `guidance_schedule` and `guidance_temperature` of the pipeline's
-            call.
+        guidance: `guidance_scale`, `guidance_rule`, `guidance_schedule`, `guidance_temperature` and `solver` of the
+            pipeline's call.
     Returns:
         `dict`: `frechet_distance`, `kernel_distance`, `precision` and `recall`; with a classifier as the encoder,
         `inception_score`; if it knows the flow's classes, `classifier_reads_label`, the share of samples that it takes

@@ -57,6 +57,32 @@ def check_number(
     raise ValueError(f"`{name}` must be a {'whole' if kind is int else 'finite'} number{expected}, but is {value!r}.")
 
 
+def check_class_labels(class_labels: torch.Tensor | None, batch_size: int, num_classes: int | None):
+    """Raise ValueError unless class labels, or class weights, fit a batch and a model."""
+    if class_labels is None:
+        return
+    if num_classes is None:
+        raise ValueError("`class_labels` must be None: this model is unconditional (`num_classes` is None).")
+    if not isinstance(class_labels, torch.Tensor):
+        raise ValueError(f"`class_labels` must be a tensor, but are {class_labels!r}.")
+    expected = (batch_size, num_classes) if class_labels.is_floating_point() else (batch_size,)
+    if tuple(class_labels.shape) != expected or class_labels.dtype == torch.bool:
+        raise ValueError(
+            f"`class_labels` must be integers of shape ({batch_size},) or floating-point class weights of shape"
+            f" ({batch_size}, {num_classes}), but are {class_labels.dtype} of shape {tuple(class_labels.shape)}."
+        )
+    # One graph cannot depend on values. Fake tensors (a subclass) have none, and a GPU would be waited for.
+    is_readable = type(class_labels) is torch.Tensor and class_labels.device.type == "cpu"
+    if class_labels.is_floating_point() or not is_readable or torch.compiler.is_compiling():
+        return
+    label_ids = class_labels.long()  # without a sign, -1 would be the largest
+    if ((label_ids < -1) | (label_ids >= num_classes)).any():
+        raise ValueError(
+            f"`class_labels` must lie between 0 and {num_classes - 1}, or be -1 for no class, but are"
+            f" {class_labels.tolist()}."
+        )
+
+
 # Layers
 
 
@@ -162,6 +188,20 @@ def rotate(states: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     return rotated.flatten(-2).to(states.dtype)
+
+
+def embed_classes(class_embed: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+    """Return `(1 or batch_size, width)`: rows of a class table, weighted rows, or the table's mean for no class."""
+    no_class = class_embed.mean(dim=0, keepdim=True)
+    if class_labels is None:
+        return no_class
+    if class_labels.is_floating_point():
+        # In full precision: one-hot weights must give the very rows of the table.
+        dtype = torch.promote_types(torch.promote_types(class_labels.dtype, class_embed.dtype), torch.float32)
+        with torch.autocast(class_labels.device.type, enabled=False):
+            return class_labels.to(dtype) @ class_embed.to(dtype)
+    has_class = (class_labels >= 0).unsqueeze(-1)
+    return torch.where(has_class, class_embed[class_labels.clamp(min=0).long()], no_class)
 
 
 class KeyValueCache(NamedTuple):
@@ -1343,18 +1383,7 @@ class TarFlowBlock(nn.Module):
         """Return `(1 or batch_size, 1, width)`: the mean of the table for no class, zeros without a table."""
         if self.class_embed is None:
             return torch.zeros(1, 1, self.width, device=device, dtype=self.dtype)
-        no_class = self.class_embed.mean(dim=0, keepdim=True)
-        if class_labels is None:
-            class_embedding = no_class
-        elif class_labels.is_floating_point():
-            # In full precision: one-hot weights must give the very rows of the table.
-            dtype = torch.promote_types(torch.promote_types(class_labels.dtype, self.class_embed.dtype), torch.float32)
-            with torch.autocast(class_labels.device.type, enabled=False):
-                class_embedding = class_labels.to(dtype) @ self.class_embed.to(dtype)
-        else:
-            has_class = (class_labels >= 0).unsqueeze(-1)
-            class_embedding = torch.where(has_class, self.class_embed[class_labels.clamp(min=0).long()], no_class)
-        return class_embedding.to(self.dtype).unsqueeze(1)
+        return embed_classes(self.class_embed, class_labels).to(self.dtype).unsqueeze(1)
 
     def predict(
         self,
@@ -1662,7 +1691,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
             ValueError: if a shape, a number, a name or a label does not fit the model. Labels on a GPU, and those of a
                 compiled model, are not checked: reading them would wait for the GPU, or break the graph.
         """
-        self._check_class_labels(class_labels, len(sample))
+        check_class_labels(class_labels, len(sample), self.config.num_classes)
         numbers = self._check_blocks(blocks)
         guidance = Guidance(guidance_scale, guidance_rule, guidance_schedule, guidance_temperature)
         check_guidance(guidance, inverse, is_conditional=self.config.num_classes is not None)
@@ -1790,7 +1819,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
                 f"`profile_inverse` measures a flow without adapters, but {self.attached_adapters} are attached and"
                 " may be switched. Make them part of the weights first, with `fuse_lora` and then `unload_lora`."
             )
-        self._check_class_labels(class_labels, len(latents))
+        check_class_labels(class_labels, len(latents), self.config.num_classes)
         guidance = Guidance(guidance_scale, guidance_rule, guidance_schedule, guidance_temperature)
         self.check_inverse_arguments(
             guidance_scale, guidance_rule, guidance_schedule, guidance_temperature, "jacobi", tolerance
@@ -1918,31 +1947,6 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
                 f" values in each half of a head, but is {config.attention_head_dim}."
             )
         return layers_per_block
-
-    def _check_class_labels(self, class_labels: torch.Tensor | None, batch_size: int):
-        if class_labels is None:
-            return
-        num_classes = self.config.num_classes
-        if num_classes is None:
-            raise ValueError("`class_labels` must be None: this model is unconditional (`num_classes` is None).")
-        if not isinstance(class_labels, torch.Tensor):
-            raise ValueError(f"`class_labels` must be a tensor, but are {class_labels!r}.")
-        expected = (batch_size, num_classes) if class_labels.is_floating_point() else (batch_size,)
-        if tuple(class_labels.shape) != expected or class_labels.dtype == torch.bool:
-            raise ValueError(
-                f"`class_labels` must be integers of shape ({batch_size},) or floating-point class weights of shape"
-                f" ({batch_size}, {num_classes}), but are {class_labels.dtype} of shape {tuple(class_labels.shape)}."
-            )
-        # One graph cannot depend on values. Fake tensors (a subclass) have none, and a GPU would be waited for.
-        is_readable = type(class_labels) is torch.Tensor and class_labels.device.type == "cpu"
-        if class_labels.is_floating_point() or not is_readable or torch.compiler.is_compiling():
-            return
-        label_ids = class_labels.long()  # without a sign, -1 would be the largest
-        if ((label_ids < -1) | (label_ids >= num_classes)).any():
-            raise ValueError(
-                f"`class_labels` must lie between 0 and {num_classes - 1}, or be -1 for no class, but are"
-                f" {class_labels.tolist()}."
-            )
 
     def _check_blocks(self, blocks: Iterable[int] | None) -> list[int]:
         num_blocks = len(self.blocks)

@@ -101,7 +101,9 @@ def read_pipeline_index(index: dict[str, Any], module_name: str) -> dict[str, An
     library = module_name.partition(".")[0]
     if library in LOADABLE_CLASSES and isinstance(index.get("_class_name"), list):
         index["_class_name"] = index["_class_name"][1]
-        index["transformer"] = [library, index["transformer"][1]]
+        for name in ("transformer", "reverse_transformer"):
+            if index.get(name, [None, None])[1] is not None:
+                index[name] = [library, index[name][1]]
     return index
 
 
@@ -446,7 +448,10 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        return read_pipeline_index(super()._dict_from_json_file(json_file), cls.__module__)
+        index = read_pipeline_index(super()._dict_from_json_file(json_file), cls.__module__)
+        if "reverse_transformer" not in cls._optional_components:
+            index.pop("reverse_transformer", None)
+        return index
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
@@ -468,7 +473,7 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
             )
         # By themselves, diffusers passes on components of the annotated classes only, without their subclasses, and
         # casts them to float32.
-        components = {"transformer": pipeline.transformer, "vae": pipeline.vae}
+        components = {name: pipeline.components.get(name) for name in ("transformer", *cls._optional_components)}
         return super().from_pipe(pipeline, **{**components, "dtype": pipeline.transformer.dtype, **kwargs})
 
     def compile(self):
@@ -497,6 +502,9 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
             1
             ```
         """
+        reverse_transformer = self.components.get("reverse_transformer")
+        if reverse_transformer is not None:
+            reverse_transformer.compile_repeated_blocks(fullgraph=True)
         if self._execution_device.type != "cuda":
             self.transformer.compile_repeated_blocks(fullgraph=True)
             return
@@ -708,7 +716,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
 
     A call draws noise and inverts the flow blocks one by one, from the noise to the image. If the flow was trained
     with Gaussian noise, one step along its exact score then removes that noise. If the flow has a VAE, the VAE decodes
-    the result.
+    the result. With a learned inverse and `solver="learned"`, one evaluation of it takes the place of both.
 
     Several threads may call one pipeline at the same time, each with its own options and generator. In a callback,
     `guidance_scale`, `num_timesteps` and `interrupt` are those of the call that runs the callback.
@@ -722,6 +730,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         guidance_scale (`float`, defaults to 1.0), guidance_rule (`str`, defaults to `"linear"`):
             Defaults for calls that do not set them. They are saved with the pipeline, so that a checkpoint samples as
             its authors intended.
+        reverse_transformer ([`TarFlowReverseTransformer2DModel`], *optional*):
+            The learned inverse of the flow, which `training/train_reverse.py` trains.
 
     Example:
         ```py
@@ -747,8 +757,21 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
     https://arxiv.org/abs/2511.22345
     """
 
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "transformer->reverse_transformer->vae"
     _callback_tensor_inputs = ["latents"]
+    _optional_components = ["vae", "reverse_transformer"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rule: str = "linear",
+        reverse_transformer: ModelMixin | None = None,
+    ):
+        super().__init__(transformer, vae, id2label, guidance_scale, guidance_rule)
+        self.register_modules(reverse_transformer=reverse_transformer)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
         """
@@ -965,10 +988,13 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 The noise itself. With `guidance_scale` 1.0, `pipe(latents=model(x, y).sample, class_labels=y,
                 denoise=False)` returns `x`.
             solver (`str`, defaults to `"auto"`), tolerance (`float`, *optional*):
-                How to invert a block and how exactly; see [`TarFlowTransformer2DModel.forward`].
+                How to invert a block and how exactly; see [`TarFlowTransformer2DModel.forward`]. `"learned"` takes one
+                evaluation of the learned inverse instead. Its images are not those of the exact inverse. Of the
+                guidance arguments, it has `guidance_scale` only.
             denoise (`bool`, defaults to `True`):
                 Remove the Gaussian noise of training: `x + sigma^2 grad log p(x | y)`. Flows that were trained with
-                uniform noise or none are never denoised.
+                uniform noise or none are never denoised. A learned inverse returns clean data by itself; what it knows
+                of the noisy data needs its heads, see [`TarFlowReverseTransformer2DModel.load_heads`].
             on_overflow (`str`, defaults to `"warn"`): Warn of images that are not finite, or `"raise"` an error.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"`; `"np"`, (num_images, height, width, channels), or `"pt"`, (num_images, channels, height,
@@ -999,21 +1025,27 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             solver,
             tolerance,
         )
+        is_learned = solver == "learned"
+        if is_learned and not denoise and self.reverse_transformer.config.denoises:
+            self.reverse_transformer.check_heads("`denoise=False`")
         class_labels, num_images = self.encode_labels(class_labels, num_images_per_prompt)
         latents = self.prepare_latents(num_images, generator, latents)
-        sample = self.invert_blocks(
-            latents,
-            class_labels,
-            guidance_scale,
-            guidance_rule,
-            guidance_schedule,
-            guidance_temperature,
-            solver,
-            tolerance,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        if denoise:
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        if is_learned:
+            sample = self.apply_reverse_transformer(latents, class_labels, guidance_scale, denoise, *callback)
+        else:
+            sample = self.invert_blocks(
+                latents,
+                class_labels,
+                guidance_scale,
+                guidance_rule,
+                guidance_schedule,
+                guidance_temperature,
+                solver,
+                tolerance,
+                *callback,
+            )
+        if denoise and not (is_learned and self.reverse_transformer.config.denoises):
             sample = self.denoise(sample, class_labels)
         images = self.decode(sample, output_type, on_overflow)
         self.maybe_free_model_hooks()
@@ -1058,14 +1090,14 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                         f"`class_labels` must lie between 0 and {config.num_classes - 1}, or be -1 for no class, but"
                         f" one is {label}."
                     )
-        self.transformer.check_inverse_arguments(
-            self.config.guidance_scale if guidance_scale is None else guidance_scale,
-            self.config.guidance_rule if guidance_rule is None else guidance_rule,
-            guidance_schedule,
-            guidance_temperature,
-            solver,
-            tolerance,
-        )
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        if solver == "learned":
+            self._check_learned_solver(scale, guidance_schedule, guidance_temperature, tolerance)
+        else:
+            rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
+            self.transformer.check_inverse_arguments(
+                scale, rule, guidance_schedule, guidance_temperature, solver, tolerance
+            )
         check_number("num_images_per_prompt", num_images_per_prompt, int, at_least=1)
         num_images = num_images_per_prompt * (1 if class_labels is None else len(class_labels))
         generators = generator if isinstance(generator, list) else [generator] * num_images
@@ -1091,6 +1123,27 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but"
                 f" holds {unknown}."
             )
+
+    def _check_learned_solver(
+        self,
+        guidance_scale: float,
+        guidance_schedule: str,
+        guidance_temperature: float,
+        tolerance: float | None,
+    ):
+        """Raise ValueError unless there is a learned inverse of this flow, which takes these arguments."""
+        if self.reverse_transformer is None:
+            raise ValueError(
+                "`solver='learned'` needs a learned inverse, but this pipeline has no `reverse_transformer`. Train one"
+                " with `python training/train_reverse.py --model FLOW --train_data_dir IMAGES --output_dir OUTPUT`."
+            )
+        if (guidance_schedule, guidance_temperature, tolerance) != ("constant", 1.0, None):
+            raise ValueError(
+                "`guidance_schedule`, `guidance_temperature` and `tolerance` are for the exact solvers: leave them out"
+                " with `solver='learned'`."
+            )
+        self.reverse_transformer.check_guidance_scale(guidance_scale)
+        self.reverse_transformer.check_flow(self.transformer)
 
     def encode_labels(
         self,
@@ -1191,13 +1244,59 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                     solver=solver,
                     tolerance=tolerance,
                 ).sample
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents}
-                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    callback_outputs = callback_on_step_end(self, step, block, callback_kwargs)
-                    latents = (callback_outputs or {}).get("latents", latents)
+                latents = self._end_step(
+                    step, block, latents, callback_on_step_end, callback_on_step_end_tensor_inputs
+                )
                 progress_bar.update()
         return latents
+
+    def _end_step(
+        self,
+        step: int,
+        block: int,
+        latents: torch.Tensor,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...],
+    ) -> torch.Tensor:
+        """Call the callback, and return the latents with which it replaces its own."""
+        if callback_on_step_end is None:
+            return latents
+        tensors = {"latents": latents}
+        callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+        callback_outputs = callback_on_step_end(self, step, block, callback_kwargs)
+        return (callback_outputs or {}).get("latents", latents)
+
+    @torch.no_grad()
+    def apply_reverse_transformer(
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        guidance_scale: float | None = None,
+        denoise: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+    ) -> torch.Tensor:
+        """
+        Map noise to data with the learned inverse, in one evaluation.
+
+        Args:
+            latents (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): The noise.
+            class_labels (`torch.LongTensor` of shape `(num_images,)`, *optional*): The class ids.
+            guidance_scale, denoise: Arguments of a call.
+            callback_on_step_end, callback_on_step_end_tensor_inputs:
+                Arguments of a call. The only step is that of block 0.
+        Returns:
+            `torch.Tensor` of the same shape: clean data if the learned inverse returns such and `denoise` is true,
+            else noisy data.
+        """
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        latents = latents.to(self._execution_device)
+        with self._running(CallState(scale, num_timesteps=1)):
+            if denoise or not self.reverse_transformer.config.denoises:
+                sample = self.reverse_transformer(latents, class_labels, scale).sample
+            else:
+                sample = self.reverse_transformer(latents, class_labels, scale, output_trajectory=True).trajectory[0]
+            return self._end_step(0, 0, sample, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
     def denoise(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """

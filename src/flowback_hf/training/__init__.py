@@ -1,8 +1,12 @@
-"""Training flows: the [`Trainer`], and what the flags of `training/train_rra.py` build for it."""
+"""
+Training flows and their learned inverses: the trainers, and what the flags of `training/train_rra.py` and
+`training/train_reverse.py` build for them.
+"""
 
 from flowback_hf.training.checkpoints import find_checkpoint, list_checkpoints, load_averaged_parameters
 from flowback_hf.training.flow import LabelledFlow, make_flow, make_objective, make_source, make_teacher
 from flowback_hf.training.processes import decide
+from flowback_hf.training.reverse import ReverseTrainer, make_reverse_objective, make_reverse_source
 from flowback_hf.training.run_folder import check_run_folder, describe_processes
 from flowback_hf.training.trainer import Trainer, make_accelerator
 from flowback_hf_cli.training import TrainingArguments
@@ -10,6 +14,7 @@ from flowback_hf_cli.training import TrainingArguments
 
 __all__ = [
     "LabelledFlow",
+    "ReverseTrainer",
     "Trainer",
     "TrainingArguments",
     "check_run_folder",
@@ -21,6 +26,8 @@ __all__ = [
     "make_accelerator",
     "make_flow",
     "make_objective",
+    "make_reverse_objective",
+    "make_reverse_source",
     "make_source",
     "make_teacher",
 ]

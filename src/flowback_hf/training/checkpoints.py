@@ -41,8 +41,8 @@ OLD_EMA_FILE = "custom_checkpoint_0.pkl"
 # Files of the run's folder that a checkpoint has copies of, for the case that the originals are damaged.
 COPIED_FILES = (SETTINGS_FILE, METRICS_FILE)
 
-# Weights are ruined if their nll is this far above the lowest of the run, in nats per dimension. A whole training
-# gains one or two.
+# Weights are ruined if their nll, in nats per dimension, or the squared error of a learned inverse is this far above
+# the lowest of the run. A whole training gains one or two.
 SANE_RISE = 1.0
 
 # What the readers of Accelerate, torch and safetensors raise for files that are not what they should be.
@@ -75,7 +75,7 @@ def save_checkpoint(
         output_dir (`pathlib.Path`): The run's folder.
         global_step (`int`): Optimizer steps so far.
         figures (`dict`): What [`is_sane`] reads: `nll` of the weights and `lowest_nll` of the run, both in nats per
-            dimension.
+            dimension; of a learned inverse, `reconstruction` and `lowest_reconstruction`.
         limit (`int`, *optional*): How many checkpoints to keep, this one included. Default: all.
         ema ([`~diffusers.training_utils.EMAModel`], *optional*): The averaged weights.
     """
@@ -203,14 +203,16 @@ def read_copy(checkpoint: Path, name: str) -> bytes | None:
 
 def is_sane(progress: dict[str, Any]) -> bool:
     """
-    Whether the weights of a checkpoint were good, as far as its figures tell: their nll on a batch is finite, and not
+    Whether the weights of a checkpoint were good, as far as its figures tell: the value on a batch is finite, and not
     much above the lowest that the run had logged. Checkpoints of version 0.1.0 have no figures and do not count as
     sane.
     """
     figures = progress.get("figures")
-    return (
-        figures is not None and math.isfinite(figures["nll"]) and figures["nll"] <= figures["lowest_nll"] + SANE_RISE
-    )
+    if figures is None:
+        return False
+    (lowest,) = (name for name in figures if name.startswith("lowest_"))
+    value = figures[lowest.removeprefix("lowest_")]
+    return math.isfinite(value) and value <= figures[lowest] + SANE_RISE
 
 
 def has_sane_figures(checkpoint: Path) -> bool:

@@ -192,12 +192,17 @@ def load_vae_of_latents(args: argparse.Namespace, settings: dict[str, Any]) -> A
     if args.vae_model_name_or_path is not None:
         name, subfolder = args.vae_model_name_or_path, args.vae_subfolder
     vae = load_vae(name, subfolder, args.cache_dir)
+    check_vae_of_latents(args, settings, vae, name)
+    return vae
+
+
+def check_vae_of_latents(args: argparse.Namespace, settings: dict[str, Any], vae: AutoencoderKL, name: str):
+    """Raise ValueError unless the weights of a VAE are those of the one that made the latents."""
     if hash_weights(vae) != settings["vae_hash"]:
         raise ValueError(
             f"`--latents` {args.latents!r} were made with another VAE ({settings['vae']!r}) than {name!r}, whose"
             " weights differ: a flow trained on them would be decoded wrongly."
         )
-    return vae
 
 
 def make_teacher(

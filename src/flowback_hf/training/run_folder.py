@@ -273,18 +273,19 @@ class MetricsLog:
         """Wait until all lines are on the disk."""
         flush(self.path)
 
-    @property
-    def lowest_nll(self) -> float:
-        """The lowest nll of all lines, in training or validation; infinite if there is none."""
-        keys = ("nll", "validation_nll")
+    def lowest(self, name: str) -> float:
+        """The lowest value of a figure in all lines, in training or validation; infinite if there is none."""
+        keys = (name, f"validation_{name}")
         return min((record[key] for record in self.records for key in keys if key in record), default=math.inf)
 
     def draw(self, path: Path):
-        """Draw the likelihood and the alignment over the steps."""
+        """Draw the losses over the steps: the likelihood and the alignment, or the distances of a learned inverse."""
         plt = import_pyplot()
         panels = {
             "nats per dimension": ("nll", "validation_nll"),
             "mean of -cos": ("alignment",),
+            "mean squared error": ("reconstruction", "validation_reconstruction", "hidden"),
+            "mean of 1 - cos": ("perceptual",),
         }
         recorded = {key for record in self.records for key in record}
         panels = {label: keys for label, keys in panels.items() if recorded.intersection(keys)}

@@ -29,7 +29,7 @@ class StepValues:
         return len(self._batches)
 
     def add(self, scalars: dict[str, torch.Tensor]):
-        """Keep the scalars of a batch. The first is the loss, the last the largest log-scale."""
+        """Keep the scalars of a batch, the first of which is the loss."""
         self.names = list(scalars)
         self._batches.append(torch.stack(list(scalars.values())))
 
@@ -60,8 +60,8 @@ class StepValues:
         Read the last step. Called by every process.
 
         Returns:
-            `dict`: the scalars' means over all batches and processes, the largest `max_log_scale` and
-            `gradient_norm`.
+            `dict`: the scalars' means over all batches and processes, or the largest of those whose names begin with
+            `max_`, and `gradient_norm`.
         Raises:
             FloatingPointError: if the loss or the gradient of a step was not finite.
         """
@@ -70,11 +70,12 @@ class StepValues:
         everyone = self.accelerator.gather(own[None])
         batches = everyone[:, : batches.numel()].reshape(-1, len(self.names))
         largest = everyone[:, -4:].amax(dim=0)
-        values = torch.cat([batches.mean(dim=0), batches[:, -1:].amax(dim=0), largest]).tolist()
-        *means, max_log_scale, gradient_norm, step, loss, norm = values
+        is_maximum = torch.tensor([name.startswith("max_") for name in self.names], device=batches.device)
+        scalars = torch.where(is_maximum, batches.amax(dim=0), batches.mean(dim=0))
+        *scalars, gradient_norm, step, loss, norm = torch.cat([scalars, largest]).tolist()
         if step:
             raise FloatingPointError(
                 f"Step {step:.0f}: the loss is {loss} and the gradient's norm {norm}. Training stopped before this"
                 " step changed the weights."
             )
-        return dict(zip(self.names, means)) | {"max_log_scale": max_log_scale, "gradient_norm": gradient_norm}
+        return dict(zip(self.names, scalars)) | {"gradient_norm": gradient_norm}

@@ -178,6 +178,9 @@ class Trainer:
     https://arxiv.org/abs/2511.22345
     """
 
+    # The figure that tells good weights from ruined ones: logged, and measured at each checkpoint. Lower is better.
+    measure = "nll"
+
     def __init__(
         self,
         objective: AlignedFlowObjective,
@@ -194,7 +197,7 @@ class Trainer:
         self.teacher = teacher
         self.accelerator = make_accelerator(arguments) if accelerator is None else accelerator
         self.folder = Path(arguments.output_dir)
-        settings = describe_run(arguments, objective) if settings is None else settings
+        settings = self._describe(objective) if settings is None else settings
         self.settings = settings | describe_processes(arguments, self.accelerator)
         decide(self.accelerator, check_run_folder, self.folder, self.settings, arguments.resume_from_checkpoint)
         self.flow = objective.flow
@@ -203,7 +206,13 @@ class Trainer:
                 "`objective` must hold a flow with at most one adapter, which is then trained, but"
                 f" {self.flow.attached_adapters} are attached."
             )
-        self.pipeline = FlowBackPipeline(self.flow, source.vae, id2label=id2label)
+        # A copy holds the averaged weights when they are looked at: the trained ones are never touched, and compiled
+        # layers never run token by token.
+        self.model = objective.model
+        device = self.accelerator.device
+        self.evaluated_model = copy.deepcopy(self.model).to(device).eval().requires_grad_(False)
+        self.pipeline = self._make_pipeline(id2label)
+        self.pipeline.set_progress_bar_config(disable=True)
         self.validation_class_labels = self._normalize_class_labels()
         self.images_per_step = self.settings["total_batch_size"]
         self._check_batch_size()
@@ -211,16 +220,6 @@ class Trainer:
         self.steps_per_epoch = len(source.train_dataset) // self.images_per_step
         for dataset in (source.train_dataset, source.validation_dataset):
             dataset[0]  # raises if none of its images can be used
-
-        # A copy holds the averaged weights when they are looked at: the trained ones are never touched, and compiled
-        # layers never run token by token.
-        device = self.accelerator.device
-        self.flow.register_to_config(inverse_profile=None)  # it was measured with other weights
-        self.evaluated_flow = copy.deepcopy(self.flow).to(device).eval().requires_grad_(False)
-        self.pipeline.register_modules(transformer=self.evaluated_flow)
-        self.classifier = FlowBackClassificationPipeline(self.evaluated_flow)
-        for pipeline in (self.pipeline, self.classifier):
-            pipeline.set_progress_bar_config(disable=True)
         self._prepare(objective)
 
         self.global_step = 0
@@ -228,7 +227,7 @@ class Trainer:
         self.num_skipped = 0
         self.skipped_files: set[str] = set()
         self._step_values = StepValues(self.accelerator)
-        self._last_batch: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._last_batch: tuple[torch.Tensor | None, ...] | None = None
         self._timed_steps, self._timed_since = 0, time.perf_counter()
         names = ["SIGTERM", "SIGINT", arguments.save_on_signal]
         self._stop_signals = StopSignals(signal.Signals[name] for name in names if name is not None)
@@ -271,6 +270,48 @@ class Trainer:
             while self.global_step < self.max_train_steps:
                 self._train_epoch(progress_bar)
 
+    # What is trained
+
+    def _describe(self, objective: AlignedFlowObjective) -> dict[str, Any]:
+        """What tells this run from others, as far as the trainer knows it."""
+        order = objective.num_neumann_terms if objective.strategy == "reverse" else None
+        alignment = {"alignment": objective.strategy, "alignment_weight": objective.weight, "alignment_order": order}
+        return asdict(self.arguments) | alignment
+
+    def _make_pipeline(self, id2label: dict[int, str] | None) -> FlowBackPipeline:
+        """The pipeline that samples with the averaged weights, and is saved in the end."""
+        self.evaluated_model.register_to_config(inverse_profile=None)  # it was measured with other weights
+        self.classifier = FlowBackClassificationPipeline(self.evaluated_model)
+        self.classifier.set_progress_bar_config(disable=True)
+        guidance_scale = self.arguments.validation_guidance_scale
+        return FlowBackPipeline(self.evaluated_model, self.source.vae, id2label, guidance_scale)
+
+    def _compile(self, objective: AlignedFlowObjective):
+        compile_layers(self.accelerator, objective.to(self.accelerator.device), self.arguments.train_batch_size)
+
+    def _compute(self, batch: dict[str, Any], generator: RowGenerator) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The loss of a batch, and a flat table of scalars for the log."""
+        teacher_features = batch.get("teacher_features") if self.teacher is None else self.teacher(batch["images"])
+        clean_sample = self.source.clean_sample(batch, generator)
+        noisy_sample = add_noise(clean_sample, self.flow.config, generator)
+        class_labels = None if self.flow.config.num_classes is None else batch["class_labels"]
+        self._last_batch = (noisy_sample, class_labels)
+        output = self.objective(noisy_sample, class_labels, teacher_features)
+        return output.loss, scalars_of(output)
+
+    def _measure(self) -> torch.Tensor:
+        """The nll of the trained weights as they are now, on the last batch, in nats per dimension."""
+        noisy_sample, class_labels = self._last_batch
+        return -self.flow.log_prob(noisy_sample, class_labels).mean() / noisy_sample[0].numel()
+
+    def _validate(self) -> dict[str, float]:
+        """Figures of the averaged weights on the validation data; one of them is `validation_<measure>`."""
+        return validate(self.accelerator, self.classifier, self.validation_dataloader, self.source)
+
+    def _draw_samples(self, path: Path):
+        guidance_scale = self.arguments.validation_guidance_scale
+        draw_samples(self.pipeline, self.validation_class_labels, guidance_scale, self.arguments.seed, path)
+
     # Before the first step
 
     def _normalize_class_labels(self) -> list[int] | None:
@@ -293,9 +334,9 @@ class Trainer:
         """Build the optimizer, the data loaders, the schedule and the average, and hand them to Accelerate."""
         arguments, accelerator = self.arguments, self.accelerator
         if arguments.gradient_checkpointing:
-            self.flow.enable_gradient_checkpointing()
+            self.model.enable_gradient_checkpointing()
         if arguments.torch_compile:
-            compile_layers(accelerator, objective.to(accelerator.device), arguments.train_batch_size)
+            self._compile(objective)
         learning_rate = arguments.learning_rate
         if arguments.scale_lr:
             learning_rate *= self.images_per_step
@@ -341,7 +382,7 @@ class Trainer:
         accelerator.register_save_state_pre_hook(leave_out_frozen_parameters)
         self.ema = None
         if arguments.use_ema:
-            self.ema = EMAModel(trained_parameters(self.flow), arguments.ema_decay, foreach=True)
+            self.ema = EMAModel(trained_parameters(self.model), arguments.ema_decay, foreach=True)
 
     def _open_folder(self):
         """Write the settings of a new run, or load the checkpoint of one that is resumed, and open the log."""
@@ -368,9 +409,10 @@ class Trainer:
         """Load a checkpoint. Returns the settings of the run, which has another branch if they have changed."""
         logger.info(f"Resuming from {checkpoint}.")
         if "figures" in progress and not is_sane(progress):
+            figures = progress["figures"]
             logger.warning(
-                f"The weights in {checkpoint} are ruined: their nll is {progress['figures']['nll']:.4g}, but the run"
-                f" had reached {progress['figures']['lowest_nll']:.4g}. {self._advise()}"
+                f"The weights in {checkpoint} are ruined: their {self.measure} is {figures[self.measure]:.4g}, but the"
+                f" run had reached {figures[f'lowest_{self.measure}']:.4g}. {self._advise()}"
             )
         load_checkpoint(self.accelerator, checkpoint, self.ema)
         use_fused_steps(self.optimizer)
@@ -438,15 +480,10 @@ class Trainer:
         accelerator, generator = self.accelerator, self._row_generator()
         batch = self._augment(batch, generator)
         with accelerator.accumulate(self.objective):
-            teacher_features = batch.get("teacher_features") if self.teacher is None else self.teacher(batch["images"])
-            clean_sample = self.source.clean_sample(batch, generator)
-            noisy_sample = add_noise(clean_sample, self.flow.config, generator)
-            class_labels = None if self.flow.config.num_classes is None else batch["class_labels"]
-            self._last_batch = (noisy_sample, class_labels)
-            output = self.objective(noisy_sample, class_labels, teacher_features)
+            loss, scalars = self._compute(batch, generator)
             # A loss that is not finite makes the gradient NaN, and all processes see it.
-            accelerator.backward(output.loss * torch.where(output.loss.detach().isfinite(), 1.0, math.nan))
-            self._step_values.add(scalars_of(output))
+            accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+            self._step_values.add(scalars)
             if accelerator.sync_gradients:
                 gradient_norm = accelerator.clip_grad_norm_(
                     self.objective.parameters(), self.arguments.max_grad_norm or math.inf
@@ -459,7 +496,7 @@ class Trainer:
             if accelerator.sync_gradients:
                 self.lr_scheduler.step()
                 if self.ema is not None:
-                    self.ema.step(trained_parameters(self.flow))
+                    self.ema.step(trained_parameters(self.model))
 
     def _augment(self, batch: dict[str, Any], generator: RowGenerator) -> dict[str, Any]:
         """Mirror half of the images, if that is asked for, and drop a share of the labels."""
@@ -529,9 +566,9 @@ class Trainer:
             self._save_checkpoint()
 
     def _save_checkpoint(self):
-        figures = {"nll": self._measure_weights()}
+        figures = {self.measure: self._measure_weights()}
         if self.accelerator.is_main_process:
-            figures["lowest_nll"] = self.metrics_log.lowest_nll
+            figures[f"lowest_{self.measure}"] = self.metrics_log.lowest(self.measure)
             self.metrics_log.flush()
         limit = self.arguments.checkpoints_total_limit
         save_checkpoint(self.accelerator, self.folder, self.global_step, figures, limit, self.ema)
@@ -540,25 +577,22 @@ class Trainer:
     @torch.no_grad()
     def _measure_weights(self) -> float:
         """
-        The nll of the trained weights as they are now, on the last batch, in nats per dimension.
-
-        The loss of a step is that of the weights before it: it does not tell what the step made of them.
+        Measure the trained weights as they are now. The loss of a step is that of the weights before it: it does not
+        tell what the step made of them.
 
         Raises:
             FloatingPointError: unless it and the averaged weights are finite.
         """
-        noisy_sample, class_labels = self._last_batch
         with self.accelerator.autocast():
-            log_prob = self.flow.log_prob(noisy_sample, class_labels)
-        nll = -self.accelerator.reduce(log_prob.mean(), reduction="mean").item() / noisy_sample[0].numel()
-        if not math.isfinite(nll):
+            value = self.accelerator.reduce(self._measure(), reduction="mean").item()
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"Step {self.global_step} ruined the weights: their nll is {nll}. They were not saved."
+                f"Step {self.global_step} ruined the weights: their {self.measure} is {value}. They were not saved."
                 f" {self._advise()}"
             )
         if self.ema is not None:
             self._check_finite_weights(self.ema.shadow_params, "averaged weights")
-        return nll
+        return value
 
     def _save_and_exit(self, received: int):
         """Save the steps so far and end the process, after a signal."""
@@ -578,34 +612,33 @@ class Trainer:
 
     def _evaluate(self):
         """Validate the averaged weights, and draw samples and the loss curve."""
-        self._update_evaluated_flow()
-        metrics = validate(self.accelerator, self.classifier, self.validation_dataloader, self.source)
-        if not math.isfinite(metrics["validation_nll"]):
+        self._update_evaluated_model()
+        metrics = self._validate()
+        value = metrics[f"validation_{self.measure}"]
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"Step {self.global_step}: the nll of the validation images is {metrics['validation_nll']}."
-                f" {self._advise()}"
+                f"Step {self.global_step}: the {self.measure} of the validation images is {value}. {self._advise()}"
             )
         self._record(metrics)
         if self.accelerator.is_main_process:
-            path = self.folder / "samples" / f"step-{self.global_step:07d}.png"
-            guidance_scale = self.arguments.validation_guidance_scale
-            draw_samples(self.pipeline, self.validation_class_labels, guidance_scale, self.arguments.seed, path)
+            self._draw_samples(self.folder / "samples" / f"step-{self.global_step:07d}.png")
             self.metrics_log.draw(self.folder / "loss_curve.png")
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
-    def _update_evaluated_flow(self):
-        averaged = trained_parameters(self.flow) if self.ema is None else self.ema.shadow_params
+    def _update_evaluated_model(self):
+        averaged = trained_parameters(self.model) if self.ema is None else self.ema.shadow_params
         self._check_finite_weights(averaged, "weights to validate and save")
-        pairs = zip(self.flow.parameters(), self.evaluated_flow.parameters())
+        pairs = zip(self.model.parameters(), self.evaluated_model.parameters())
         evaluated = [evaluated for trained, evaluated in pairs if trained.requires_grad]
         for parameter, average in zip(evaluated, averaged, strict=True):
             parameter.copy_(average)
+        for evaluated_buffer, buffer in zip(self.evaluated_model.buffers(), self.model.buffers()):
+            evaluated_buffer.copy_(buffer)
 
     def _save(self) -> FlowBackPipeline:
-        self._update_evaluated_flow()
+        self._update_evaluated_model()
         if self.accelerator.is_main_process:
-            self.pipeline.register_to_config(guidance_scale=self.arguments.validation_guidance_scale)
             if self.flow.attached_adapters:
                 save_adapter(self.pipeline, self.folder, trains_class_tables(self.flow))
             else:
@@ -640,13 +673,6 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, st
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["initial_lr"], group["lr"] = base, base * factor(step)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-
-
-def describe_run(arguments: TrainingArguments, objective: AlignedFlowObjective) -> dict[str, Any]:
-    """What tells a run from others, as far as a trainer knows it."""
-    order = objective.num_neumann_terms if objective.strategy == "reverse" else None
-    alignment = {"alignment": objective.strategy, "alignment_weight": objective.weight, "alignment_order": order}
-    return asdict(arguments) | alignment
 
 
 def scalars_of(output: AlignedFlowOutput) -> dict[str, torch.Tensor]:

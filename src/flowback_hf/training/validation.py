@@ -16,6 +16,15 @@ from flowback_hf.files import write_whole
 IMAGES_PER_CLASS = 4
 
 
+def generator_of_batch(accelerator: Accelerator, number: int, batch_size: int) -> RowGenerator:
+    """What draws the noise of a validation batch: always the same, whichever process has which part of it."""
+    return RowGenerator(
+        make_generator(0, number, device=accelerator.device),
+        batch_size * accelerator.num_processes,
+        first_row=batch_size * accelerator.process_index,
+    )
+
+
 @torch.no_grad()
 def validate(
     accelerator: Accelerator,
@@ -38,12 +47,7 @@ def validate(
     flow = classifier.transformer
     log_probs, hits = [], []
     for number, batch in enumerate(dataloader):
-        num_rows = len(batch["class_labels"])
-        generator = RowGenerator(
-            make_generator(0, number, device=accelerator.device),
-            num_rows * accelerator.num_processes,
-            first_row=num_rows * accelerator.process_index,
-        )
+        generator = generator_of_batch(accelerator, number, len(batch["class_labels"]))
         batch = source.mirror(batch, torch.zeros_like(batch["class_labels"], dtype=torch.bool))
         noisy_sample = add_noise(source.clean_sample(batch, generator), flow.config, generator)
         class_labels = None if flow.config.num_classes is None else batch["class_labels"]
@@ -62,8 +66,46 @@ def validate(
     return metrics
 
 
+@torch.no_grad()
+def validate_learned_inverse(
+    accelerator: Accelerator,
+    pipeline: FlowBackPipeline,
+    dataloader: torch.utils.data.DataLoader,
+    source: ImageSource | LatentSource,
+) -> dict[str, float]:
+    """
+    Measure how well a learned inverse restores validation data from their latents, with one draw of noise that is the
+    same every time.
+
+    Args:
+        accelerator, dataloader, source: As in [`validate`].
+        pipeline ([`FlowBackPipeline`]): Holds the flow and the learned inverse.
+    Returns:
+        `dict`: `validation_reconstruction`, the mean squared error without guidance.
+    """
+    flow, reverse_transformer, errors = pipeline.transformer, pipeline.reverse_transformer, []
+    scale = reverse_transformer.config.min_guidance_scale
+    for number, batch in enumerate(dataloader):
+        generator = generator_of_batch(accelerator, number, len(batch["class_labels"]))
+        batch = source.mirror(batch, torch.zeros_like(batch["class_labels"], dtype=torch.bool))
+        clean_sample = source.clean_sample(batch, generator)
+        noisy_sample = add_noise(clean_sample, flow.config, generator)
+        class_labels = None if flow.config.num_classes is None else batch["class_labels"]
+        latents = flow(noisy_sample, class_labels).sample
+        sample = reverse_transformer(latents, class_labels, scale).sample
+        target = clean_sample if reverse_transformer.config.denoises else noisy_sample
+        error = (sample - target).square().flatten(1).mean(dim=1)
+        errors.append(accelerator.gather_for_metrics(error))
+    return {"validation_reconstruction": torch.cat(errors).mean().item()}
+
+
 def draw_samples(
-    pipeline: FlowBackPipeline, class_labels: list[int] | None, guidance_scale: float, seed: int, path: Path
+    pipeline: FlowBackPipeline,
+    class_labels: list[int] | None,
+    guidance_scale: float,
+    seed: int,
+    path: Path,
+    solvers: tuple[str, ...] = ("auto",),
 ):
     """
     Draw a grid of samples with one row for each class. Small images are enlarged so that a person can see them.
@@ -74,18 +116,26 @@ def draw_samples(
         guidance_scale (`float`): 1.0 is off, as it always is for a flow without classes.
         seed (`int`): Decides the noise.
         path (`pathlib.Path`): The picture to write.
+        solvers (`tuple[str]`, defaults to `("auto",)`): Each draws its images of the same noise, side by side.
     """
     num_classes = pipeline.transformer.config.num_classes
     if class_labels is None and num_classes is not None:
         class_labels = list(range(min(10, num_classes)))
-    images = pipeline(
-        class_labels=class_labels,
-        num_images_per_prompt=IMAGES_PER_CLASS,
-        guidance_scale=1.0 if num_classes is None else guidance_scale,
-        generator=torch.Generator().manual_seed(seed),
-    ).images
+    drawn = [
+        pipeline(
+            class_labels=class_labels,
+            num_images_per_prompt=IMAGES_PER_CLASS,
+            guidance_scale=1.0 if num_classes is None else guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            solver=solver,
+        ).images
+        for solver in solvers
+    ]
+    num_rows = len(drawn[0]) // IMAGES_PER_CLASS
+    rows = [slice(IMAGES_PER_CLASS * row, IMAGES_PER_CLASS * (row + 1)) for row in range(num_rows)]
+    images = [image for row in rows for of_solver in drawn for image in of_solver[row]]
     path.parent.mkdir(exist_ok=True)
     size = max(64, images[0].width)
-    grid = make_image_grid(images, len(images) // IMAGES_PER_CLASS, IMAGES_PER_CLASS, resize=size)
+    grid = make_image_grid(images, num_rows, IMAGES_PER_CLASS * len(solvers), resize=size)
     with write_whole(path) as partial:
         grid.save(partial)

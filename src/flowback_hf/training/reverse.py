@@ -1,0 +1,381 @@
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+"""What the flags of `training/train_reverse.py` build, and the trainer of a learned inverse."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from flowback_hf import (
+    FlowBackPipeline,
+    ReverseFlowObjective,
+    TarFlowReverseTransformer2DModel,
+)
+from flowback_hf.data import (
+    ImageSource,
+    LatentSource,
+    RowGenerator,
+    Splits,
+    add_noise,
+    collate,
+    load_teacher,
+    make_generator,
+)
+from flowback_hf.files import write_whole
+from flowback_hf.models.transformer_tarflow import Guidance
+from flowback_hf.training.flow import add_classes, check_vae_of_latents
+from flowback_hf.training.trainer import Trainer
+from flowback_hf.training.validation import draw_samples, validate_learned_inverse
+from flowback_hf_cli.training import TrainingArguments
+
+
+logger = get_logger(__name__, log_level="INFO")
+
+PAIRS_FILE = "sampled_pairs.safetensors"
+# The share of a batch that is replaced by pairs of the sampler
+SAMPLED_SHARE = {"data": 0.0, "sampler": 1.0, "both": 0.5}
+NUM_STATISTICS_IMAGES = 512
+# Besides the trainer's seed, what random numbers are for
+STATISTICS, PAIRS = 1, 2
+
+
+# What the flags build
+
+
+def match_classes(pipeline: FlowBackPipeline, class_names: list[str] | None) -> list[int]:
+    """
+    Find the flow's class id of each class of the data.
+
+    Raises:
+        ValueError: if the flow does not know a class, or if only one of flow and data has classes.
+    """
+    labelled = add_classes(pipeline, class_names)
+    if labelled.flow is not pipeline.transformer:
+        known = pipeline.transformer.config.num_classes
+        unknown = [labelled.id2label[label] for label in labelled.label_ids if label >= known]
+        raise ValueError(
+            f"The flow must know the classes of the data, but does not know {unknown}. Train on those that it was"
+            " trained on."
+        )
+    return labelled.label_ids
+
+
+def make_reverse_source(
+    args: argparse.Namespace, splits: Splits, pipeline: FlowBackPipeline
+) -> ImageSource | LatentSource:
+    """
+    Build the source of batches that the flags describe: images, or the latents of the pipeline's VAE.
+
+    Args:
+        args (`argparse.Namespace`): The data flags.
+        splits ([`Splits`]): What [`load_splits`] loaded.
+        pipeline ([`FlowBackPipeline`]): Holds the flow and its VAE.
+    Raises:
+        ValueError: if the data do not fit the flow.
+    """
+    label_ids, config = match_classes(pipeline, splits.class_names), pipeline.transformer.config
+    label_column = None if args.unconditional else args.label_column
+    if (splits.latents is None) != (pipeline.vae is None):
+        raise ValueError(
+            "A latent flow needs `--latents`, and a flow of images needs images, but"
+            f" {'--latents are not given' if splits.latents is None else 'this flow has no VAE'}."
+        )
+    if splits.latents is None:
+        return ImageSource(splits, config, label_ids, args.image_column, label_column)
+    check_vae_of_latents(args, splits.latents, pipeline.vae, args.model)
+    return LatentSource(splits, config, label_ids, pipeline.vae, label_column, aligned=False)
+
+
+def make_reverse_objective(
+    args: argparse.Namespace, pipeline: FlowBackPipeline, accelerator: Accelerator
+) -> ReverseFlowObjective:
+    """
+    Build the learned inverse and the objective that the flags describe.
+
+    Args:
+        args (`argparse.Namespace`): The model, pairs and objective flags.
+        pipeline ([`FlowBackPipeline`]): Holds the flow and its VAE.
+        accelerator (`accelerate.Accelerator`): Where the teacher is loaded to.
+    Raises:
+        ValueError: as [`TarFlowReverseTransformer2DModel`] and [`ReverseFlowObjective`].
+    """
+    flow = pipeline.transformer
+    sizes = {name: getattr(args, name) for name in ("patch_size", "num_layers", "num_attention_heads")}
+    sizes |= {"attention_head_dim": args.attention_head_dim}
+    lowest, highest = guidance_range(args, flow.config.num_classes is not None)
+    reverse_transformer = TarFlowReverseTransformer2DModel.for_flow(
+        flow,
+        **{name: size for name, size in sizes.items() if size is not None},
+        min_guidance_scale=lowest,
+        max_guidance_scale=highest,
+        denoises=not args.no_denoising,
+        through_data_space=args.supervision == "data_space",
+    )
+    teacher = None
+    if args.teacher_model_name_or_path is not None:
+        grid_size = flow.config.sample_size // flow.config.patch_size
+        teacher = load_teacher(args.teacher_model_name_or_path, grid_size, accelerator, args.cache_dir)
+    return ReverseFlowObjective(
+        reverse_transformer,
+        flow,
+        supervision=args.supervision,
+        weight=args.hidden_weight,
+        normalize=not args.no_normalization,
+        adaptive_power=args.adaptive_power,
+        adaptive_offset=args.adaptive_offset,
+        teacher=teacher,
+        perceptual_weight=args.perceptual_weight,
+        vae=pipeline.vae,
+    )
+
+
+def guidance_range(args: argparse.Namespace, is_conditional: bool) -> tuple[float, float]:
+    """The lowest and the highest guidance scale that a run trains for."""
+    highest = args.max_guidance_scale
+    if highest is None:
+        highest = 3.0 if is_conditional and args.pairs != "sampler" else 1.0
+    sampled = args.sampled_guidance_scale
+    if not is_conditional and max(highest, sampled) > 1.0:
+        raise ValueError(
+            "`--max_guidance_scale` and `--sampled_guidance_scale` must be 1.0 for a flow without classes, but are"
+            f" {highest} and {sampled}."
+        )
+    if args.pairs == "data":
+        return 1.0, highest
+    return (sampled if args.pairs == "sampler" else 1.0), max(highest, sampled)
+
+
+# Pairs of the exact sampler
+
+
+class SampledPairs(NamedTuple):
+    """
+    What the exact sampler drew.
+
+    Args:
+        clean_sample, noisy_sample (`torch.Tensor` of shape `(num_pairs, in_channels, sample_size, sample_size)`):
+            Its samples, denoised and not.
+        class_labels (`torch.LongTensor` of shape `(num_pairs,)`): -1 is no class.
+        guidance ([`Guidance`]): What they were drawn with.
+    """
+
+    clean_sample: torch.Tensor
+    noisy_sample: torch.Tensor
+    class_labels: torch.Tensor
+    guidance: Guidance
+
+
+@torch.no_grad()
+def draw_pairs(
+    pipeline: FlowBackPipeline,
+    path: Path,
+    num_pairs: int,
+    guidance: Guidance,
+    batch_size: int,
+    dropout: float,
+    seed: int,
+):
+    """
+    Draw pairs with the exact sampler and save them, whole or not at all.
+
+    Args:
+        pipeline ([`FlowBackPipeline`]): Holds the flow.
+        path (`pathlib.Path`): The file.
+        num_pairs (`int`): How many pairs, of all classes in turn.
+        guidance ([`Guidance`]): Scale and rule.
+        batch_size (`int`): Images per call.
+        dropout (`float`): The share that is drawn without a class.
+        seed (`int`): Decides noise and dropped classes.
+    """
+    num_classes, generator = pipeline.transformer.config.num_classes, make_generator(seed, PAIRS)
+    labels = torch.full((num_pairs,), -1)
+    if num_classes is not None:
+        labels = torch.arange(num_pairs) % num_classes
+        labels[torch.rand(num_pairs, generator=generator) < dropout] = -1
+    drawn = []
+    for chunk in tqdm(labels.split(batch_size), desc="Drawing pairs"):
+        class_labels = None if num_classes is None else chunk.to(pipeline.device)
+        noise = pipeline.prepare_latents(len(chunk), generator)
+        noisy_sample = pipeline.invert_blocks(noise, class_labels, guidance.scale, guidance.rule)
+        drawn.append((pipeline.denoise(noisy_sample, class_labels).cpu(), noisy_sample.cpu()))
+    clean_sample, noisy_sample = (torch.cat(each) for each in zip(*drawn))
+    is_finite = (clean_sample.isfinite() & noisy_sample.isfinite()).flatten(1).all(dim=1)
+    if not is_finite.all():
+        raise ValueError(
+            f"The exact sampler must draw finite images, but {int((~is_finite).sum())} of {num_pairs} overflowed. Give"
+            " a smaller --sampled_guidance_scale, or --pairs data."
+        )
+    tensors = {"clean_sample": clean_sample, "noisy_sample": noisy_sample, "class_labels": labels}
+    with write_whole(path) as partial:
+        save_file(tensors, partial, metadata={"guidance": json.dumps(asdict(guidance))})
+
+
+def read_pairs(path: Path) -> SampledPairs:
+    """Read what [`draw_pairs`] saved."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return SampledPairs(**tensors, guidance=Guidance(**json.loads(file.metadata()["guidance"])))
+
+
+# The trainer
+
+
+class ReverseTrainer(Trainer):
+    """
+    Trains the learned inverse of a flow, as [`Trainer`] trains a flow: the same folder, checkpoints and log.
+
+    `samples/` shows the exact sampler's images on the left and the learned ones, of the same noise, on the right.
+
+    Args:
+        objective ([`ReverseFlowObjective`]): The learned inverse, its flow and its loss.
+        source ([`ImageSource`] or [`LatentSource`]): Training and validation data, and what a batch is.
+        arguments ([`TrainingArguments`]): How to train, log, validate and save.
+        pipeline ([`FlowBackPipeline`]): The flow's pipeline, which is saved together with the learned inverse.
+        pairs (`str`, defaults to `"data"`): `"data"`, `"sampler"` or `"both"`.
+        num_sampled_pairs (`int`, defaults to 10000), sampled_guidance_scale (`float`, defaults to 1.0):
+            Pairs of the sampler, which are drawn before the first step and kept in the run's folder.
+        settings (`dict`, *optional*), accelerator ([`~accelerate.Accelerator`], *optional*): As in [`Trainer`].
+    Raises:
+        ValueError: as [`Trainer`]; also if the flow is not finite on the data.
+    """
+
+    measure = "reconstruction"
+
+    def __init__(
+        self,
+        objective: ReverseFlowObjective,
+        source: ImageSource | LatentSource,
+        arguments: TrainingArguments,
+        pipeline: FlowBackPipeline,
+        pairs: str = "data",
+        num_sampled_pairs: int = 10_000,
+        sampled_guidance_scale: float = 1.0,
+        settings: dict[str, Any] | None = None,
+        accelerator: Accelerator | None = None,
+    ):
+        self.flow_pipeline = pipeline
+        self.sampled_share = SAMPLED_SHARE[pairs]
+        self.num_sampled_pairs = num_sampled_pairs
+        self.sampled_guidance = Guidance(sampled_guidance_scale, pipeline.config.guidance_rule)
+        self.sampled_pairs: SampledPairs | None = None
+        super().__init__(objective, source, arguments, settings=settings, accelerator=accelerator)
+
+    def _describe(self, objective: ReverseFlowObjective) -> dict[str, Any]:
+        return asdict(self.arguments) | {
+            "supervision": objective.supervision,
+            "sampled_share": self.sampled_share,
+            "num_sampled_pairs": self.num_sampled_pairs,
+            "sampled_guidance_scale": self.sampled_guidance.scale,
+        }
+
+    def _make_pipeline(self, id2label: None) -> FlowBackPipeline:
+        """The flow's pipeline, with the averaged weights of the learned inverse."""
+        pipeline = FlowBackPipeline.from_pipe(self.flow_pipeline, reverse_transformer=self.evaluated_model)
+        pipeline.check_inputs(guidance_scale=self.arguments.validation_guidance_scale, solver="learned")
+        return pipeline
+
+    def _prepare(self, objective: ReverseFlowObjective):
+        objective.to(self.accelerator.device)
+        objective.measure_statistics(self._statistics_batches())
+        super()._prepare(objective)
+
+    def _statistics_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Noisy samples and labels of some training images, the same ones in every process."""
+        device, dataset = self.accelerator.device, self.source.train_dataset
+        generator = make_generator(self.arguments.seed, STATISTICS)
+        chosen = torch.randperm(len(dataset), generator=generator)[:NUM_STATISTICS_IMAGES]
+        noise = make_generator(self.arguments.seed, STATISTICS, device=device)
+        for indices in chosen.split(self.arguments.train_batch_size):
+            batch = collate([dataset[index] for index in indices.tolist()])
+            batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+            batch = self.source.mirror(batch, torch.zeros_like(batch["class_labels"], dtype=torch.bool))
+            drawn = RowGenerator(noise, len(indices))
+            noisy_sample = add_noise(self.source.clean_sample(batch, drawn), self.flow.config, drawn)
+            yield noisy_sample, None if self.flow.config.num_classes is None else batch["class_labels"]
+
+    def _compile(self, objective: ReverseFlowObjective):
+        self.model.compile_repeated_blocks()
+
+    def _train(self):
+        if self.sampled_share > 0:
+            path = self.folder / PAIRS_FILE
+            if self.accelerator.is_main_process and not path.exists():
+                arguments = self.arguments
+                draw_pairs(
+                    self.pipeline,
+                    path,
+                    self.num_sampled_pairs,
+                    self.sampled_guidance,
+                    arguments.eval_batch_size,
+                    arguments.label_dropout,
+                    arguments.seed,
+                )
+            self.accelerator.wait_for_everyone()
+            self.sampled_pairs = read_pairs(path)
+        super()._train()
+
+    def _compute(self, batch: dict[str, Any], generator: RowGenerator) -> tuple[torch.Tensor, dict[str, Any]]:
+        clean_sample = self.source.clean_sample(batch, generator)
+        noisy_sample = add_noise(clean_sample, self.flow.config, generator)
+        class_labels = None if self.flow.config.num_classes is None else batch["class_labels"]
+        count = len(clean_sample)
+        guidance_scale = sampled = None
+        if self.sampled_pairs is not None:
+            sampled = generator.rand((count,)) < self.sampled_share
+            clean_sample, noisy_sample, class_labels = self._replace_by_pairs(
+                sampled, generator, clean_sample, noisy_sample, class_labels
+            )
+        if self.teaches_guidance:
+            highest = self.model.config.max_guidance_scale
+            guidance_scale = 1.0 + (highest - 1.0) * generator.rand((count,))
+        self._last_batch = (clean_sample, noisy_sample, class_labels)
+        output = self.objective(
+            clean_sample, noisy_sample, class_labels, guidance_scale, sampled, self.sampled_guidance
+        )
+        return output.loss, {name: value.detach().float() for name, value in output.items()}
+
+    @property
+    def teaches_guidance(self) -> bool:
+        """Whether pairs of data teach guidance: not if the range of scales comes from pairs of the sampler only."""
+        return self.model.config.max_guidance_scale > 1.0 and self.sampled_share < 1.0
+
+    def _replace_by_pairs(
+        self,
+        sampled: torch.Tensor,
+        generator: RowGenerator,
+        clean_sample: torch.Tensor,
+        noisy_sample: torch.Tensor,
+        class_labels: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Replace some rows of a batch by pairs of the sampler."""
+        pairs, device = self.sampled_pairs, clean_sample.device
+        rows = (generator.rand((len(sampled),), torch.float64) * len(pairs.class_labels)).long().cpu()
+        images = sampled.view(-1, 1, 1, 1)
+        clean_sample = torch.where(images, pairs.clean_sample[rows].to(device), clean_sample)
+        noisy_sample = torch.where(images, pairs.noisy_sample[rows].to(device), noisy_sample)
+        if class_labels is not None:
+            class_labels = torch.where(sampled, pairs.class_labels[rows].to(device), class_labels)
+        return clean_sample, noisy_sample, class_labels
+
+    def _measure(self) -> torch.Tensor:
+        """The squared error of the trained weights as they are now, on the last batch."""
+        clean_sample, noisy_sample, class_labels = self._last_batch
+        latents = self.flow(noisy_sample, class_labels).sample
+        sample = self.model(latents, class_labels, self.model.config.min_guidance_scale).sample
+        return (sample - (clean_sample if self.model.config.denoises else noisy_sample)).square().mean()
+
+    def _validate(self) -> dict[str, float]:
+        return validate_learned_inverse(self.accelerator, self.pipeline, self.validation_dataloader, self.source)
+
+    def _draw_samples(self, path: Path):
+        scale, seed = self.arguments.validation_guidance_scale, self.arguments.seed
+        draw_samples(self.pipeline, self.validation_class_labels, scale, seed, path, solvers=("auto", "learned"))

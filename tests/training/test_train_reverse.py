@@ -1,0 +1,292 @@
+"""Training the learned inverse of a flow, as its users do."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+from flowback_hf.alignment import reverse_objective
+from flowback_hf.files import read_json_lines
+from flowback_hf.models.transformer_reverse import HEADS_FILE
+from flowback_hf.training import TrainingArguments, reverse
+from flowback_hf_cli import reverse_training, training
+
+from ..conftest import REPOSITORY, command_line, load_script, randomise_weights
+from .test_train_rra import LAUNCH
+
+
+SCRIPT = REPOSITORY / "training" / "train_reverse.py"
+
+
+@pytest.fixture(scope="module")
+def train_reverse():
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def flow_folder(tmp_path_factory):
+    """A pipeline of a flow with random weights, of the classes of the fixture `images`."""
+    folder = tmp_path_factory.mktemp("flow") / "flow"
+    flow = TarFlowTransformer2DModel(
+        8, 4, num_blocks=2, num_layers=1, num_attention_heads=2, attention_head_dim=4, num_classes=2, noise_std=0.1
+    )
+    randomise_weights(flow, seed=0)
+    for block in flow.blocks:
+        block.proj_out.weight.data.mul_(0.2)
+    FlowBackPipeline(flow, id2label={0: "dog", 1: "cat"}, guidance_scale=1.5).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def line(images, flow_folder, tmp_path):
+    """The command line of a tiny run, without --output_dir, as a function of what differs."""
+
+    def build(**options):
+        tiny = {
+            "model": flow_folder,
+            "train_data_dir": images,
+            "cache_dir": tmp_path / "cache",
+            "train_batch_size": 4,
+            "max_train_steps": 4,
+            "lr_warmup_steps": 1,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "validation_steps": 4,
+            "checkpointing_steps": 2,
+        }
+        return command_line(**(tiny | options))
+
+    return build
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read_metrics(folder):
+    return read_json_lines(folder / "metrics.jsonl")
+
+
+def state_of(folder):
+    """All weights of a run's last checkpoint and of its learned inverse, with its heads."""
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = {f"objective.{name}": tensor for name, tensor in load_file(last / "model.safetensors").items()}
+    for name in ("diffusion_pytorch_model.safetensors", HEADS_FILE):
+        state |= load_file(folder / "reverse_transformer" / name)
+    return state
+
+
+def test_a_run_leaves_a_pipeline_with_both_networks(train_reverse, line, flow_folder, tmp_path):
+    output_dir = tmp_path / "run"
+    train_reverse.main(train_reverse.parse_args(line(output_dir=output_dir)))
+    assert names(output_dir) == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "loss_curve.png",
+        "metrics.jsonl",
+        "model_index.json",
+        "reverse_transformer",
+        "samples",
+        "training_args.json",
+        "transformer",
+    ]
+    assert names(output_dir / "reverse_transformer") == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        HEADS_FILE,
+    ]
+    # two classes: four images of the exact sampler and four learned ones
+    assert PIL.Image.open(output_dir / "samples" / "step-0000004.png").size == (8 * 64, 2 * 64)
+    metrics = read_metrics(output_dir)
+    assert [record["step"] for record in metrics] == [0, 1, 2, 3, 4, 4]
+    assert {"loss", "reconstruction", "hidden", "gradient_norm"} <= set(metrics[1])
+    assert metrics[1]["loss"] == pytest.approx(metrics[1]["reconstruction"] + metrics[1]["hidden"], abs=1e-5)
+    assert metrics[-1]["validation_reconstruction"] != metrics[0]["validation_reconstruction"]
+
+    # The flow is as it was, and its weights are in no checkpoint.
+    pipeline, flow_pipeline = (
+        FlowBackPipeline.from_pretrained(output_dir),
+        FlowBackPipeline.from_pretrained(flow_folder),
+    )
+    for name, tensor in flow_pipeline.transformer.state_dict().items():
+        assert torch.equal(pipeline.transformer.state_dict()[name], tensor)
+    checkpoint = load_file(output_dir / "checkpoint-4" / "model.safetensors")
+    assert {name.split(".")[0] for name in checkpoint} == {"reverse_transformer"}
+    assert pipeline.labels == {"dog": 0, "cat": 1} and pipeline.config.guidance_scale == 1.5
+    assert pipeline.reverse_transformer.config.max_guidance_scale == 3.0
+    # The averaged weights are saved, the statistics beside the heads.
+    last = checkpoint["reverse_transformer.stages.0.proj_in.weight"]
+    assert 0 < (last - pipeline.reverse_transformer.stages[0].proj_in.weight).abs().max() < 0.1
+    assert (load_file(output_dir / "reverse_transformer" / HEADS_FILE)["std"] - 1).abs().min() > 1e-3
+    image = pipeline(class_labels=["cat"], solver="learned", generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (8, 8)
+
+
+def test_it_learns_to_undo_the_flow(train_reverse, line, tmp_path):
+    options = {"max_train_steps": 150, "validation_steps": 150, "checkpointing_steps": 150, "logging_steps": 150}
+    options |= {"num_attention_heads": 4, "attention_head_dim": 8, "max_guidance_scale": 1.0, "ema_decay": 0.9}
+    train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", **options)))
+    metrics = read_metrics(tmp_path / "run")
+    # the images are uniform noise, whose second moment is 1/3
+    assert metrics[0]["validation_reconstruction"] == pytest.approx(1 / 3, abs=0.02)
+    assert metrics[-1]["validation_reconstruction"] < 0.15
+
+
+def test_a_killed_run_goes_on_exactly(line, tmp_path):
+    """With pairs of the sampler, which are drawn once."""
+    options = {"max_train_steps": 12, "gradient_accumulation_steps": 2, "random_flip": True, "validation_steps": 3}
+    options |= {"pairs": "both", "num_sampled_pairs": 6, "sampled_guidance_scale": 1.5}
+    command = [*LAUNCH, "--num_processes", "1", str(SCRIPT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+
+    def start(**more):
+        return subprocess.Popen([*command, *line(**options, **more)], start_new_session=True, **quiet)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference, process = start(output_dir=whole), start(output_dir=killed)
+    deadline = time.monotonic() + 300
+    while not (killed / "checkpoint-4").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model_index.json").exists(), "the run ended before it was killed"
+    pairs = (killed / reverse.PAIRS_FILE).stat().st_mtime_ns
+
+    process = start(output_dir=killed, resume_from_checkpoint="latest")
+    assert process.wait(timeout=300) == 0 and reference.wait(timeout=300) == 0
+    expected, actual = state_of(whole), state_of(killed)
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+    assert (killed / reverse.PAIRS_FILE).stat().st_mtime_ns == pairs
+    assert names(whole) == names(killed)
+
+
+@pytest.mark.parametrize(
+    "options, logged, config",
+    [
+        ({"supervision": "final"}, {"reconstruction"}, {}),
+        ({"supervision": "data_space"}, {"hidden"}, {"through_data_space": True}),
+        ({"no_denoising": True, "no_normalization": True}, {"hidden"}, {"denoises": False}),
+        ({"adaptive_power": 0.5, "adaptive_offset": 0.1, "hidden_weight": 0.3}, {"hidden"}, {}),
+        ({"max_guidance_scale": 1.0}, {"hidden"}, {"max_guidance_scale": 1.0}),
+        ({"patch_size": 2, "num_layers": 2, "attention_head_dim": 8}, {"hidden"}, {"patch_size": 2, "num_layers": 2}),
+        (
+            {"pairs": "sampler", "num_sampled_pairs": 3, "sampled_guidance_scale": 2.0},
+            {"hidden"},
+            {"min_guidance_scale": 2.0, "max_guidance_scale": 2.0},
+        ),
+        ({"pairs": "both", "num_sampled_pairs": 3}, {"hidden"}, {"max_guidance_scale": 3.0}),
+        ({"gradient_checkpointing": True, "mixed_precision": "bf16"}, {"hidden"}, {}),
+    ],
+    ids=str,
+)
+def test_options(train_reverse, line, tmp_path, options, logged, config):
+    scale = options.get("sampled_guidance_scale") if options.get("pairs") == "sampler" else None
+    options = options | {"max_train_steps": 1, "validation_guidance_scale": scale}
+    train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", **options)))
+    assert logged <= set(read_metrics(tmp_path / "run")[1])
+    assert ("hidden" in read_metrics(tmp_path / "run")[1]) == (options.get("supervision") != "final")
+    pipeline = FlowBackPipeline.from_pretrained(tmp_path / "run")
+    for name, value in config.items():
+        assert pipeline.reverse_transformer.config[name] == value
+    assert (tmp_path / "run" / "reverse_transformer" / HEADS_FILE).exists() == ("hidden" in logged)
+    assert (tmp_path / "run" / reverse.PAIRS_FILE).exists() == ("pairs" in options)
+    assert len(pipeline(class_labels=[0], guidance_scale=scale or 1.0, solver="learned").images) == 1
+
+
+def test_a_teacher_compares_features(train_reverse, line, teacher, tmp_path):
+    options = {"teacher_model_name_or_path": teacher, "perceptual_weight": 0.5, "max_train_steps": 1}
+    train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", **options)))
+    record = read_metrics(tmp_path / "run")[1]
+    total = record["reconstruction"] + record["hidden"] + 0.5 * record["perceptual"]
+    assert record["loss"] == pytest.approx(total, abs=1e-5) and record["perceptual"] > 0
+
+
+def test_pairs_are_what_the_exact_sampler_draws(flow_folder, tmp_path):
+    pipeline = FlowBackPipeline.from_pretrained(flow_folder)
+    guidance = reverse.Guidance(2.0)
+    arguments = {"num_pairs": 7, "guidance": guidance, "batch_size": 3, "dropout": 0.5, "seed": 3}
+    reverse.draw_pairs(pipeline, tmp_path / "pairs.safetensors", **arguments)
+    pairs = reverse.read_pairs(tmp_path / "pairs.safetensors")
+    assert pairs.guidance == guidance and pairs.class_labels.shape == (7,)
+    assert {-1} < set(pairs.class_labels.tolist()) <= {-1, 0, 1}
+    latents = reverse_objective.trajectory_of(pipeline.transformer, pairs.noisy_sample, pairs.class_labels, guidance)[
+        -1
+    ]
+    call = {"latents": latents, "class_labels": pairs.class_labels, "guidance_scale": 2.0, "output_type": "latent"}
+    for denoise, expected in ((False, pairs.noisy_sample), (True, pairs.clean_sample)):
+        actual = pipeline(denoise=denoise, **call).images
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
+    assert (pairs.clean_sample - pairs.noisy_sample).abs().max() > 1e-3
+
+
+# Bad input: one sentence before anything is written
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"validation_guidance_scale": 4.0}, "`guidance_scale` must be between 1.0 and 3.0, for which"),
+        ({"train_batch_size": 21}, "`--train_batch_size` 21 on 1 processes needs 21 images"),
+        ({"patch_size": 3}, "`sample_size` must be divisible by `patch_size`"),
+        (
+            {"latents": "nowhere", "train_data_dir": None},
+            "`--latents` must be a folder of training/precompute_latents",
+        ),
+        ({"unconditional": True}, "The pretrained flow has `num_classes` 2, but the data set has no labels"),
+        ({"model": "nowhere"}, "`--model` must be a folder that holds a saved pipeline, or its id on the Hub"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_found_before_anything_is_written(train_reverse, line, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", **options)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_classes_that_the_flow_does_not_know(train_reverse, line, images, tmp_path):
+    flow = TarFlowTransformer2DModel(8, 4, num_blocks=2, num_layers=1, num_attention_heads=2, num_classes=1)
+    FlowBackPipeline(flow, id2label={0: "cat"}).save_pretrained(tmp_path / "flow")
+    with pytest.raises(ValueError, match=r"must know the classes of the data, but does not know \['dog'\]"):
+        train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", model=tmp_path / "flow")))
+
+
+def test_a_flow_that_is_not_finite_on_the_data(train_reverse, line, flow_folder, tmp_path):
+    pipeline = FlowBackPipeline.from_pretrained(flow_folder)
+    pipeline.transformer.blocks[0].proj_out.bias.data.fill_(-200.0)
+    pipeline.save_pretrained(tmp_path / "flow")
+    with pytest.raises(ValueError, match="The flow must be finite on the training data, but"):
+        train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", model=tmp_path / "flow")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_in_the_folder(train_reverse, line, tmp_path):
+    train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", max_train_steps=1)))
+    arguments = line(output_dir=tmp_path / "run", supervision="final", resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=r"--supervision \('heads' then, 'final' now\)"):
+        train_reverse.main(train_reverse.parse_args(arguments))
+    assert json.loads((tmp_path / "run" / "training_args.json").read_text())["supervision"] == "heads"
+
+
+# Flags
+
+
+def test_flags_are_those_of_the_package():
+    assert reverse_training.SUPERVISIONS == reverse_objective.SUPERVISIONS
+    assert reverse_training.PAIRS == tuple(reverse.SAMPLED_SHARE)
+    args = reverse_training.parse_args(["--model", "flow", "--output_dir", "run", "--train_data_dir", "images"])
+    assert TrainingArguments.from_args(args) == TrainingArguments("run")
+    shared = vars(training.parse_args(["--output_dir", "run", "--train_data_dir", "images"]))
+    # What both have means the same in both; sizes are the flow's by default.
+    different = [name for name, value in vars(args).items() if name in shared and shared[name] != value]
+    assert different == []
