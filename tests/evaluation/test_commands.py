@@ -11,7 +11,7 @@ from flowback_hf.models.transformer_tarflow import GUIDANCE_RULES, GUIDANCE_SCHE
 from flowback_hf.pipelines.pipeline_flowback_classification import METHODS
 from flowback_hf_cli import evaluation
 
-from ..conftest import end_of_command, load_script
+from ..conftest import end_of_command
 
 
 REPOSITORY = Path(__file__).parents[2]
