@@ -53,6 +53,7 @@ def main(args: argparse.Namespace):
         args.pairs,
         args.num_sampled_pairs,
         args.sampled_guidance_scale,
+        args.max_guidance_scale,
         vars(args),
         accelerator,
     )

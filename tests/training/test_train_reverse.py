@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
 from flowback_hf.alignment import reverse_objective
 from flowback_hf.files import read_json_lines
+from flowback_hf.hub import write_repository
 from flowback_hf.models.transformer_reverse import HEADS_FILE
 from flowback_hf.training import TrainingArguments, reverse
 from flowback_hf_cli import reverse_training, training
@@ -109,6 +110,16 @@ def test_a_run_leaves_a_pipeline_with_both_networks(train_reverse, line, flow_fo
     assert {"loss", "reconstruction", "hidden", "gradient_norm"} <= set(metrics[1])
     assert metrics[1]["loss"] == pytest.approx(metrics[1]["reconstruction"] + metrics[1]["hidden"], abs=1e-5)
     assert metrics[-1]["validation_reconstruction"] != metrics[0]["validation_reconstruction"]
+
+    # What is published says what it is, and has the heads, which were not loaded.
+    write_repository(FlowBackPipeline.from_pretrained(output_dir), tmp_path / "repository", "flow", output_dir)
+    assert HEADS_FILE in names(tmp_path / "repository" / "reverse_transformer")
+    card = (tmp_path / "repository" / "README.md").read_text()
+    assert "samples with a learned inverse, in one evaluation" in card
+    assert "It takes a `guidance_scale` from 1 to 3." in card
+    assert "| trained | the learned inverse of a flow that was given; supervision heads |" in card
+    assert "| learned inverse, stages | 3 of 1 layers |" in card and "restored from their latents |" in card
+    assert "nll" not in card
 
     # The flow is as it was, and its weights are in no checkpoint.
     pipeline, flow_pipeline = (

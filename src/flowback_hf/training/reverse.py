@@ -234,6 +234,8 @@ class ReverseTrainer(Trainer):
         pairs (`str`, defaults to `"data"`): `"data"`, `"sampler"` or `"both"`.
         num_sampled_pairs (`int`, defaults to 10000), sampled_guidance_scale (`float`, defaults to 1.0):
             Pairs of the sampler, which are drawn before the first step and kept in the run's folder.
+        data_guidance_scale (`float`, *optional*):
+            The largest guidance scale that pairs of data teach. Default: the largest of the learned inverse.
         settings (`dict`, *optional*), accelerator ([`~accelerate.Accelerator`], *optional*): As in [`Trainer`].
     Raises:
         ValueError: as [`Trainer`]; also if the flow is not finite on the data.
@@ -250,6 +252,7 @@ class ReverseTrainer(Trainer):
         pairs: str = "data",
         num_sampled_pairs: int = 10_000,
         sampled_guidance_scale: float = 1.0,
+        data_guidance_scale: float | None = None,
         settings: dict[str, Any] | None = None,
         accelerator: Accelerator | None = None,
     ):
@@ -258,6 +261,8 @@ class ReverseTrainer(Trainer):
         self.num_sampled_pairs = num_sampled_pairs
         self.sampled_guidance = Guidance(sampled_guidance_scale, pipeline.config.guidance_rule)
         self.sampled_pairs: SampledPairs | None = None
+        highest = objective.reverse_transformer.config.max_guidance_scale
+        self.data_guidance_scale = highest if data_guidance_scale is None else data_guidance_scale
         super().__init__(objective, source, arguments, settings=settings, accelerator=accelerator)
 
     def _describe(self, objective: ReverseFlowObjective) -> dict[str, Any]:
@@ -266,6 +271,7 @@ class ReverseTrainer(Trainer):
             "sampled_share": self.sampled_share,
             "num_sampled_pairs": self.num_sampled_pairs,
             "sampled_guidance_scale": self.sampled_guidance.scale,
+            "data_guidance_scale": self.data_guidance_scale,
         }
 
     def _make_pipeline(self, id2label: None) -> FlowBackPipeline:
@@ -324,19 +330,14 @@ class ReverseTrainer(Trainer):
             clean_sample, noisy_sample, class_labels = self._replace_by_pairs(
                 sampled, generator, clean_sample, noisy_sample, class_labels
             )
-        if self.teaches_guidance:
-            highest = self.model.config.max_guidance_scale
-            guidance_scale = 1.0 + (highest - 1.0) * torch.rand(count, generator=generator, device=device)
+        if self.data_guidance_scale > 1.0 and self.sampled_share < 1.0:
+            shares = torch.rand(count, generator=generator, device=device)
+            guidance_scale = 1.0 + (self.data_guidance_scale - 1.0) * shares
         self._last_batch = (clean_sample, noisy_sample, class_labels)
         output = self.objective(
             clean_sample, noisy_sample, class_labels, guidance_scale, sampled, self.sampled_guidance
         )
         return output.loss, {name: value.detach().float() for name, value in output.items()}
-
-    @property
-    def teaches_guidance(self) -> bool:
-        """Whether pairs of data teach guidance: not if the range of scales comes from pairs of the sampler only."""
-        return self.model.config.max_guidance_scale > 1.0 and self.sampled_share < 1.0
 
     def _replace_by_pairs(
         self,
