@@ -610,7 +610,7 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.check_guidance_scale(guidance_scale)
         if class_labels is None or guidance_scale == 1.0:
             return None
-        return torch.full((len(sample),), guidance_scale - 1.0, device=sample.device)
+        return torch.full((len(sample),), guidance_scale - 1.0, device=sample.device, dtype=self.stages[0].dtype)
 
     # Checks, which a pipeline makes before it draws noise
 
