@@ -31,6 +31,8 @@ from flowback_hf import (
     FlowBackClassificationPipeline,
     FlowBackPipeline,
     RepresentationTeacher,
+    ReverseFlowObjective,
+    TarFlowReverseTransformer2DModel,
     TarFlowTransformer2DModel,
 )
 from flowback_hf.evaluation import EvaluationArguments
@@ -65,6 +67,12 @@ def build(**options):
     return flow.log_prob(torch.zeros(1, channels, size, size))
 
 
+def build_learned_inverse(**options):
+    model = TarFlowReverseTransformer2DModel(**{**FLOW, **options})
+    size, channels = model.config.sample_size, model.config.in_channels
+    return model(torch.zeros(1, channels, size, size)).sample
+
+
 def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], Callable]]:
     """By name: what is called, a call that works, and where the signature is if that says nothing of the arguments."""
     flow = make_flow()
@@ -89,6 +97,17 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], Callable]]:
     def score(**options):
         return classifier.out_of_distribution_score(images, torch.tensor([1.0, 2.0]), **options)
 
+    reverse_transformer = TarFlowReverseTransformer2DModel.for_flow(flow, max_guidance_scale=3.0)
+    learned_pipe = FlowBackPipeline(flow, reverse_transformer=reverse_transformer)
+
+    def reverse_objective(**options):
+        built = ReverseFlowObjective(TarFlowReverseTransformer2DModel.for_flow(flow), flow, **options)
+        return built(sample, sample, labels).loss
+
+    def learned(**options):
+        fixed = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+        return learned_pipe(**{**fixed, "solver": "learned", **options}).images
+
     inverse = {"sample": sample, "class_labels": labels, "inverse": True}
     return {
         "model": (build, {}, TarFlowTransformer2DModel),
@@ -104,6 +123,14 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], Callable]]:
         "sampling": (guided, {"class_labels": [1]}, pipe.__call__),
         "sampling, guided": (guided, {"class_labels": [1], "guidance_scale": 2.0}, pipe.__call__),
         "sampling, by sweeps": (guided, {"class_labels": [1], "solver": "jacobi"}, pipe.__call__),
+        "learned inverse": (build_learned_inverse, {}, TarFlowReverseTransformer2DModel),
+        "learned inverse, noise to data": (
+            reverse_transformer,
+            {"sample": sample, "class_labels": labels},
+            reverse_transformer.forward,
+        ),
+        "learned inverse, objective": (reverse_objective, {}, ReverseFlowObjective),
+        "sampling, learned": (learned, {"class_labels": [1]}, pipe.__call__),
         "check_inputs": (pipe.check_inputs, {"class_labels": [1]}, None),
         "prepare_latents": (pipe.prepare_latents, {"num_images": 1}, None),
         "invert_blocks": (pipe.invert_blocks, {"latents": sample, "class_labels": labels}, None),
@@ -192,6 +219,7 @@ def table_of_calls(folder: Path) -> dict[str, str]:
 # Flags that a command needs beside those that it requires, so that one strange value is the only mistake.
 OTHER_FLAGS = {
     "train_rra": ["--train_data_dir", "x"],
+    "train_reverse": ["--train_data_dir", "x"],
     "precompute_features": ["--train_data_dir", "x"],
     "precompute_latents": ["--train_data_dir", "x"],
     "evaluate_flow": ["--data_dir", "x"],

@@ -1091,13 +1091,13 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                         f" one is {label}."
                     )
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
         if solver == "learned":
             self._check_learned_solver(scale, guidance_schedule, guidance_temperature, tolerance)
-        else:
-            rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
-            self.transformer.check_inverse_arguments(
-                scale, rule, guidance_schedule, guidance_temperature, solver, tolerance
-            )
+            solver = "auto"  # the other arguments must be right, too
+        self.transformer.check_inverse_arguments(
+            scale, rule, guidance_schedule, guidance_temperature, solver, tolerance
+        )
         check_number("num_images_per_prompt", num_images_per_prompt, int, at_least=1)
         num_images = num_images_per_prompt * (1 if class_labels is None else len(class_labels))
         generators = generator if isinstance(generator, list) else [generator] * num_images

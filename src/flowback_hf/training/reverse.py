@@ -26,6 +26,7 @@ from flowback_hf.models.transformer_tarflow import Guidance
 from flowback_hf.training.flow import add_classes, check_vae_of_latents
 from flowback_hf.training.trainer import Trainer
 from flowback_hf.training.validation import draw_samples, validate_learned_inverse
+from flowback_hf_cli.numbers import check_number
 from flowback_hf_cli.training import TrainingArguments
 
 
@@ -256,6 +257,12 @@ class ReverseTrainer(Trainer):
         settings: dict[str, Any] | None = None,
         accelerator: Accelerator | None = None,
     ):
+        if pairs not in SAMPLED_SHARE:
+            raise ValueError(f"`pairs` must be one of {tuple(SAMPLED_SHARE)}, but is {pairs!r}.")
+        check_number("num_sampled_pairs", num_sampled_pairs, int, at_least=1)
+        check_number("sampled_guidance_scale", sampled_guidance_scale, float, at_least=1.0)
+        if data_guidance_scale is not None:
+            check_number("data_guidance_scale", data_guidance_scale, float, at_least=1.0)
         self.flow_pipeline = pipeline
         self.sampled_share = SAMPLED_SHARE[pairs]
         self.num_sampled_pairs = num_sampled_pairs
