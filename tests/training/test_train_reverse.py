@@ -141,13 +141,13 @@ def test_a_run_leaves_a_pipeline_with_both_networks(train_reverse, line, flow_fo
 
 
 def test_it_learns_to_undo_the_flow(train_reverse, line, tmp_path):
-    options = {"max_train_steps": 150, "validation_steps": 150, "checkpointing_steps": 150, "logging_steps": 150}
+    options = {"max_train_steps": 100, "validation_steps": 100, "checkpointing_steps": 100, "logging_steps": 100}
     options |= {"num_attention_heads": 4, "attention_head_dim": 8, "max_guidance_scale": 1.0, "ema_decay": 0.9}
     train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", **options)))
     metrics = read_metrics(tmp_path / "run")
     # the images are uniform noise, whose second moment is 1/3
     assert metrics[0]["validation_reconstruction"] == pytest.approx(1 / 3, abs=0.02)
-    assert metrics[-1]["validation_reconstruction"] < 0.15
+    assert metrics[-2]["reconstruction"] < 0.07 and metrics[-1]["validation_reconstruction"] < 0.27
 
 
 def test_a_killed_run_goes_on_exactly(line, tmp_path):

@@ -199,7 +199,7 @@ def draw_pairs(
         noise = pipeline.prepare_latents(len(chunk), generator)
         noisy_sample = pipeline.invert_blocks(noise, class_labels, guidance.scale, guidance.rule)
         drawn.append((pipeline.denoise(noisy_sample, class_labels).cpu(), noisy_sample.cpu()))
-    clean_sample, noisy_sample = (torch.cat(each) for each in zip(*drawn))
+    clean_sample, noisy_sample = (torch.cat(each).contiguous() for each in zip(*drawn))
     is_finite = (clean_sample.isfinite() & noisy_sample.isfinite()).flatten(1).all(dim=1)
     if not is_finite.all():
         raise ValueError(
