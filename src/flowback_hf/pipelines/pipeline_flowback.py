@@ -1392,8 +1392,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             add_noise (`bool`, defaults to `False`): Add the noise of training to the images first.
             generator (`torch.Generator` or one for each image, *optional*): Draws this noise.
         Returns:
-            `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: `latents` for a call. float32,
-            or float64 for a float64 flow.
+            `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: `latents` for a call, in
+            float32, or float64 for a float64 flow.
         Raises:
             ValueError: if an image cannot be used, with its number, or if an argument is out of its range.
 
