@@ -295,7 +295,7 @@ def draw_grid(path: Path, rows: list[list[Any]], titles: list[str] = [], names: 
     for axis, name in zip(axes[:, 0], names):
         axis.text(-0.15, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
     figure.tight_layout(pad=0.3)
-    save_figure(figure, path, dpi=100)
+    save_figure(figure, path, dpi=72)
 
 
 def draw_pictures(bench: Bench, folder: Path, patch_tokens: int):
@@ -309,7 +309,7 @@ def draw_pictures(bench: Bench, folder: Path, patch_tokens: int):
 
     latents = pipe.invert(images, classes)
     restored = pipe(classes, latents=latents, guidance_scale=1.0, denoise=False, output_type="pt").images
-    rows = [list(images), list(latents / 6 + 0.5), list(restored)]  # from -3 to 3
+    rows = [list(images), list(latents[:, 0]), list(restored)]
     draw_grid(folder / "editing_invert.png", rows, names, ["image", "latents", "restored"])
 
     rows = []
