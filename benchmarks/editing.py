@@ -23,6 +23,7 @@ from flowback_hf.evaluation.samples import label_reader
 from flowback_hf.files import read_json
 from flowback_hf.metrics import load_feature_extractor
 from flowback_hf.models.transformer_tarflow import Guidance
+from flowback_hf.pipelines.pipeline_flowback import slerp
 from flowback_hf.reporting import import_pyplot, markdown_table, save_figure
 from flowback_hf_cli.numbers import COUNT, SEED, Number
 
@@ -144,31 +145,35 @@ def measure_swaps(bench: Bench, seed: int) -> dict[str, dict[str, torch.Tensor]]
     scale = bench.pipe.config.guidance_scale
     latents, noisy_latents = bench.invert(), bench.invert(noise)
     made = {
-        "swap": bench.generate(latents, target, denoise=False),
-        "swap, denoised": bench.generate(latents, target),
-        "swap, noise added first": bench.generate(noisy_latents, target),
-        "swap, guided inversion": bench.generate(bench.invert(guidance_scale=scale), target, denoise=False),
-        "swap, no guidance": bench.generate(latents, target, guidance_scale=1.0, denoise=False),
+        "swap_class": bench.generate(latents, target, denoise=False),
+        "swap_class, denoised": bench.generate(latents, target),
+        "swap_class, noise added first": bench.generate(noisy_latents, target),
+        "swap_class, guided inversion": bench.generate(bench.invert(guidance_scale=scale), target, denoise=False),
+        "swap_class, no guidance": bench.generate(latents, target, guidance_scale=1.0, denoise=False),
         "new sample": bench.generate(bench.pipe.prepare_latents(len(target), generator), target),
     }
     return {name: bench.compare(sample, target) for name, sample in made.items()}
 
 
 def measure_variations(bench: Bench, seed: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Draw a part of all latents anew, or the latents of some tokens, without guidance."""
+    """Draw a part of every latent anew, or the latents of some tokens."""
     generator = torch.Generator().manual_seed(seed)
-    latents, measured = bench.invert(), {}
-    noise = bench.pipe.prepare_latents(len(latents), generator)
+    noise, training_noise = (bench.pipe.prepare_latents(len(bench.labels), generator) for _ in range(2))
+    latents, noisy_latents = bench.invert(), bench.invert(training_noise)
     tokens, noise_tokens = bench.transformer.patchify(latents), bench.transformer.patchify(noise)
     chances = torch.rand(tokens.shape[:2], generator=generator).unsqueeze(2)
+    plain, measured = {"guidance_scale": 1.0, "denoise": False}, {}
     for strength in STRENGTHS:
-        edits = {"of every latent": math.sqrt(1 - strength**2) * latents + strength * noise}
-        if strength < 1:
-            edits["all of some tokens"] = bench.transformer.unpatchify(
-                torch.where(chances < strength, noise_tokens, tokens)
-            )
-        for name, edited in edits.items():
-            sample = bench.generate(edited, bench.labels, guidance_scale=1.0, denoise=False)
+        kept = math.sqrt(1 - strength**2)
+        some_tokens = bench.transformer.unpatchify(torch.where(chances < strength, noise_tokens, tokens))
+        edits = {
+            "vary": (kept * latents + strength * noise, plain),
+            "vary, guided": (kept * latents + strength * noise, {"denoise": False}),
+            "vary, noise added first": (kept * noisy_latents + strength * noise, {"guidance_scale": 1.0}),
+            "all latents of some tokens": (some_tokens, plain),
+        }
+        for name, (edited, options) in edits.items():
+            sample = bench.generate(edited, bench.labels, **options)
             measured[f"{name}, {strength:g}"] = bench.compare(sample, bench.labels)
     return measured
 
@@ -183,17 +188,25 @@ def measure_interpolations(
     generator = torch.Generator().manual_seed(seed)
     pairs = [torch.randperm(len(bench.labels), generator=generator)[:2] for _ in range(num_pairs)]
     fractions = torch.linspace(0, 1, num_steps)
+    noisy_latents = bench.invert(bench.pipe.prepare_latents(len(bench.labels), generator))
+    class_weights = torch.eye(bench.transformer.config.num_classes)[bench.labels]
 
     def interpolate(first: int, last: int, **options: Any) -> torch.Tensor:
         images, classes = bench.pixels[[first, last]], bench.labels[[first, last]]
         return bench.pipe.interpolate(*images, num_steps, classes, output_type="latent", **options).images
 
+    def interpolate_noisy(first: int, last: int) -> torch.Tensor:
+        weights = torch.lerp(class_weights[first], class_weights[last], fractions.unsqueeze(1))
+        latents = slerp(noisy_latents[first], noisy_latents[last], fractions)
+        return bench.generate(latents, weights, guidance_scale=1.0)
+
     paths: dict[str, Callable[[int, int], torch.Tensor]] = {
         "pixels blended": lambda first, last: torch.stack(
             [torch.lerp(bench.sample[first], bench.sample[last], fraction) for fraction in fractions]
         ),
-        "latents": interpolate,
-        "latents, guided": lambda first, last: interpolate(
+        "interpolate": interpolate,
+        "interpolate, noise added first": interpolate_noisy,
+        "interpolate, guided": lambda first, last: interpolate(
             first, last, guidance_scale=bench.pipe.config.guidance_scale
         ),
     }
@@ -253,12 +266,12 @@ def measure_maps(bench: Bench, patch_tokens: int, seed: int) -> dict[str, dict[s
     cell = bench.transformer.config.patch_size * bench.pipe.vae_scale_factor
     patches = torch.nn.functional.unfold(pasted.images, cell, stride=cell)
     scores = {
-        "map given the class": -given_class,
-        "map given the class, less the mean at each place": typical - given_class,
-        "map given the class, noise added first": -bench.pipe.likelihood_map(
+        "likelihood_map": -given_class,
+        "likelihood_map, less the mean at each place": typical - given_class,
+        "likelihood_map, noise added first": -bench.pipe.likelihood_map(
             pasted.images, bench.labels, add_noise=True, generator=generator
         ),
-        "map without a class": -bench.pipe.likelihood_map(pasted.images),
+        "likelihood_map, no class": -bench.pipe.likelihood_map(pasted.images),
         "variance of the patch": patches.var(dim=1),
     }
     wanted = pasted.is_pasted.flatten()

@@ -360,6 +360,17 @@ def editing_table(kind: str, columns: list[tuple[str, str, int, int]]) -> Table:
     return Table(["data", "method", *(title for title, *_ in columns)], rows, EDITING_REPORTS)
 
 
+@table("editing-latents")
+def editing_latents() -> Table:
+    rows = []
+    for report in EDITING_REPORTS:
+        results = read(report)["results"]
+        rows.append(
+            [results["data"], *(f"{results['latents_std'][name]:.2f}" for name in ("clean", "noise added first"))]
+        )
+    return Table(["standard deviation of latents", "clean images", "`add_noise=True`"], rows, EDITING_REPORTS)
+
+
 DISTANCES = [("distance in pixels", "pixel_distance", 1, 3), ("in features", "feature_distance", 1, 2)]
 
 

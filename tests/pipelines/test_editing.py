@@ -107,14 +107,12 @@ def test_weights_repeat_with_num_images_per_prompt(pipe):
         torch.ones(NUM_CLASSES),
         torch.ones(2, NUM_CLASSES + 1),
         torch.ones(0, NUM_CLASSES),
-        torch.tensor([[1, math.nan]]),
+        torch.full((1, NUM_CLASSES), math.nan),
     ],
     ids=["one dimension", "too many classes", "empty", "nan"],
 )
 def test_weights_that_do_not_fit_raise(pipe, weights):
-    with pytest.raises(
-        ValueError, match=r"`class_labels` must be class ids or names, or finite class weights of shape"
-    ):
+    with pytest.raises(ValueError, match="`class_labels` must be class ids or names, or finite class weights of"):
         pipe(weights)
 
 
@@ -159,9 +157,8 @@ def test_inversion_of_a_latent_flow(latent_pipe):
 def test_inversion_with_the_noise_of_training(randomised_model, noise_type):
     pipeline = make_pipe(randomised_model(noise_std=0.2, noise_type=noise_type))
     images = (random_images(400) * 255).round().div(255)
-    noisy = pipeline(
-        latents=pipeline.invert(images, add_noise=True, generator=seeded()), num_images_per_prompt=400, **EXACT
-    )
+    latents = pipeline.invert(images, add_noise=True, generator=seeded())
+    noisy = pipeline(latents=latents, num_images_per_prompt=400, **EXACT)
     if noise_type == "gaussian":
         noise = (noisy.images - pipeline.encode(images)) / 0.2
         assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
@@ -358,9 +355,8 @@ def test_edits_return_what_a_call_returns(pipe, name):
     output = edit(pipe, name, images, callback_on_step_end=callback, **options)
     assert all(isinstance(image, PIL.Image.Image) for image in output.images) and steps == [3, 2, 1]
     options = {"generator": seeded()} if name == "vary" else {}
-    (arrays,) = edit(
-        pipe, name, images, output_type="np", return_dict=False, solver="jacobi", tolerance=0.0, **options
-    )
+    options |= {"output_type": "np", "return_dict": False, "solver": "jacobi", "tolerance": 0.0}
+    (arrays,) = edit(pipe, name, images, **options)
     assert np.abs(arrays - np.stack([np.asarray(image) / 255 for image in output.images])).max() < 0.5 / 255 + 1e-6
 
 
