@@ -77,6 +77,12 @@ class Bench:
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer = self.pipe.transformer.requires_grad_(False)
         self.extractor = load_feature_extractor(str(args.judge or args.data_dir / "judge"))
+        config = self.transformer.config
+        if args.patch_tokens >= config.sample_size // config.patch_size:
+            raise ValueError(
+                f"`--patch_tokens` must be less than {config.sample_size // config.patch_size}, the height and width"
+                f" of an image in tokens, but is {args.patch_tokens}."
+            )
         read_as = label_reader(self.extractor, self.pipe)
         if read_as is None:
             raise ValueError(f"`--judge` must know the classes of the flow, {list(self.pipe.labels)}.")
@@ -284,7 +290,7 @@ def measure_maps(bench: Bench, patch_tokens: int, seed: int) -> dict[str, dict[s
 # Pictures
 
 
-def draw_grid(path: Path, rows: list[list[Any]], titles: list[str] = [], names: list[str] = []):
+def draw_grid(path: Path, rows: list[list[torch.Tensor]], titles: list[str], names: Iterable[str] = ()):
     """Draw rows of images, of shape `(channels, height, width)`, and of maps, `(height, width)`, on one scale."""
     plt = import_pyplot()
     values = torch.cat([torch.zeros(0), *(image.flatten() for row in rows for image in row if image.ndim == 2)])

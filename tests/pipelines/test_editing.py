@@ -7,7 +7,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
 from flowback_hf.pipelines.pipeline_flowback import slerp
@@ -454,22 +453,3 @@ def test_generators_that_do_not_fit_raise(pipe):
     refused(message, pipe.vary, images, 0.5, 1, num_images_per_prompt=2, generator=[seeded(), seeded()])
     refused("`generator` must be a `torch.Generator`", pipe.invert, images, 1, add_noise=True, generator=7)
     refused("`num_images_per_prompt` must be a whole number", pipe.vary, images, 0.5, 1, num_images_per_prompt=0)
-
-
-# Published
-
-
-def test_a_published_flow_edits_without_the_package(pipe, the_hub):
-    pipe.transformer.float()
-    pipe.push_to_hub("test-user/flow")
-    published = DiffusionPipeline.from_pretrained("test-user/flow", trust_remote_code=True)
-    published.set_progress_bar_config(disable=True)
-    assert published.__class__.__module__.startswith("diffusers_modules")
-    images = random_images(2).float()
-    assert_close(published.invert(images, ["cat", "dog"]), pipe.invert(images, ["cat", "dog"]), atol=1e-6)
-    assert_close(published.likelihood_map(images, 1), pipe.likelihood_map(images, 1), atol=1e-5)
-    for name in EDITS:
-        options = {"generator": seeded()} if name == "vary" else {}
-        expected = edit(pipe, name, list(images), output_type="latent", **options).images
-        options = {"generator": seeded()} if name == "vary" else {}
-        assert_close(edit(published, name, list(images), output_type="latent", **options).images, expected, atol=1e-5)
