@@ -243,12 +243,14 @@ def test_a_swap_samples_the_target_from_the_latents_of_the_source(pipe):
     assert_differs(denoised, swapped)
 
 
-def test_a_swap_of_a_latent_flow_returns_images(latent_pipe):
+def test_swaps_and_variations_of_a_latent_flow(latent_pipe):
     images = random_images(2, size=8)
     swapped = latent_pipe.swap_class(images, [0, 1], [1, 0]).images
     assert [image.size for image in swapped] == [(8, 8)] * 2
     same = latent_pipe.swap_class(images, 3, 3, guidance_scale=1.0, output_type="latent").images
     assert_close(same, latent_pipe.encode(images))
+    unchanged = latent_pipe.vary(images, 0, 3, output_type="latent").images
+    assert_close(unchanged, latent_pipe.encode(images))
 
 
 # Variations
