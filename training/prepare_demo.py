@@ -36,6 +36,13 @@ from flowback_hf_cli.numbers import COUNT, SEED
 NUM_CLASSES = 10
 DEFAULTS = {
     "digits": {"resolution": 8, "teacher_epochs": 30, "judge_epochs": 40},
+    "icons": {
+        "resolution": 16,
+        "num_train_images": 16000,
+        "num_validation_images": 1000,
+        "teacher_epochs": 3,
+        "judge_epochs": 2,
+    },
     "shapes": {
         "resolution": 32,
         "num_train_images": 8000,
@@ -50,7 +57,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes, digits = DEFAULTS["shapes"], DEFAULTS["digits"]
     parser.add_argument(
-        "--kind", choices=("digits", "shapes"), required=True, help="What the images show: digits or shapes."
+        "--kind", choices=tuple(DEFAULTS), required=True, help="What the images show: digits or shapes."
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="A new or an empty folder to write to.")
     parser.add_argument(
