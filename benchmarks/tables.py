@@ -186,6 +186,20 @@ def checkpoints() -> Table:
     return Table(["parameters", "size", "only written", "checked and flushed", "nll of a batch"], rows, reports)
 
 
+@table("icons")
+def icons() -> Table:
+    results = read("demo_samples_icons")["results"]
+    training = results["training"]
+    steps = f"{training['num_steps']:,} steps of {training['batch_size']} images"
+    timed = training["seconds_per_step_timed"]
+    rows = [[f"training: {steps}, {seconds(timed)} each", f"{training['num_steps'] * timed / 60:.0f} minutes", "", ""]]
+    for case in results["images"]:
+        distance = case["distance_to_nearest_training_image"]
+        row = [f"{case['num_images']:,} {case['name']}", percent(case["judge_reads_label"])]
+        rows.append([*row, f"{distance['median']:.3f}", f"{distance['smallest']:.3f}"])
+    return Table(["", "read as their class", "median distance", "smallest"], rows, ["demo_samples_icons"])
+
+
 # Alignment
 
 
