@@ -103,6 +103,10 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s"
 
 
+def minutes(value: float) -> str:
+    return f"{value / 60:.0f} min"
+
+
 def mebibytes(value: float) -> str:
     return f"{value / 2**20:,.1f} MiB"
 
@@ -186,18 +190,25 @@ def checkpoints() -> Table:
     return Table(["parameters", "size", "only written", "checked and flushed", "nll of a batch"], rows, reports)
 
 
-@table("icons")
-def icons() -> Table:
-    results = read("demo_samples_icons")["results"]
-    training = results["training"]
-    steps = f"{training['num_steps']:,} steps of {training['batch_size']} images"
-    timed = training["seconds_per_step_timed"]
-    rows = [[f"training: {steps}, {seconds(timed)} each", f"{training['num_steps'] * timed / 60:.0f} minutes", "", ""]]
-    for case in results["images"]:
+@table("icons-training")
+def icons_training() -> Table:
+    training = read("demo_samples_icons")["results"]["training"]
+    steps, step_seconds = training["num_steps"], training["seconds_per_step_timed"]
+    row = [f"{steps:,}", str(training["batch_size"]), seconds(step_seconds), minutes(steps * step_seconds)]
+    header = ["steps", "images per step", "a step, nothing else running", "all steps at that pace"]
+    header.append("all steps in the run, on a busy machine")
+    return Table(header, [[*row, minutes(training["wall_seconds"])]], ["demo_samples_icons"])
+
+
+@table("icons-samples")
+def icons_samples() -> Table:
+    rows = []
+    for case in read("demo_samples_icons")["results"]["images"]:
         distance = case["distance_to_nearest_training_image"]
-        row = [f"{case['num_images']:,} {case['name']}", percent(case["judge_reads_label"])]
+        row = [case["name"], f"{case['num_images']:,}", percent(case["judge_reads_label"])]
         rows.append([*row, f"{distance['median']:.3f}", f"{distance['smallest']:.3f}"])
-    return Table(["", "read as their class", "median distance", "smallest"], rows, ["demo_samples_icons"])
+    header = ["images", "number", "read as their class", "nearest training image, median", "smallest"]
+    return Table(header, rows, ["demo_samples_icons"])
 
 
 # Alignment
