@@ -25,6 +25,7 @@ extras = {
     "fid": ["torch-fidelity>=0.3", "torchmetrics>=1.9", "torchvision"],
     "test": [
         "hypothesis>=6.100",
+        "ipython>=8.20",  # runs the notebooks
         "markdown-it-py>=3.0",
         "peft>=0.18",
         "pytest>=8.0",

@@ -103,6 +103,10 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s"
 
 
+def minutes(value: float) -> str:
+    return f"{value / 60:.0f} min"
+
+
 def mebibytes(value: float) -> str:
     return f"{value / 2**20:,.1f} MiB"
 
@@ -184,6 +188,27 @@ def checkpoints() -> Table:
         row += [seconds(taken[name]) for name in ("plain", "saved")]
         rows.append([*row, f"{seconds(taken['nll'])} ({results['batch_size']} images)"])
     return Table(["parameters", "size", "only written", "checked and flushed", "nll of a batch"], rows, reports)
+
+
+@table("icons-training")
+def icons_training() -> Table:
+    training = read("demo_samples_icons")["results"]["training"]
+    steps, step_seconds = training["num_steps"], training["seconds_per_step_timed"]
+    row = [f"{steps:,}", str(training["batch_size"]), seconds(step_seconds), minutes(steps * step_seconds)]
+    header = ["steps", "images per step", "a step, nothing else running", "all steps at that pace"]
+    header.append("all steps in the run, on a busy machine")
+    return Table(header, [[*row, minutes(training["wall_seconds"])]], ["demo_samples_icons"])
+
+
+@table("icons-samples")
+def icons_samples() -> Table:
+    rows = []
+    for case in read("demo_samples_icons")["results"]["images"]:
+        distance = case["distance_to_nearest_training_image"]
+        row = [case["name"], f"{case['num_images']:,}", percent(case["judge_reads_label"])]
+        rows.append([*row, f"{distance['median']:.3f}", f"{distance['smallest']:.3f}"])
+    header = ["images", "number", "read as their class", "nearest training image, median", "smallest"]
+    return Table(header, rows, ["demo_samples_icons"])
 
 
 # Alignment
