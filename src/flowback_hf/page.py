@@ -1,7 +1,7 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 #
-# This file is also the page of a Space, which has no package flowback_hf. It therefore imports torch, diffusers, Pillow
-# and Gradio only.
+# This file is also the page of a Space, which has no package flowback_hf. It therefore imports torch, diffusers,
+# Pillow and Gradio only.
 """The web page of a flow: sample, classify, invert and edit images, and see where their likelihood comes from."""
 
 import contextlib
@@ -59,21 +59,23 @@ def errors_on_the_page() -> Iterator[None]:
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def read_image(path: str | None) -> PIL.Image.Image:
+def read_image(upload: dict[str, Any] | None) -> PIL.Image.Image:
     """
-    Read an uploaded image file, and say on the page what is not taken from it.
+    Read an uploaded image, and say on the page what is not taken from it.
 
     Args:
-        path (`str`, *optional*): The file.
+        upload (`dict`, *optional*):
+            What Gradio knows of the file, such as its `"path"`. Events that take it have `preprocess=False`: Gradio
+            would read the image itself, with errors of its own.
     Returns:
         `PIL.Image.Image`: the image, or the first one of an animation.
     Raises:
         ValueError: if there is no file, or it is no image, damaged or too large.
     """
-    if path is None:
+    if upload is None:
         raise ValueError("There is no image yet: upload one or choose an example.")
     try:
-        with PIL.Image.open(path) as image:  # reads the size only
+        with PIL.Image.open(upload["path"]) as image:  # reads the size only
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(
                     f"it has {image.width}x{image.height} pixels, more than {MAX_PIXELS / 1e6:.0f} million"
@@ -86,15 +88,6 @@ def read_image(path: str | None) -> PIL.Image.Image:
         raise ValueError("The file cannot be read: it is not an image.") from None
     except Exception as error:  # Pillow's readers raise errors of any kind
         raise ValueError(f"The image cannot be read: {error}.") from error
-
-
-class Picture(gr.Image):
-    """Gradio's image, which hands over the uploaded file as it is. Gradio would read it, with errors of its own."""
-
-    is_template = True  # looks like its base class
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None else payload.path
 
 
 class FlowPage:
@@ -186,10 +179,10 @@ class FlowPage:
                 abandoned.set()
             yield num_steps, num_steps, future.result().images
 
-    def classify(self, path: str | None) -> tuple[dict[str, float] | None, str, PIL.Image.Image]:
+    def classify(self, upload: dict[str, Any] | None) -> tuple[dict[str, float] | None, str, PIL.Image.Image]:
         """Return p(class) for an uploaded image, how likely and how typical it is, and what the flow sees of it."""
         with errors_on_the_page():
-            return self._classify(self._read(path))
+            return self._classify(self._read(upload))
 
     def classify_drawing(self, drawing: dict[str, Any] | None) -> tuple[dict[str, float] | None, str, PIL.Image.Image]:
         """Do the same for a drawing."""
@@ -211,7 +204,8 @@ class FlowPage:
         facts = (
             f"**log p(image) = {log_prob:.1f} nats**, {log_prob / self._num_values:.2f} for each of {self._num_values}"
             f" values. Images that the flow draws have {self.reference_log_prob.mean():.1f} ±"
-            f" {self.reference_log_prob.std():.1f}: this one is {distance:.1f} standard deviations away, **{verdict}**."
+            f" {self.reference_log_prob.std():.1f}. This one is {distance:.1f} standard deviations away:"
+            f" **{verdict}**."
         )
         return scores, facts, self._as_seen(image)
 
@@ -220,8 +214,8 @@ class FlowPage:
         config = self.pipeline.transformer.config
         return config.in_channels * config.sample_size**2
 
-    def _read(self, path: str | None) -> PIL.Image.Image:
-        image, size = read_image(path), self.pipeline.image_size
+    def _read(self, upload: dict[str, Any] | None) -> PIL.Image.Image:
+        image, size = read_image(upload), self.pipeline.image_size
         if image.size != (size, size):
             gr.Info(
                 f"The middle of the image, which has {image.width}x{image.height} pixels, is resized to {size}x{size}."
@@ -308,23 +302,31 @@ class FlowPage:
                     scores = gr.Label(label="p(class)", visible=self.num_classes is not None)
                     seen = self._result("What the flow sees")
                 facts = gr.Markdown()
-        self._on_click(upload_button, self.classify, picture, [scores, facts, seen])
+        self._on_click(upload_button, self.classify, picture, [scores, facts, seen], preprocess=False)
         self._on_click(drawing_button, self.classify_drawing, drawing, [scores, facts, seen])
 
-    def _picture(self, label: str = "Image") -> Picture:
-        return Picture(label=label, sources=["upload", "clipboard"], elem_classes="picture", height=PICTURE_SIZE)
+    def _picture(self, label: str = "Image") -> gr.Image:
+        return gr.Image(label=label, sources=["upload", "clipboard"], elem_classes="picture", height=PICTURE_SIZE)
 
     def _result(self, label: str) -> gr.Image:
         return gr.Image(label=label, format="png", elem_classes="picture", height=PICTURE_SIZE)
 
-    def _examples(self, *pictures: Picture):
+    def _examples(self, *pictures: gr.Image):
         """Offer the examples for an image, or pairs of them for two."""
         pairs = [self.examples[number:] + self.examples[:number] for number in range(len(pictures))]
         gr.Examples([list(row) for row in zip(*pairs)], list(pictures), cache_examples=False)
 
-    def _on_click(self, button: gr.Button, function: Any, inputs: Any, outputs: Any):
+    def _on_click(self, button: gr.Button, function: Any, inputs: Any, outputs: Any, **options: Any):
         """Let a button call a function. All of them share the processor: the queue runs them two at a time."""
-        button.click(function, inputs, outputs, api_name=function.__name__, concurrency_limit=2, concurrency_id="flow")
+        button.click(
+            function,
+            inputs,
+            outputs,
+            api_name=function.__name__,
+            concurrency_limit=2,
+            concurrency_id="flow",
+            **options,
+        )
 
 
 def launch(page: FlowPage, **options: Any):
