@@ -68,7 +68,7 @@ def main(args: argparse.Namespace):
     model = args.model or str(QUICKSTART)
     pipeline = load_pipeline(FlowBackPipeline, model)
     page = FlowPage(pipeline, FlowBackClassificationPipeline.from_pipe(pipeline), title=Path(model).resolve().name)
-    launch(page, server_name=args.server_name, server_port=args.server_port, share=args.share)
+    launch(page.build(), server_name=args.server_name, server_port=args.server_port, share=args.share)
 
 
 if __name__ == "__main__":

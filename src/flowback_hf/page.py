@@ -27,6 +27,8 @@ except ImportError as error:
 
 SOLVERS = ("auto", "sequential", "jacobi")
 NO_CLASS = -1
+READ = "read"
+MAX_SEED = 2**32 - 1
 # What one request may ask for.
 MAX_IMAGES = 16
 MAX_PIXELS = 50_000_000
@@ -38,6 +40,9 @@ PICTURE_SIZE = 300
 # Images of the flow: how many to offer as examples, and how many to learn a typical likelihood from.
 NUM_EXAMPLES = 8
 NUM_REFERENCES = 64
+# Results of one request for an image.
+NUM_VARIATIONS = 8
+NUM_FRAMES = 11
 # Bayes' rule among all classes takes a forward pass for each, so that flows with more shortlist as many first.
 NUM_COMPARED_CLASSES = 20
 
@@ -47,6 +52,7 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 CSS = """
 img {image-rendering: pixelated}
 .picture img {width: 100%; height: 100%; object-fit: contain}
+.labelled img {box-sizing: border-box; padding-top: 30px}
 """
 
 
@@ -90,6 +96,28 @@ def read_image(upload: dict[str, Any] | None) -> PIL.Image.Image:
         raise ValueError(f"The image cannot be read: {error}.") from error
 
 
+def make_generator(seed: int) -> torch.Generator:
+    if not (isinstance(seed, int) and 0 <= seed <= MAX_SEED):
+        raise ValueError(f"`seed` must be a whole number from 0 to {MAX_SEED}, but is {seed!r}.")
+    return torch.Generator().manual_seed(seed)
+
+
+def noise_picture(noise: torch.Tensor) -> PIL.Image.Image:
+    """Show noise of shape `(channels, height, width)`: -3 is black, 3 is white. Of four channels, three are shown."""
+    levels = ((noise[: 3 if len(noise) >= 3 else 1] + 3) * (255 / 6)).clamp(0, 255).to(torch.uint8)
+    return PIL.Image.fromarray(levels.permute(1, 2, 0).squeeze(2).cpu().numpy())
+
+
+def heat_picture(
+    image: PIL.Image.Image, values: torch.Tensor, low: float, high: float, colors: tuple[str, str, str]
+) -> PIL.Image.Image:
+    """Lay the colors of values, from `low` to `high`, over an image. A value covers a square of the image."""
+    levels = ((values - low) * (255 / max(high - low, 1e-6))).clamp(0, 255).to(torch.uint8)
+    first, middle, last = colors
+    colored = PIL.ImageOps.colorize(PIL.Image.fromarray(levels.cpu().numpy()), first, last, middle)
+    return PIL.Image.blend(image.convert("RGB"), colored.resize(image.size, PIL.Image.Resampling.NEAREST), 0.7)
+
+
 class FlowPage:
     """
     The page of one flow.
@@ -115,6 +143,8 @@ class FlowPage:
         # Typical images are those that the flow draws without guidance.
         typical = self._draw(NUM_REFERENCES, guidance_scale=1.0, output_type="pt")
         self.reference_log_prob = classifier.log_prob(typical)
+        labels = self._labels([], NUM_REFERENCES).get("class_labels")
+        self.reference_map = pipeline.likelihood_map(typical, labels).mean(dim=0)
         corners = typical[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
         self.draws_light_on_dark = bool(corners.mean() < 0.5)
 
@@ -152,7 +182,7 @@ class FlowPage:
         call = {
             **self._labels(class_labels, num_images),
             "guidance_scale": guidance_scale,
-            "generator": torch.Generator().manual_seed(seed),
+            "generator": make_generator(seed),
             "solver": solver,
             "on_overflow": "raise",
         }
@@ -209,6 +239,81 @@ class FlowPage:
         )
         return scores, facts, self._as_seen(image)
 
+    def invert(
+        self, upload: dict[str, Any] | None, label: int | str
+    ) -> tuple[PIL.Image.Image, PIL.Image.Image, PIL.Image.Image, str]:
+        """Return an image as the flow sees it, the noise that it is made of, the image made of that, and the error."""
+        with errors_on_the_page():
+            image = self._read(upload)
+            label, name = self._class_of(image, label)
+            data, noise = self.pipeline.encode(image), self.pipeline.invert(image, label)
+            options = {"guidance_scale": 1.0, "denoise": False, "output_type": "latent"}
+            restored = self.pipeline(label, latents=noise, **options).images
+            facts = (
+                f"The image was read as {name}. Its noise has a mean of {noise.mean():.2f} and a standard deviation of"
+                f" {noise.std():.2f}. The image made of it again differs by at most"
+                f" **{(restored - data).abs().max():.1e}**, on a scale from -1 to 1."
+            )
+            return self._as_seen(image), noise_picture(noise[0]), self.pipeline.decode(restored)[0], facts
+
+    def swap_class(self, upload: dict[str, Any] | None, label: int | str, target: int) -> list[PIL.Image.Image]:
+        """Return an image as the flow sees it, and a similar one of another class."""
+        with errors_on_the_page():
+            image = self._read(upload)
+            label, _ = self._class_of(image, label)
+            swapped = self.pipeline.swap_class(image, label, target, on_overflow="raise").images
+            return [self._as_seen(image), *swapped]
+
+    def vary(
+        self, upload: dict[str, Any] | None, label: int | str, strength: float, seed: int
+    ) -> list[PIL.Image.Image]:
+        """Return variations of an image."""
+        with errors_on_the_page():
+            image = self._read(upload)
+            label, _ = self._class_of(image, label)
+            options = {
+                "num_images_per_prompt": NUM_VARIATIONS,
+                "generator": make_generator(seed),
+                "on_overflow": "raise",
+            }
+            return self.pipeline.vary(image, strength, label, **options).images
+
+    def interpolate(
+        self, upload: dict[str, Any] | None, label: int | str, other: dict[str, Any] | None
+    ) -> tuple[list[PIL.Image.Image], list[PIL.Image.Image]]:
+        """Return the images between two images: to show, and for the slider."""
+        with errors_on_the_page():
+            images = [self._read(upload), self._read(other)]
+            labels = [self._class_of(images[0], label)[0], self._class_of(images[1], READ)[0]]
+            options = {"class_labels": None if self.num_classes is None else labels, "on_overflow": "raise"}
+            images = self.pipeline.interpolate(*images, NUM_FRAMES, **options).images
+            return images, images
+
+    def show_frame(self, images: list[PIL.Image.Image], position: float) -> PIL.Image.Image | None:
+        """Return the image at a position from 0 to 1, if there are images yet."""
+        return images[round(position * (len(images) - 1))] if images else None
+
+    def likelihood_map(
+        self, upload: dict[str, Any] | None, label: int | str
+    ) -> tuple[PIL.Image.Image, PIL.Image.Image, str]:
+        """Return maps of how likely each part of an image is, by itself and compared with typical images."""
+        with errors_on_the_page():
+            image = self._read(upload)
+            label, name = self._class_of(image, label)
+            (nats,) = self.pipeline.likelihood_map(image, label)
+            difference, seen = nats - self.reference_map, self._as_seen(image)
+            reach = difference.abs().max()
+            facts = (
+                f"The image was read as {name}. The {nats.numel()} tokens have from {nats.min():.1f} to"
+                f" {nats.max():.1f} nats, which sum to **log p(image | class) = {nats.sum():.1f} nats**, without the"
+                f" noise of training. At most {reach:.1f} nats separate a token from the mean of typical images there."
+            )
+            maps = (
+                heat_picture(seen, nats, nats.min(), nats.max(), ("#440154", "#21908c", "#fde725")),
+                heat_picture(seen, difference, -reach, reach, ("#b2182b", "#f7f7f7", "#2166ac")),
+            )
+            return *maps, facts
+
     @property
     def _num_values(self) -> int:
         config = self.pipeline.transformer.config
@@ -221,6 +326,15 @@ class FlowPage:
                 f"The middle of the image, which has {image.width}x{image.height} pixels, is resized to {size}x{size}."
             )
         return image
+
+    def _class_of(self, image: PIL.Image.Image, label: int | str) -> tuple[int | None, str]:
+        """Return the class that the user chose for an image, or else the likeliest one, and what to call it."""
+        if self.num_classes is None:
+            return None, "an image without a class"
+        if label == READ:
+            scores = self.classifier.class_scores(image, shortlist_size=NUM_COMPARED_CLASSES)
+            label = scores.argmax().item()
+        return label, next((f"class {name}" for name, known in self.classes if known == label), "an image of no class")
 
     def _as_seen(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """Return an image as the flow gets it: of its size and channels, and through its VAE if it has one."""
@@ -236,6 +350,10 @@ class FlowPage:
                 self._build_sample()
             with gr.Tab("Classify"):
                 self._build_classify()
+            with gr.Tab("Invert and edit"):
+                self._build_edit()
+            with gr.Tab("Likelihood map"):
+                self._build_map()
         return blocks.queue(max_size=MAX_WAITING)
 
     def _build_sample(self):
@@ -262,7 +380,7 @@ class FlowPage:
                 )
                 num_images = gr.Slider(1, MAX_IMAGES, value=8, step=1, precision=0, label="Images")
                 with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=100)
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=100)
                     solver = gr.Dropdown(SOLVERS, value="auto", label="Solver", min_width=100)
                 button = gr.Button("Sample", variant="primary")
             with gr.Column(scale=2, min_width=300):
@@ -305,20 +423,104 @@ class FlowPage:
         self._on_click(upload_button, self.classify, picture, [scores, facts, seen], preprocess=False)
         self._on_click(drawing_button, self.classify_drawing, drawing, [scores, facts, seen])
 
+    def _build_edit(self):
+        has_classes = self.num_classes is not None
+        gr.Markdown(
+            "The flow turns an image into noise and back without loss. To edit an image, change what is between."
+        )
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                picture, label = self._picture(), self._label()
+                self._examples(picture)
+            with gr.Column(scale=2, min_width=300):
+                with gr.Tab("Invert"):
+                    button = gr.Button("Invert", variant="primary")
+                    with gr.Row():
+                        results = [
+                            self._result(name) for name in ("What the flow sees", "Its noise", "Made of the noise")
+                        ]
+                    facts = gr.Markdown()
+                    self._on_click(button, self.invert, [picture, label], [*results, facts], preprocess=False)
+                with gr.Tab("Swap class", visible=has_classes):
+                    target = gr.Dropdown(self.classes, value=0 if has_classes else None, label="Class to turn it into")
+                    button = gr.Button("Swap the class", variant="primary")
+                    with gr.Row():
+                        results = [self._result(name) for name in ("What the flow sees", "As the other class")]
+                    self._on_click(button, self.swap_class, [picture, label, target], results, preprocess=False)
+                with gr.Tab("Vary"):
+                    with gr.Row():
+                        strength = gr.Slider(0, 1, value=0.5, step=0.05, label="Strength", info="1 draws a new image.")
+                        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+                    button = gr.Button("Vary", variant="primary")
+                    results = gr.Gallery(show_label=False, columns=4, format="png", elem_classes="picture")
+                    self._on_click(button, self.vary, [picture, label, strength, seed], results, preprocess=False)
+                with gr.Tab("Interpolate"):
+                    with gr.Row():
+                        with gr.Column(min_width=250):
+                            other = self._picture("Other image")
+                            self._examples(other)
+                        with gr.Column(min_width=250):
+                            between = self._result("Between")
+                            position = gr.Slider(0, 1, value=0.5, step=1 / (NUM_FRAMES - 1), label="Position")
+                    button = gr.Button("Interpolate", variant="primary")
+                    row = gr.Gallery(show_label=False, columns=6, format="png", elem_classes="picture")
+                    frames = gr.State([])
+                    done = self._on_click(
+                        button, self.interpolate, [picture, label, other], [row, frames], preprocess=False
+                    )
+                    show = {"fn": self.show_frame, "inputs": [frames, position], "outputs": between}
+                    done.success(**show, api_visibility="private")
+                    position.input(**show, api_visibility="private", show_progress="hidden")
+
+    def _build_map(self):
+        gr.Markdown(
+            "The likelihood of an image is a product over its tokens, which are squares. Left, yellow tokens are likelier than"
+            " violet ones. Right, blue tokens are likelier than those of typical images there, and red ones are less"
+            " likely."
+        )
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                picture, label = self._picture(), self._label()
+                button = gr.Button("Map the likelihood", variant="primary")
+                self._examples(picture)
+            with gr.Column(scale=2, min_width=300):
+                with gr.Row():
+                    maps = [
+                        self._result("Likelihood"),
+                        self._result("Against typical images"),
+                    ]
+                facts = gr.Markdown()
+        self._on_click(button, self.likelihood_map, [picture, label], [*maps, facts], preprocess=False)
+
     def _picture(self, label: str = "Image") -> gr.Image:
-        return gr.Image(label=label, sources=["upload", "clipboard"], elem_classes="picture", height=PICTURE_SIZE)
+        return gr.Image(
+            label=label,
+            sources=["upload", "clipboard"],
+            elem_classes=["picture", "labelled"],
+            height=PICTURE_SIZE,
+        )
+
+    def _label(self) -> gr.Dropdown:
+        choices = [("read by the flow", READ), ("none", NO_CLASS), *self.classes]
+        return gr.Dropdown(choices, value=READ, label="Class of the image", visible=self.num_classes is not None)
 
     def _result(self, label: str) -> gr.Image:
-        return gr.Image(label=label, format="png", elem_classes="picture", height=PICTURE_SIZE)
+        return gr.Image(
+            label=label,
+            format="png",
+            buttons=["download", "fullscreen"],
+            elem_classes=["picture", "labelled"],
+            height=PICTURE_SIZE,
+        )
 
     def _examples(self, *pictures: gr.Image):
         """Offer the examples for an image, or pairs of them for two."""
         pairs = [self.examples[number:] + self.examples[:number] for number in range(len(pictures))]
         gr.Examples([list(row) for row in zip(*pairs)], list(pictures), cache_examples=False)
 
-    def _on_click(self, button: gr.Button, function: Any, inputs: Any, outputs: Any, **options: Any):
+    def _on_click(self, button: gr.Button, function: Any, inputs: Any, outputs: Any, **options: Any) -> Any:
         """Let a button call a function. All of them share the processor: the queue runs them two at a time."""
-        button.click(
+        return button.click(
             function,
             inputs,
             outputs,
@@ -329,6 +531,8 @@ class FlowPage:
         )
 
 
-def launch(page: FlowPage, **options: Any):
-    """Serve a page until it is interrupted. The options are those of `gradio.Blocks.launch`."""
-    page.build().launch(theme=THEME, css=CSS, max_file_size=MAX_FILE_SIZE, show_error=False, **options)
+def launch(blocks: gr.Blocks, **options: Any):
+    """Serve a page. The options are those of `gradio.Blocks.launch`."""
+    blocks.launch(
+        theme=THEME, css=CSS, max_file_size=MAX_FILE_SIZE, footer_links=["api", "gradio", "settings"], **options
+    )
