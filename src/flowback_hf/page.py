@@ -53,6 +53,8 @@ CSS = """
 img {image-rendering: pixelated}
 .picture img {width: 100%; height: 100%; object-fit: contain}
 .labelled img {box-sizing: border-box; padding-top: 30px}
+/* All tabs fit on a phone. */
+@media (max-width: 600px) {button[role=tab] {padding: 0 8px}}
 """
 
 
@@ -350,9 +352,9 @@ class FlowPage:
                 self._build_sample()
             with gr.Tab("Classify"):
                 self._build_classify()
-            with gr.Tab("Invert and edit"):
+            with gr.Tab("Edit"):
                 self._build_edit()
-            with gr.Tab("Likelihood map"):
+            with gr.Tab("Likelihood"):
                 self._build_map()
         return blocks.queue(max_size=MAX_WAITING)
 
@@ -474,9 +476,8 @@ class FlowPage:
 
     def _build_map(self):
         gr.Markdown(
-            "The likelihood of an image is a product over its tokens, which are squares. Left, yellow tokens are likelier than"
-            " violet ones. Right, blue tokens are likelier than those of typical images there, and red ones are less"
-            " likely."
+            "The likelihood of an image is a product over its tokens, which are squares. Yellow tokens are likelier than"
+            " violet ones. Blue tokens are likelier than those of typical images there, and red ones are less likely."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
