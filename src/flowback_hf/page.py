@@ -53,8 +53,13 @@ CSS = """
 img {image-rendering: pixelated}
 .picture img {width: 100%; height: 100%; object-fit: contain}
 .labelled img {box-sizing: border-box; padding-top: 30px}
-/* All tabs fit on a phone. */
-@media (max-width: 600px) {button[role=tab] {padding: 0 8px}}
+/* On a phone, too, all tabs and all columns fit. */
+@media (max-width: 600px) {.tab-container button {padding: 0 8px}}
+.picture .grid-container {
+    grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important;
+    grid-template-rows: none !important;
+    grid-auto-rows: auto !important;
+}
 """
 
 
@@ -476,8 +481,8 @@ class FlowPage:
 
     def _build_map(self):
         gr.Markdown(
-            "The likelihood of an image is a product over its tokens, which are squares. Yellow tokens are likelier than"
-            " violet ones. Blue tokens are likelier than those of typical images there, and red ones are less likely."
+            "The likelihood of an image is a product over its tokens, which are squares. Yellow tokens are likelier"
+            " than violet ones. Blue tokens are likelier than those of typical images there, and red ones are less so."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
