@@ -465,11 +465,11 @@ class FlowPage:
                     with gr.Row():
                         with gr.Column(min_width=250):
                             other = self._picture("Other image")
+                            button = gr.Button("Interpolate", variant="primary")
                             self._examples(other)
                         with gr.Column(min_width=250):
                             between = self._result("Between")
                             position = gr.Slider(0, 1, value=0.5, step=1 / (NUM_FRAMES - 1), label="Position")
-                    button = gr.Button("Interpolate", variant="primary")
                     row = gr.Gallery(show_label=False, columns=6, format="png", elem_classes="picture")
                     frames = gr.State([])
                     done = self._on_click(
