@@ -1,8 +1,6 @@
 """What the page computes, through its interface for programs, and how it answers mistakes."""
 
-import os
 import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
