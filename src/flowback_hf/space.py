@@ -80,7 +80,7 @@ def write_space(folder: str | os.PathLike, model_id: str):
     names = {"model_id": model_id, "title": model_id.partition("/")[2], "gradio_version": GRADIO_VERSION}
     write_text(folder / "app.py", APP.format(**names))
     write_text(folder / "README.md", CARD.format(**names))
-    requirements = [each for each in requires("flowback_hf") if re.split(r"\W", each)[0] in PACKAGES]
+    requirements = [each for each in requires("flowback_hf") if re.split("[<>=!; ]", each)[0] in PACKAGES]
     write_text(folder / "requirements.txt", "\n".join(requirements) + "\n")
     shutil.copyfile(Path(__file__).with_name("page.py"), folder / "page.py")
 

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from gradio_client import Client
@@ -7,7 +9,8 @@ from flowback_hf.page import FlowPage, launch
 
 
 def make_page(model, id2label: dict[int, str] | None = None) -> FlowPage:
-    pipeline = FlowBackPipeline(model.float(), id2label=id2label, guidance_scale=1.5)
+    guidance_scale = 1.0 if model.config.num_classes is None else 1.1
+    pipeline = FlowBackPipeline(model.float(), id2label=id2label, guidance_scale=guidance_scale)
     return FlowPage(pipeline, FlowBackClassificationPipeline.from_pipe(pipeline), "A tiny flow")
 
 
@@ -22,7 +25,10 @@ def page(randomised_model):
 def address(page):
     """Where the page is served."""
     blocks = page.build()
-    launch(blocks, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    for attempt in range(5):  # Gradio gives its server three seconds to answer, too few on a busy machine
+        with contextlib.suppress(ValueError):
+            launch(blocks, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+            break
     yield blocks.local_url
     blocks.close()
 

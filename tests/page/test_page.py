@@ -35,9 +35,9 @@ def pixels(images: list[PIL.Image.Image]) -> torch.Tensor:
 
 
 def test_sample_shows_every_block_and_ends_with_the_images_of_the_pipeline(page, client):
-    job = client.submit([1, 3], 2.0, 7, 3, "sequential", api_name="/sample")
+    job = client.submit([1, 3], 1.2, 7, 3, "sequential", api_name="/sample")
     expected = page.pipeline(
-        class_labels=[1, 3, 1], guidance_scale=2.0, generator=torch.Generator().manual_seed(7), solver="sequential"
+        class_labels=[1, 3, 1], guidance_scale=1.2, generator=torch.Generator().manual_seed(7), solver="sequential"
     ).images
     assert torch.equal(read_gallery(job.result()), pixels(expected))
     shown = [read_gallery(gallery) for gallery in job.outputs()]
@@ -114,12 +114,12 @@ def test_the_class_is_read_by_the_flow_if_none_is_chosen(page, client, image_fil
 
 def test_two_users_get_what_each_asked_for(address, page):
     """At the same time, with different classes, guidance, seeds and solvers."""
-    asked = [([0], 1.0, 1, 16, "sequential"), ([4], 1.5, 2, 9, "jacobi")]
+    asked = [([0], 1.0, 1, 16, "sequential"), ([4], 1.2, 3, 9, "jacobi")]
     results = [[], []]
 
     def use(number: int):
         client = Client(address, verbose=False)
-        results[number] += [client.predict(*asked[number], api_name="/sample") for _ in range(4)]
+        results[number] += [client.predict(*asked[number], api_name="/sample") for _ in range(2)]
         client.close()
 
     users = [threading.Thread(target=use, args=(number,)) for number in (0, 1)]
@@ -130,7 +130,7 @@ def test_two_users_get_what_each_asked_for(address, page):
     for (labels, scale, seed, number, solver), galleries in zip(asked, results):
         generator = torch.Generator().manual_seed(seed)
         expected = page.pipeline(labels * number, guidance_scale=scale, generator=generator, solver=solver).images
-        assert len(galleries) == 4
+        assert len(galleries) == 2
         assert all(torch.equal(read_gallery(gallery), pixels(expected)) for gallery in galleries)
 
 
@@ -254,11 +254,12 @@ def test_an_animation_and_another_size_are_used_with_a_notice(page, image_file, 
 
 NUMBERS = {
     "class of another model": ("/sample", ([99], 1.0, 0, 1, "auto"), "Value: 99"),
-    "class of no model": ("/sample", (["umbrella"], 1.0, 0, 1, "auto"), "Value: umbrella"),
+    "class of no model": ("/sample", (["umbrella"], 1.0, 0, 1, "auto"), "Value: 'umbrella'"),
     "too many images": ("/sample", ([], 1.0, 0, 999, "auto"), "Value 999 is greater than maximum value 16"),
     "guidance below 1": ("/sample", ([], 0.5, 0, 1, "auto"), "Value 0.5 is less than minimum value 1"),
     "negative seed": ("/sample", ([], 1.0, -1, 1, "auto"), "Value -1 is less than minimum value 0"),
-    "unknown solver": ("/sample", ([], 1.0, 0, 1, "magic"), "Value: magic"),
+    "unknown solver": ("/sample", ([], 1.0, 0, 1, "magic"), "Value: 'magic'"),
+    "overflow": ("/sample", ([4], 1.2, 2, 1, "auto"), "Images [0] of this call overflowed and are not finite."),
     "source of another model": ("/swap_class", ("IMAGE", 99, 1), "`source` must lie between 0 and 4"),
     "target of another model": ("/swap_class", ("IMAGE", 0, 99), "`target` must lie between 0 and 4"),
     "target that is a name": ("/swap_class", ("IMAGE", 0, "umbrella"), "`target` must be known names or numbers"),
