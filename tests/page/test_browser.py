@@ -46,7 +46,7 @@ def server(browser, page, tmp_path_factory):
         port = free.getsockname()[1]
     script = str(REPOSITORY / "pipelines" / "app.py")
     command = [sys.executable, script, "--model", str(folder), "--server_port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     address = f"http://127.0.0.1:{port}/"
     for line in process.stdout:
