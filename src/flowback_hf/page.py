@@ -5,6 +5,7 @@
 """The web page of a flow: sample, classify, invert and edit images, and see where their likelihood comes from."""
 
 import contextlib
+import html
 import queue
 import tempfile
 import threading
@@ -139,6 +140,7 @@ class FlowPage:
         self.pipeline = pipeline
         self.classifier = classifier
         self.title = title
+        pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         for each in (pipeline, classifier):
             each.set_progress_bar_config(disable=True)
         pipeline.transformer.requires_grad_(False)
@@ -186,14 +188,14 @@ class FlowPage:
         progress: gr.Progress = gr.Progress(),
     ) -> Iterator[list[PIL.Image.Image]]:
         """Yield the images after each flow block, and then without the noise of training."""
-        call = {
-            **self._labels(class_labels, num_images),
-            "guidance_scale": guidance_scale,
-            "generator": make_generator(seed),
-            "solver": solver,
-            "on_overflow": "raise",
-        }
         with errors_on_the_page():
+            call = {
+                **self._labels(class_labels, num_images),
+                "guidance_scale": guidance_scale,
+                "generator": make_generator(seed),
+                "solver": solver,
+                "on_overflow": "raise",
+            }
             for step, num_steps, images in self._call_in_steps(**call):
                 progress((step, num_steps), desc="Flow blocks", unit="blocks")
                 yield images
@@ -335,13 +337,14 @@ class FlowPage:
         return image
 
     def _class_of(self, image: PIL.Image.Image, label: int | str) -> tuple[int | None, str]:
-        """Return the class that the user chose for an image, or else the likeliest one, and what to call it."""
+        """Return the class that the user chose for an image, or else the likeliest one, and what to call it in Markdown."""
         if self.num_classes is None:
             return None, "an image without a class"
         if label == READ:
             scores = self.classifier.class_scores(image, shortlist_size=NUM_COMPARED_CLASSES)
             label = scores.argmax().item()
-        return label, next((f"class {name}" for name, known in self.classes if known == label), "an image of no class")
+        name = next((f"class {name}" for name, known in self.classes if known == label), "an image of no class")
+        return label, html.escape(name)
 
     def _as_seen(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """Return an image as the flow gets it: of its size and channels, and through its VAE if it has one."""
@@ -352,7 +355,7 @@ class FlowPage:
     def build(self) -> gr.Blocks:
         """Lay out the page."""
         with gr.Blocks(title=self.title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-            gr.Markdown(f"# {self.title}")
+            gr.Markdown(f"# {html.escape(self.title)}")
             with gr.Tab("Sample"):
                 self._build_sample()
             with gr.Tab("Classify"):
