@@ -337,7 +337,7 @@ class FlowPage:
         return image
 
     def _class_of(self, image: PIL.Image.Image, label: int | str) -> tuple[int | None, str]:
-        """Return the class that the user chose for an image, or else the likeliest, and what to call it in Markdown."""
+        """Return the class that the user chose, or else the likeliest one, and what to call it in Markdown."""
         if self.num_classes is None:
             return None, "an image without a class"
         if label == READ:

@@ -21,6 +21,8 @@ from ..conftest import REPOSITORY
 
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome")
+# On an idle machine every step takes about a second.
+TIMEOUT = 60_000
 PHONE = {"width": 390, "height": 844}
 
 
@@ -30,6 +32,7 @@ def browser():
     if path is None:
         message = f"none of {', '.join(BROWSERS)} is installed"
         pytest.fail(message) if os.environ.get("FLOWBACK_REQUIRE_BROWSER") else pytest.skip(message)
+    expect.set_options(timeout=TIMEOUT)
     with sync_playwright() as playwright:
         # Chromium's sandbox does not work for root, which runs the tests in containers.
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
@@ -65,7 +68,7 @@ class Visit:
 
     def __init__(self, browser: Browser, address: str, **options):
         self.tab: Page = browser.new_page(**options)
-        self.tab.set_default_timeout(20_000)
+        self.tab.set_default_timeout(TIMEOUT)
         self.faults: list[str] = []
         self.tab.on("request", self._note_request)
         self.tab.on(
@@ -98,7 +101,7 @@ class Visit:
         return self.tab.locator(".block:visible", has_text=label).last.locator("img")
 
     def see(self, text: str):
-        expect(self.tab.get_by_text(text).first).to_be_visible(timeout=20_000)
+        expect(self.tab.get_by_text(text).first).to_be_visible()
 
 
 @pytest.fixture
