@@ -1031,7 +1031,7 @@ def invert_flow(
     class_labels: torch.Tensor | None,
     guidance: Guidance,
     output_report: bool,
-) -> tuple[torch.Tensor, torch.Tensor, TarFlowInverseReport | None]:
+) -> tuple[torch.Tensor, list[torch.Tensor], TarFlowInverseReport | None]:
     """
     Invert flow blocks, from the last to the first.
 
@@ -1042,23 +1042,23 @@ def invert_flow(
         class_labels, output_report: As in [`TarFlowTransformer2DModel.forward`].
         guidance ([`Guidance`]): Of all blocks.
     Returns:
-        `tuple`: data, shaped as `latents`; each token's share of `log |det d data / d latents|`, of shape
-        `(batch_size, num_tokens)`, in nats; and the report, if it was asked for.
+        `tuple`: data, shaped as `latents`; for every block, each token's part of `log |det d data / d latents|`, of
+        shape `(batch_size, num_tokens)`, in nats; and the report, if it was asked for.
     """
-    tokens, token_log_abs_det, sweeps = latents, latents.new_zeros(latents.shape[:2]), {}
+    tokens, token_log_abs_dets, sweeps = latents, [], {}
     for number, block in reversed(blocks.items()):
         output = block(tokens, class_labels, inverse=True, guidance=guidance, settings=settings[number])
         tokens, sweeps[number] = output.tokens, output.sweeps
-        token_log_abs_det = token_log_abs_det + output.log_scale.sum(dim=2)
+        token_log_abs_dets.append(output.log_scale.sum(dim=2))
     if not output_report:
-        return tokens, token_log_abs_det, None
+        return tokens, token_log_abs_dets, None
     report = TarFlowInverseReport(
         solvers={number: "jacobi" if settings[number].window_size else "sequential" for number in sweeps},
         sweeps=sweeps,
         network_evaluations={number: max(each.tolist(), default=0) for number, each in sweeps.items()},
         residual=measure_residual(blocks.values(), tokens, latents, class_labels, guidance),
     )
-    return tokens, token_log_abs_det, report
+    return tokens, token_log_abs_dets, report
 
 
 @torch.no_grad()
@@ -1691,14 +1691,17 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
                 )
                 for number, block in chosen.items()
             }
-            tokens, token_log_abs_det, report = invert_flow(
+            tokens, token_log_abs_dets, report = invert_flow(
                 chosen, settings, tokens, class_labels, guidance, output_report
             )
         else:
-            tokens, token_log_abs_det, hidden_states = self._apply_blocks(tokens, class_labels, numbers, places)
+            tokens, token_log_abs_dets, hidden_states = self._apply_blocks(tokens, class_labels, numbers, places)
+        log_abs_det, token_log_abs_det = tokens.new_zeros(len(tokens)), tokens.new_zeros(tokens.shape[:2])
+        for of_block in token_log_abs_dets:
+            log_abs_det, token_log_abs_det = log_abs_det + of_block.sum(dim=1), token_log_abs_det + of_block
         output = TarFlowOutput(
             self.unpatchify(tokens),
-            token_log_abs_det.sum(dim=1),
+            log_abs_det,
             hidden_states or None,
             report,
             token_log_abs_det if output_token_log_abs_det else None,
@@ -1711,16 +1714,16 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
         class_labels: torch.Tensor | None,
         numbers: list[int],
         places: list[tuple[int, int]],
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[tuple[int, int], torch.Tensor]]:
-        """Return latents, the log-determinant of each token, and the hidden states at `places`."""
-        token_log_abs_det, hidden_states = tokens.new_zeros(tokens.shape[:2]), {}
+    ) -> tuple[torch.Tensor, list[torch.Tensor], dict[tuple[int, int], torch.Tensor]]:
+        """Return latents, for every block each token's part of the log-determinant, and the states at `places`."""
+        token_log_abs_dets, hidden_states = [], {}
         for number in numbers:
             layers = [layer for block, layer in places if block == number]
             output = self.blocks[number - 1](tokens, class_labels, layers)
             tokens = output.tokens
-            token_log_abs_det = token_log_abs_det - output.log_scale.sum(dim=2)
+            token_log_abs_dets.append(-output.log_scale.sum(dim=2))
             hidden_states.update({(number, layer): states for layer, states in output.hidden_states.items()})
-        return tokens, token_log_abs_det, hidden_states
+        return tokens, token_log_abs_dets, hidden_states
 
     def log_prob(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         r"""

@@ -1380,9 +1380,9 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         `pipe(latents=pipe.invert(images, labels), class_labels=labels, guidance_scale=1.0, denoise=False)` returns the
         images. With guidance or another class it returns related images, see [`~FlowBackPipeline.swap_class`].
 
-        The flow was trained on noisy images. The latents of clean ones vary less than the noise of a call, but keep
-        more of the image: where both were measured, clean images gave the better edits (`docs/editing.md`). Add the
-        noise if the latents have to look like noise of a call.
+        The flow was trained on noisy images, and the latents of clean ones vary less than the noise of a call. Adding
+        the noise first gave no better edits where it was measured (`docs/editing.md`), and without it the image comes
+        back exactly. Add it if latents have to be distributed like the noise of a call.
 
         Args:
             images (a PIL image, array, tensor or path, or many of them):
@@ -1392,8 +1392,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             add_noise (`bool`, defaults to `False`): Add the noise of training to the images first.
             generator (`torch.Generator` or one for each image, *optional*): Draws this noise.
         Returns:
-            `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: `latents` for a call. float32,
-            or float64 for a float64 flow.
+            `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: `latents` for a call, in
+            float32, or float64 for a float64 flow.
         Raises:
             ValueError: if an image cannot be used, with its number, or if an argument is out of its range.
 
@@ -1433,8 +1433,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             -|z_i|^2 / 2 - (d / 2) log(2 pi) - sum over blocks and values of a_i.
 
         Low values mark tokens that the flow did not expect there. The value of a token depends on all others, since
-        blocks see the tokens in alternating order. Plain tokens have high values: compare values with those of other
-        images at the same place.
+        blocks see the tokens in alternating order.
 
         Args:
             images, class_labels, add_noise, generator: As in [`~FlowBackPipeline.invert`].
