@@ -67,7 +67,7 @@ def main(args: argparse.Namespace):
 
     model = args.model or str(QUICKSTART)
     pipeline = load_pipeline(FlowBackPipeline, model)
-    page = FlowPage(pipeline, FlowBackClassificationPipeline.from_pipe(pipeline), title=Path(model).resolve().name)
+    page = FlowPage(pipeline, FlowBackClassificationPipeline.from_pipe(pipeline), title=model)
     launch(page.build(), server_name=args.server_name, server_port=args.server_port, share=args.share)
 
 
