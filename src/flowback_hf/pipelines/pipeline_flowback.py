@@ -1540,7 +1540,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         image_b: Any,
         num_steps: int = 8,
         class_labels: int | str | list[int | str] | torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = 1.0,
         guidance_rule: str | None = None,
         guidance_schedule: str = "constant",
         guidance_temperature: float = 1.0,
@@ -1561,9 +1561,9 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             num_steps (`int`, defaults to 8): The number of images to return, with both ends: at least 2.
             class_labels (`int`, `str`, a list of them or a `torch.Tensor`, *optional*):
                 The classes of `image_a` and `image_b`, or one class for both, as in a call.
-            guidance_scale (`float`, defaults to 1.0):
-                Without guidance, which is the default, the first and the last image are `image_a` and `image_b`. The
-                pipeline's guidance makes the images between them look more like their classes.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                Without guidance, which is the default, the first and the last image are `image_a` and `image_b`.
+                Guidance makes the images between them look more like their classes. `None` is the pipeline's.
             denoise (`bool`, defaults to `False`): As in a call. The latents are those of clean images.
             guidance_rule, guidance_schedule, guidance_temperature, solver, tolerance: As in a call.
             on_overflow, output_type, return_dict, callback_on_step_end: As in a call.
@@ -1618,7 +1618,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         images: Any,
         strength: float = 0.5,
         class_labels: int | str | list[int | str] | torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = 1.0,
         guidance_rule: str | None = None,
         guidance_schedule: str = "constant",
         guidance_temperature: float = 1.0,
@@ -1646,9 +1646,9 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 How much to change, from 0, which returns the image, to 1, which returns a new sample.
             class_labels (`int`, `str`, a list of them or a `torch.Tensor`, *optional*):
                 The class of the images, as in a call: one for all images or one for each.
-            guidance_scale (`float`, defaults to 1.0):
+            guidance_scale (`float`, *optional*, defaults to 1.0):
                 Guidance, which is off by default, makes the variations look more like their class. `strength` 0 then
-                does not return the image.
+                does not return the image. `None` is the pipeline's.
             num_images_per_prompt (`int`, defaults to 1): Variations of each image.
             generator (`torch.Generator` or one for each variation, *optional*): Draws the noise.
             denoise (`bool`, defaults to `False`): As in a call. Turn it on for strengths near 1.
