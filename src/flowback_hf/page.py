@@ -355,7 +355,7 @@ class FlowPage:
     def build(self) -> gr.Blocks:
         """Lay out the page."""
         with gr.Blocks(title=self.title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-            gr.Markdown(f"# {html.escape(self.title)}")
+            gr.Markdown(f"## {html.escape(self.title)}")
             with gr.Tab("Sample"):
                 self._build_sample()
             with gr.Tab("Classify"):
