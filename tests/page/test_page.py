@@ -1,5 +1,6 @@
 """What the page computes, through its interface for programs, and how it answers mistakes."""
 
+import html
 import socket
 import sys
 import threading
@@ -109,12 +110,12 @@ def test_the_map_and_its_sum(page, client, image_file):
 def test_the_class_is_read_by_the_flow_if_none_is_chosen(page, client, image_file):
     read_class = page.classifier(image_file, method="bayes")[0]["label"]
     *_, facts = client.predict(handle_file(image_file), "read", api_name="/likelihood_map")
-    assert f"class {read_class}" in facts
+    assert f"class {html.escape(read_class)}" in facts
 
 
 def test_two_users_get_what_each_asked_for(address, page):
     """At the same time, with different classes, guidance, seeds and solvers."""
-    asked = [([0], 1.0, 1, 16, "sequential"), ([4], 1.2, 3, 9, "jacobi")]
+    asked = [([0], 1.0, 1, 16, "sequential"), ([1, 3], 1.2, 7, 3, "jacobi")]
     results = [[], []]
 
     def use(number: int):
@@ -129,7 +130,8 @@ def test_two_users_get_what_each_asked_for(address, page):
         user.join()
     for (labels, scale, seed, number, solver), galleries in zip(asked, results):
         generator = torch.Generator().manual_seed(seed)
-        expected = page.pipeline(labels * number, guidance_scale=scale, generator=generator, solver=solver).images
+        labels = (labels * number)[:number]
+        expected = page.pipeline(labels, guidance_scale=scale, generator=generator, solver=solver).images
         assert len(galleries) == 2
         assert all(torch.equal(read_gallery(gallery), pixels(expected)) for gallery in galleries)
 
@@ -258,7 +260,7 @@ NUMBERS = {
     "too many images": ("/sample", ([], 1.0, 0, 999, "auto"), "Value 999 is greater than maximum value 16"),
     "guidance below 1": ("/sample", ([], 0.5, 0, 1, "auto"), "Value 0.5 is less than minimum value 1"),
     "negative seed": ("/sample", ([], 1.0, -1, 1, "auto"), "Value -1 is less than minimum value 0"),
-    "unknown solver": ("/sample", ([], 1.0, 0, 1, "magic"), "Value: 'magic'"),
+    "unknown solver": ("/sample", ([], 1.0, 0, 1, "magic"), "Value: magic"),
     "overflow": ("/sample", ([4], 1.2, 2, 1, "auto"), "Images [0] of this call overflowed and are not finite."),
     "source of another model": ("/swap_class", ("IMAGE", 99, 1), "`source` must lie between 0 and 4"),
     "target of another model": ("/swap_class", ("IMAGE", 0, 99), "`target` must lie between 0 and 4"),
