@@ -447,6 +447,22 @@ def latent_memory() -> Table:
     return Table(header, rows, reports)
 
 
+# The page
+
+
+@table("app")
+def app() -> Table:
+    results = read("app")["results"]
+    rows = [
+        [name.removeprefix("/").replace("_", " "), *(seconds(each) for each in times.values())]
+        for name, times in results["seconds"].items()
+    ]
+    rows.append(["from the command to the page", seconds(results["start_seconds"]), "", ""])
+    rows.append(["of this, examples and layout", seconds(results["build_seconds"]), "", ""])
+    header = ["", "first request", f"median of {results['repeats']}", "longest"]
+    return Table(header, rows, ["app"])
+
+
 # The README
 
 
