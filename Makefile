@@ -11,7 +11,7 @@ $(INSTALLED): setup.py
 	$(PYTHON) -m venv $(VENV)
 	@# torch comes first and by itself: what is installed next would otherwise choose one, with gigabytes of CUDA.
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable .[train,demo,eval,test]
+	$(BIN)/pip install --quiet --editable .[train,demo,eval,app,test]
 	touch $(INSTALLED)
 
 quickstart:

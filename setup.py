@@ -23,10 +23,14 @@ extras = {
     "eval": ["matplotlib>=3.8", "scikit-learn>=1.4", "torchmetrics>=1.9"],
     # features of the literature's Inception network
     "fid": ["torch-fidelity>=0.3", "torchmetrics>=1.9", "torchvision"],
+    # pipelines/app.py
+    "app": ["gradio>=6.31"],
     "test": [
         "hypothesis>=6.100",
+        "ipython>=8.20",  # runs the notebooks
         "markdown-it-py>=3.0",
         "peft>=0.18",
+        "playwright>=1.50",
         "pytest>=8.0",
         "pytest-xdist>=3.5",
         "ruff>=0.6",

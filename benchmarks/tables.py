@@ -103,6 +103,10 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s"
 
 
+def minutes(value: float) -> str:
+    return f"{value / 60:.0f} min"
+
+
 def mebibytes(value: float) -> str:
     return f"{value / 2**20:,.1f} MiB"
 
@@ -184,6 +188,27 @@ def checkpoints() -> Table:
         row += [seconds(taken[name]) for name in ("plain", "saved")]
         rows.append([*row, f"{seconds(taken['nll'])} ({results['batch_size']} images)"])
     return Table(["parameters", "size", "only written", "checked and flushed", "nll of a batch"], rows, reports)
+
+
+@table("icons-training")
+def icons_training() -> Table:
+    training = read("demo_samples_icons")["results"]["training"]
+    steps, step_seconds = training["num_steps"], training["seconds_per_step_timed"]
+    row = [f"{steps:,}", str(training["batch_size"]), seconds(step_seconds), minutes(steps * step_seconds)]
+    header = ["steps", "images per step", "a step, nothing else running", "all steps at that pace"]
+    header.append("all steps in the run, on a busy machine")
+    return Table(header, [[*row, minutes(training["wall_seconds"])]], ["demo_samples_icons"])
+
+
+@table("icons-samples")
+def icons_samples() -> Table:
+    rows = []
+    for case in read("demo_samples_icons")["results"]["images"]:
+        distance = case["distance_to_nearest_training_image"]
+        row = [case["name"], f"{case['num_images']:,}", percent(case["judge_reads_label"])]
+        rows.append([*row, f"{distance['median']:.3f}", f"{distance['smallest']:.3f}"])
+    header = ["images", "number", "read as their class", "nearest training image, median", "smallest"]
+    return Table(header, rows, ["demo_samples_icons"])
 
 
 # Alignment
@@ -344,6 +369,60 @@ def classification_accuracy(reports: list[str]) -> Table:
     return Table(["flow", "images", "noise draws", *header], rows, reports)
 
 
+# Editing
+
+EDITING_REPORTS = ["editing_digits"]
+
+
+def editing_table(kind: str, columns: list[tuple[str, str, int, int]]) -> Table:
+    """The methods of one kind, of each data set; a column has a title, a key, a factor and a number of digits."""
+    rows = []
+    for report in EDITING_REPORTS:
+        results = read(report)["results"]
+        for method in results[kind]:
+            figures = [mean_and_error(method[key], digits, factor) for _, key, factor, digits in columns]
+            rows.append([results["data"], method["method"], *figures])
+    return Table(["data", "method", *(title for title, *_ in columns)], rows, EDITING_REPORTS)
+
+
+@table("editing-latents")
+def editing_latents() -> Table:
+    rows = []
+    for report in EDITING_REPORTS:
+        results = read(report)["results"]
+        rows.append(
+            [results["data"], *(f"{results['latents_std'][name]:.2f}" for name in ("clean", "noise added first"))]
+        )
+    return Table(["standard deviation of latents", "clean images", "`add_noise=True`"], rows, EDITING_REPORTS)
+
+
+DISTANCES = [("distance in pixels", "pixel_distance", 1, 3), ("in features", "feature_distance", 1, 2)]
+
+
+@table("editing-swaps")
+def editing_swaps() -> Table:
+    return editing_table("swaps", [("read as the target, %", "read_as_wanted", 100, 1), *DISTANCES])
+
+
+@table("editing-variations")
+def editing_variations() -> Table:
+    return editing_table("variations", [("read as the class, %", "read_as_wanted", 100, 1), *DISTANCES])
+
+
+@table("editing-interpolations")
+def editing_interpolations() -> Table:
+    columns = [
+        ("largest step / mean step", "largest_over_mean_step", 1, 2),
+        ("judge's confidence half-way, %", "confidence_in_the_middle", 100, 1),
+    ]
+    return editing_table("interpolations", columns)
+
+
+@table("editing-maps")
+def editing_maps() -> Table:
+    return editing_table("maps", [("AUROC", "auroc", 1, 3)])
+
+
 # Sizes
 
 
@@ -366,6 +445,22 @@ def latent_memory() -> Table:
         rows.append([f"`{config}`", *(f"{size:.1f} GiB" for size in sizes)])
     header = ["config", "weights, gradients, Adam, EMA", "all, batch of 32", "all, with `--gradient_checkpointing`"]
     return Table(header, rows, reports)
+
+
+# The page
+
+
+@table("app")
+def app() -> Table:
+    results = read("app")["results"]
+    rows = [
+        [name.removeprefix("/").replace("_", " "), *(seconds(each) for each in times.values())]
+        for name, times in results["seconds"].items()
+    ]
+    rows.append(["from the command to the page", seconds(results["start_seconds"]), "", ""])
+    rows.append(["of this, examples and layout", seconds(results["build_seconds"]), "", ""])
+    header = ["", "first request", f"median of {results['repeats']}", "longest"]
+    return Table(header, rows, ["app"])
 
 
 # The README

@@ -4,6 +4,9 @@
 Publish a trained flow: its weights, code, a sample grid, and a model card made from the run's files.
 
     python pipelines/push_to_hub.py --model outputs/my_flow --hub_model_id my_flow
+    python pipelines/push_to_hub.py --model outputs/my_flow --hub_model_id my_flow --space my_flow_page
+
+The second command also publishes the page of `pipelines/app.py`, as a Space.
 
 To look at the repository first, write it to a folder with `--output_dir`. To change the card, edit the `README.md`
 that publishing leaves in the run's folder, and publish again. A card that was edited on the Hub is never overwritten.
@@ -11,6 +14,7 @@ that publishing leaves in the run's folder, and publish again. A card that was e
 
 import argparse
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from flowback_hf_cli.command import add_debug_argument, run_command
 
@@ -48,6 +52,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="New folder to write the repository to, instead of publishing it. Default: publish.",
     )
+    parser.add_argument(
+        "--space",
+        help="Name of a Space, with or without its namespace, to publish the page of the flow in. Default: no Space.",
+    )
     add_debug_argument(parser)
     return parser.parse_args(arguments)
 
@@ -59,12 +67,15 @@ def main(args: argparse.Namespace):
         )
     if args.output_dir is not None and args.output_dir.exists():
         raise ValueError(f"`--output_dir` must be a new folder, but {args.output_dir} exists.")
+    if args.space is not None and (args.output_dir is not None or args.create_pr):
+        raise ValueError("`--space` needs the flow on the Hub, so `--output_dir` and `--create_pr` must be left out.")
 
     # Imports that take seconds stand below the checks: `--help` and wrong arguments are answered at once.
     from flowback_hf import FlowBackPipeline
     from flowback_hf.files import write_whole
     from flowback_hf.hub import load_pipeline, write_repository
     from flowback_hf.model_card import find_run
+    from flowback_hf.space import push_space
 
     pipeline = load_pipeline(FlowBackPipeline, args.model)
     repo_id = args.hub_model_id or args.model.resolve().name
@@ -83,6 +94,8 @@ def main(args: argparse.Namespace):
         force=args.force,
     )
     print(url)
+    if args.space is not None:
+        print(push_space(args.space, urlsplit(url).path.strip("/"), args.hub_private_repo, args.hub_token))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ A stand-in for the Hub on loopback: creating repositories, committing files to t
 
     with StandInHub() as hub:
         hub.url  # for HF_ENDPOINT, before huggingface_hub is imported
-        hub.repositories["tester/name"].files  # {path: bytes}
+        hub.repositories["tester/name"].files  # {path: bytes}; a Space is "spaces/tester/name"
 """
 
 import base64
@@ -19,8 +19,10 @@ from urllib.parse import unquote, urlsplit
 USER = "tester"
 TOKEN = "hf_secret"
 REVOKED_TOKEN = "hf_revoked"
-MODEL_PATH = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+)(?:/(?P<verb>preupload|commit|revision|tree)/?.*)?")
-FILE_PATH = re.compile(r"/(?P<id>[^/]+/[^/]+)/resolve/[^/]+/(?P<file>.+)")
+API_PATH = re.compile(
+    r"/api/(?P<kind>models|spaces)/(?P<id>[^/]+/[^/]+)(?:/(?P<verb>preupload|commit|revision|tree)/?.*)?"
+)
+FILE_PATH = re.compile(r"/(?P<id>(?:spaces/)?[^/]+/[^/]+)/resolve/[^/]+/(?P<file>.+)")
 
 
 @dataclass
@@ -79,8 +81,9 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.answer(200, {"errors": [], "warnings": []})
         elif path == "/api/repos/create":
             self.create(json.loads(body))
-        elif match := MODEL_PATH.fullmatch(path):
-            self.with_repository(match["id"], lambda repository: self.model(repository, match, body))
+        elif match := API_PATH.fullmatch(path):
+            repo_id = match["id"] if match["kind"] == "models" else f"spaces/{match['id']}"
+            self.with_repository(repo_id, lambda repository: self.repository(repository, match, body))
         elif match := FILE_PATH.fullmatch(path):
             self.with_repository(match["id"], lambda repository: self.download(repository, match["file"]))
         else:
@@ -90,6 +93,7 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     def create(self, request: dict):
         repo_id = f"{request.get('organization') or USER}/{request['name']}"
+        repo_id = f"spaces/{repo_id}" if request.get("type") == "space" else repo_id
         exists = repo_id in self.hub.repositories
         private = request.get("visibility") == "private" or bool(request.get("private"))
         self.hub.repositories.setdefault(repo_id, Repository(private))
@@ -102,7 +106,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         else:
             action(repository)
 
-    def model(self, repository: Repository, match: re.Match, body: bytes):
+    def repository(self, repository: Repository, match: re.Match, body: bytes):
         verb = match["verb"]
         if verb == "preupload":
             # regular: the contents come in the commit itself

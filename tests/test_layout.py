@@ -22,7 +22,7 @@ FLOORS = [
     ["models"],
     ["pipelines", "alignment", "metrics", "conversion"],
     ["data"],
-    ["model_card", "hub"],
+    ["model_card", "hub", "page", "space"],
     ["training", "evaluation"],
     ["ablation"],
 ]

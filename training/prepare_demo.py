@@ -4,12 +4,13 @@
 Make a demo data set, a small teacher and an independent judge, with nothing downloaded.
 
     python training/prepare_demo.py --kind digits --output_dir data/digits
+    python training/prepare_demo.py --kind icons --output_dir data/icons
     python training/prepare_demo.py --kind shapes --output_dir data/shapes --resolution 32 \\
         --num_train_images 8000 --num_validation_images 1000 --seed 0
 
-`digits` are the 1,797 handwritten digits of scikit-learn (8x8 pixels, greyscale). `shapes` are drawn: ten classes of
-light shapes of any hue, place, size and rotation, on dark cluttered backgrounds (RGB), as many and as large as asked
-for.
+`digits` are the 1,797 handwritten digits of scikit-learn (8x8 pixels, greyscale). The others are drawn in RGB, as many
+and as large as asked for. `icons` are upright silhouettes of one color on a soft background of another, which a small
+flow can learn. `shapes` are light shapes of any hue, place, size and rotation, on dark cluttered backgrounds.
 
 The output folder then holds:
 
@@ -36,6 +37,13 @@ from flowback_hf_cli.numbers import COUNT, SEED
 NUM_CLASSES = 10
 DEFAULTS = {
     "digits": {"resolution": 8, "teacher_epochs": 30, "judge_epochs": 40},
+    "icons": {
+        "resolution": 16,
+        "num_train_images": 16000,
+        "num_validation_images": 1000,
+        "teacher_epochs": 3,
+        "judge_epochs": 2,
+    },
     "shapes": {
         "resolution": 32,
         "num_train_images": 8000,
@@ -48,10 +56,11 @@ DEFAULTS = {
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes, digits = DEFAULTS["shapes"], DEFAULTS["digits"]
-    parser.add_argument(
-        "--kind", choices=("digits", "shapes"), required=True, help="What the images show: digits or shapes."
-    )
+
+    def defaults(name: str) -> str:
+        return ", ".join(f"{values[name]} for {kind}" for kind, values in DEFAULTS.items() if name in values)
+
+    parser.add_argument("--kind", choices=tuple(DEFAULTS), required=True, help="What the images show.")
     parser.add_argument("--output_dir", type=Path, required=True, help="A new or an empty folder to write to.")
     parser.add_argument(
         "--seed", type=SEED, default=0, help="Seed of the images, the split and the weights. Default: %(default)s."
@@ -59,21 +68,16 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resolution",
         type=COUNT,
-        help=f"Height and width of the shapes' images, a multiple of 8 pixels. Default: {shapes['resolution']}.",
+        help=f"Height and width of drawn images, a multiple of 8 pixels. Default: {defaults('resolution')}.",
     )
     for split, name in {"train": "training", "validation": "validation"}.items():
-        default = shapes[f"num_{split}_images"]
-        parser.add_argument(
-            f"--num_{split}_images", type=COUNT, help=f"How many {name} images of shapes to draw. Default: {default}."
-        )
+        flag = f"num_{split}_images"
+        help = f"How many {name} images to draw. Default: {defaults(flag)}."
+        parser.add_argument(f"--{flag}", type=COUNT, help=help)
     for network in ("teacher", "judge"):
-        name = f"{network}_epochs"
-        parser.add_argument(
-            f"--{name}",
-            type=COUNT,
-            help=f"Passes over the training images for the {network}. Default: {digits[name]} for digits,"
-            f" {shapes[name]} for shapes.",
-        )
+        flag = f"{network}_epochs"
+        help = f"Passes over the training images for the {network}. Default: {defaults(flag)}."
+        parser.add_argument(f"--{flag}", type=COUNT, help=help)
     add_debug_argument(parser)
     return parser.parse_args(arguments)
 
@@ -85,7 +89,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             if getattr(arguments, name) is not None:
                 raise ValueError(
                     f"--{name} {getattr(arguments, name)} was given with --kind digits, whose images are fixed "
-                    f"(8x8 pixels, 1500 for training, 297 for validation); leave it out or use --kind shapes."
+                    f"(8x8 pixels, 1500 for training, 297 for validation); leave it out or use a kind that is drawn."
                 )
     if arguments.resolution is not None and (arguments.resolution < 8 or arguments.resolution % 8 != 0):
         raise ValueError(f"--resolution must be a positive multiple of 8, not {arguments.resolution}.")

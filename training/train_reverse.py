@@ -53,11 +53,12 @@ def main(args: argparse.Namespace):
         source,
         arguments,
         flow_pipeline,
-        args.pairs,
-        args.num_sampled_pairs,
-        args.sampled_guidance_scale,
-        vars(args),
-        accelerator,
+        pairs=args.pairs,
+        num_sampled_pairs=args.num_sampled_pairs,
+        sampled_guidance_scale=args.sampled_guidance_scale,
+        data_guidance_scale=args.max_guidance_scale,
+        settings=vars(args),
+        accelerator=accelerator,
     )
     pipeline = trainer.fit()
     if args.push_to_hub and accelerator.is_main_process:

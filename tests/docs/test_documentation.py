@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 
 from .conftest import parse_script_options, run_script
-from .pages import PAGES, REPOSITORY, Block, read_blocks, read_commands, split_command
+from .pages import LINK, PAGES, REPOSITORY, Block, read_blocks, read_commands, split_command
 
 
 pytestmark = pytest.mark.usefixtures("settings_of_torch")
 
 PAGE_IDS = [page.relative_to(REPOSITORY).as_posix() for page in PAGES]
 PAGES_WITH_CODE = [page for page in PAGES if read_blocks(page)]
-LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def heading_anchors(page: Path) -> set[str]:

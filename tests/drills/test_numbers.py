@@ -31,6 +31,8 @@ from flowback_hf import (
     FlowBackClassificationPipeline,
     FlowBackPipeline,
     RepresentationTeacher,
+    ReverseFlowObjective,
+    TarFlowReverseTransformer2DModel,
     TarFlowTransformer2DModel,
 )
 from flowback_hf.evaluation import EvaluationArguments
@@ -65,6 +67,12 @@ def build(**options):
     return flow.log_prob(torch.zeros(1, channels, size, size))
 
 
+def build_learned_inverse(**options):
+    model = TarFlowReverseTransformer2DModel(**{**FLOW, **options})
+    size, channels = model.config.sample_size, model.config.in_channels
+    return model(torch.zeros(1, channels, size, size)).sample
+
+
 def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], Callable]]:
     """By name: what is called, a call that works, and where the signature is if that says nothing of the arguments."""
     flow = make_flow()
@@ -86,8 +94,22 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], Callable]]:
     def guided(**options):
         return pipe(**{"generator": torch.Generator().manual_seed(0), "output_type": "latent", **options}).images
 
+    def edited(method: Callable) -> Callable:
+        return lambda **options: method(**{"output_type": "latent", **options}).images
+
     def score(**options):
         return classifier.out_of_distribution_score(images, torch.tensor([1.0, 2.0]), **options)
+
+    reverse_transformer = TarFlowReverseTransformer2DModel.for_flow(flow, max_guidance_scale=3.0)
+    learned_pipe = FlowBackPipeline(flow, reverse_transformer=reverse_transformer)
+
+    def reverse_objective(**options):
+        built = ReverseFlowObjective(TarFlowReverseTransformer2DModel.for_flow(flow), flow, **options)
+        return built(sample, sample, labels).loss
+
+    def learned(**options):
+        fixed = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+        return learned_pipe(**{**fixed, "solver": "learned", **options}).images
 
     inverse = {"sample": sample, "class_labels": labels, "inverse": True}
     return {
@@ -104,9 +126,22 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], Callable]]:
         "sampling": (guided, {"class_labels": [1]}, pipe.__call__),
         "sampling, guided": (guided, {"class_labels": [1], "guidance_scale": 2.0}, pipe.__call__),
         "sampling, by sweeps": (guided, {"class_labels": [1], "solver": "jacobi"}, pipe.__call__),
+        "learned inverse": (build_learned_inverse, {}, TarFlowReverseTransformer2DModel),
+        "learned inverse, noise to data": (
+            reverse_transformer,
+            {"sample": sample, "class_labels": labels},
+            reverse_transformer.forward,
+        ),
+        "learned inverse, objective": (reverse_objective, {}, ReverseFlowObjective),
+        "sampling, learned": (learned, {"class_labels": [1]}, pipe.__call__),
         "check_inputs": (pipe.check_inputs, {"class_labels": [1]}, None),
         "prepare_latents": (pipe.prepare_latents, {"num_images": 1}, None),
         "invert_blocks": (pipe.invert_blocks, {"latents": sample, "class_labels": labels}, None),
+        "invert": (pipe.invert, {"images": images}, None),
+        "likelihood_map": (pipe.likelihood_map, {"images": images}, None),
+        "swap_class": (edited(pipe.swap_class), {"images": images, "source": 0, "target": 1}, pipe.swap_class),
+        "interpolate": (edited(pipe.interpolate), {"image_a": images[0], "image_b": images[1]}, pipe.interpolate),
+        "vary": (edited(pipe.vary), {"images": images}, pipe.vary),
         "classification": (classifier, {"images": images}, classifier.__call__),
         "classification, ascent": (classifier, {"images": images, "method": "ascent"}, classifier.__call__),
         "classification, bayes": (classifier, {"images": images, "method": "bayes"}, classifier.__call__),
@@ -179,7 +214,7 @@ def table_of_calls(folder: Path) -> dict[str, str]:
             # The texts of a dataclass are names that are looked up later.
             texts = [] if dataclasses.is_dataclass(function) else TEXTS
             values = NUMBERS if kinds & {int, float} else texts if str in kinds else []
-            if parameter.name in ("class_labels", "images"):  # of many types, tested elsewhere
+            if parameter.name in ("class_labels", "source", "target", "images"):  # of many types, tested elsewhere
                 continue
             for value in values:
                 nonsense = is_nonsense(value, kinds, parameter.default)
@@ -192,6 +227,7 @@ def table_of_calls(folder: Path) -> dict[str, str]:
 # Flags that a command needs beside those that it requires, so that one strange value is the only mistake.
 OTHER_FLAGS = {
     "train_rra": ["--train_data_dir", "x"],
+    "train_reverse": ["--train_data_dir", "x"],
     "precompute_features": ["--train_data_dir", "x"],
     "precompute_latents": ["--train_data_dir", "x"],
     "evaluate_flow": ["--data_dir", "x"],

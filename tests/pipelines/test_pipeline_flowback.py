@@ -451,7 +451,7 @@ def test_bad_input_raises_before_any_work(pipe, monkeypatch, arguments, message)
 
 
 def test_labels_for_an_unconditional_flow_raise(unconditional_pipe):
-    with pytest.raises(ValueError, match="`class_labels` must be None for an unconditional model, but are \\[1\\]"):
+    with pytest.raises(ValueError, match="`class_labels` must be None for an unconditional model, but is \\[1\\]"):
         unconditional_pipe(class_labels=[1])
 
 

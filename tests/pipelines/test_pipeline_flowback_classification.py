@@ -774,14 +774,14 @@ def test_an_unconditional_flow_has_likelihoods_and_no_classes(randomised_model):
     for call in (pipeline, pipeline.class_scores):
         with pytest.raises(ValueError, match="This flow is unconditional"):
             call(images)
-    with pytest.raises(ValueError, match="`class_labels` must be None for an unconditional flow"):
+    with pytest.raises(ValueError, match="`class_labels` must be None for an unconditional model, but is"):
         pipeline.log_prob(images, [1, 2])
 
 
 @pytest.mark.parametrize(
     "labels, message",
     [
-        ([0, 5], "`class_labels` must lie between 0 and 4, or be -1 for no class, but are"),
+        ([0, 5], "`class_labels` must lie between 0 and 4, or be -1 for no class, but one is 5"),
         ([0], "one for each image, but holds 1 for more images"),
         ([0, 1, 2], "one for each image, but holds 3 for 2 images"),
         (["goldfish", "gold"], "`class_labels` must be known names or numbers, but 'gold' is not one"),

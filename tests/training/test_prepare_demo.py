@@ -12,23 +12,30 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, Dinov2Model
 
-from flowback_hf.data.demo import digits, make, networks, shapes
+from flowback_hf.data.demo import icons, make, networks
 
 from ..conftest import end_of_command, load_script
 
 
 SCRIPT = Path(__file__).parents[2] / "training" / "prepare_demo.py"
 
+DRAWN_KINDS = ("icons", "shapes")
 ARGUMENTS = {
     "digits": ["--kind", "digits", "--teacher_epochs", "6", "--judge_epochs", "4"],
-    "shapes": [
-        *["--kind", "shapes", "--resolution", "16", "--num_train_images", "70", "--num_validation_images", "20"],
-        *["--seed", "3", "--teacher_epochs", "1", "--judge_epochs", "1"],
-    ],
+    **{
+        kind: [
+            *["--kind", kind, "--resolution", "16", "--num_train_images", "70", "--num_validation_images", "20"],
+            *["--seed", "3", "--teacher_epochs", "1", "--judge_epochs", "1"],
+        ]
+        for kind in DRAWN_KINDS
+    },
 }
 KINDS = tuple(ARGUMENTS)
-RESOLUTIONS = {"digits": 8, "shapes": 16}
-NUM_IMAGES = {"digits": {"train": 1500, "validation": 297}, "shapes": {"train": 70, "validation": 20}}
+RESOLUTIONS = {"digits": 8, "icons": 16, "shapes": 16}
+NUM_IMAGES = {
+    "digits": {"train": 1500, "validation": 297},
+    **dict.fromkeys(DRAWN_KINDS, {"train": 70, "validation": 20}),
+}
 
 
 prepare_demo = load_script(SCRIPT)
@@ -74,7 +81,7 @@ def images_are_equal(first: Image.Image, second: Image.Image) -> bool:
 
 
 def test_nothing_but_the_finished_folders_is_left_behind(demos):
-    assert {path.name for path in demos["digits"].parent.iterdir()} == {"digits", "shapes"}
+    assert {path.name for path in demos["digits"].parent.iterdir()} == set(KINDS)
     for folder in demos.values():
         assert {path.name for path in folder.iterdir()} == {"images", "teacher", "judge", "demo.json"}
         for network in ("teacher", "judge"):
@@ -95,8 +102,9 @@ def test_the_images_load_as_an_image_folder(image_folders, demos, kind):
         assert sizes == {(RESOLUTIONS[kind], RESOLUTIONS[kind])}
 
 
-def test_the_classes_of_the_shapes_are_balanced(image_folders):
-    for images in image_folders["shapes"].values():
+@pytest.mark.parametrize("kind", DRAWN_KINDS)
+def test_the_classes_of_drawn_images_are_balanced(image_folders, kind):
+    for images in image_folders[kind].values():
         assert set(np.bincount(images["label"])) == {len(images) // 10}
 
 
@@ -120,7 +128,7 @@ def test_the_image_processor_only_rescales_and_makes_three_channels(image_folder
     assert larger.shape == pixel_values.shape
 
 
-@pytest.mark.parametrize("kind, num_patches", [("digits", 4 * 4), ("shapes", 8 * 8)])
+@pytest.mark.parametrize("kind, num_patches", [("digits", 4 * 4), ("icons", 8 * 8), ("shapes", 8 * 8)])
 def test_the_teacher_is_a_dinov2_backbone_that_has_been_trained(demos, kind, num_patches):
     teacher = AutoModel.from_pretrained(demos[kind] / "teacher")
     assert type(teacher) is Dinov2Model
@@ -168,31 +176,54 @@ def test_the_same_seed_gives_the_same_images_and_weights_to_the_bit(demos, tmp_p
     assert first_report == second_report
 
 
-def test_another_seed_gives_other_images():
-    assert not images_are_equal(shapes.draw_shape_image(0, "train", 5, 16), shapes.draw_shape_image(1, "train", 5, 16))
-    first_digits, second_digits = (digits.make_digits(seed, 8, {})["validation"][0] for seed in (0, 1))
-    assert not all(images_are_equal(*pair) for pair in zip(first_digits, second_digits))
+def make_splits(kind: str, seed: int, **num_images: int) -> dict[str, tuple[list[Image.Image], list[int]]]:
+    return make.KINDS[kind].make_splits(seed, RESOLUTIONS[kind], num_images)
 
 
-def test_the_two_splits_differ():
-    assert not images_are_equal(
-        shapes.draw_shape_image(0, "train", 5, 16), shapes.draw_shape_image(0, "validation", 5, 16)
-    )
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_seed_gives_other_images(kind):
+    first, second = (make_splits(kind, seed, train=12, validation=12)["validation"][0] for seed in (0, 1))
+    assert not all(images_are_equal(*pair) for pair in zip(first, second))
 
 
-def test_a_shape_does_not_depend_on_how_many_are_made(demos):
-    fewer = shapes.make_shapes(3, 16, {"train": 12, "validation": 10})
-    for split, (images, labels) in fewer.items():
+@pytest.mark.parametrize("kind", DRAWN_KINDS)
+def test_the_two_splits_differ(kind):
+    splits = make_splits(kind, seed=0, train=12, validation=12)
+    assert not any(images_are_equal(*pair) for pair in zip(splits["train"][0], splits["validation"][0]))
+
+
+@pytest.mark.parametrize("kind", DRAWN_KINDS)
+def test_a_drawn_image_does_not_depend_on_how_many_are_made(demos, kind):
+    for split, (images, labels) in make_splits(kind, seed=3, train=12, validation=10).items():
         for index, (image, label) in enumerate(zip(images, labels)):
-            class_name = list(shapes.SHAPE_OUTLINES)[label]
-            saved = Image.open(demos["shapes"] / "images" / split / class_name / f"{index:05d}.png")
+            class_name = make.KINDS[kind].class_names[label]
+            saved = Image.open(demos[kind] / "images" / split / class_name / f"{index:05d}.png")
             assert images_are_equal(image, saved)
 
 
-def test_the_shape_classes_are_in_the_order_of_an_image_folder():
-    names = list(shapes.SHAPE_OUTLINES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_classes_are_in_the_order_of_an_image_folder(kind):
+    names = make.KINDS[kind].class_names
     assert len(names) == 10
     assert names == sorted(names)
+
+
+@pytest.mark.parametrize("name", icons.ICON_OUTLINES)
+def test_the_whole_icon_is_in_the_image(name):
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        silhouette = np.asarray(icons.draw_silhouette(rng, *icons.ICON_OUTLINES[name], size=128))
+        edges = np.concatenate([silhouette[0], silhouette[-1], silhouette[:, 0], silhouette[:, -1]])
+        assert silhouette.any() and not edges.any()
+
+
+@pytest.mark.parametrize(
+    "lightness, chroma, hue, rgb",
+    [(0, 0, 0, (0, 0, 0)), (1, 0, 0, (255, 255, 255)), (0.62796, 0.25768, 29.234, (255, 0, 0))],
+    ids=["black", "white", "red"],
+)
+def test_oklch_colors_are_those_of_css(lightness, chroma, hue, rgb):
+    np.testing.assert_allclose(icons.oklch_color(lightness, chroma, np.radians(hue)), rgb, atol=0.1)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowback_hf.pipelines.pipeline_flowback_classification import apply_noise
+from flowback_hf.pipelines.pipeline_flowback import apply_noise
 
 
 def make_generator(*entropy: int, device: torch.device | str = "cpu") -> torch.Generator:

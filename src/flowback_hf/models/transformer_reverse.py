@@ -10,6 +10,7 @@ import hashlib
 import math
 import numbers
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -610,7 +611,7 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.check_guidance_scale(guidance_scale)
         if class_labels is None or guidance_scale == 1.0:
             return None
-        return torch.full((len(sample),), guidance_scale - 1.0, device=sample.device)
+        return torch.full((len(sample),), guidance_scale - 1.0, device=sample.device, dtype=self.stages[0].dtype)
 
     # Checks, which a pipeline makes before it draws noise
 
@@ -720,6 +721,9 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         check_number("mlp_ratio", config.mlp_ratio, float, above=0.0)
         check_number("min_guidance_scale", config.min_guidance_scale, float, at_least=1.0)
         check_number("max_guidance_scale", config.max_guidance_scale, float, at_least=config.min_guidance_scale)
+        flow_hash = config.flow_hash
+        if flow_hash is not None and not (isinstance(flow_hash, str) and re.fullmatch("[0-9a-f]{64}", flow_hash)):
+            raise ValueError(f"`flow_hash` must be 64 hexadecimal digits or None, but is {flow_hash!r}.")
         if config.sample_size % config.patch_size != 0:
             raise ValueError(
                 f"`sample_size` must be divisible by `patch_size`, but they are {config.sample_size} and"

@@ -1071,7 +1071,7 @@ def invert_flow(
     class_labels: torch.Tensor | None,
     guidance: Guidance,
     output_report: bool,
-) -> tuple[torch.Tensor, torch.Tensor, TarFlowInverseReport | None]:
+) -> tuple[torch.Tensor, list[torch.Tensor], TarFlowInverseReport | None]:
     """
     Invert flow blocks, from the last to the first.
 
@@ -1082,23 +1082,23 @@ def invert_flow(
         class_labels, output_report: As in [`TarFlowTransformer2DModel.forward`].
         guidance ([`Guidance`]): Of all blocks.
     Returns:
-        `tuple`: data, shaped as `latents`; `log |det d data / d latents|` of shape `(batch_size,)`, in nats; and the
-        report, if it was asked for.
+        `tuple`: data, shaped as `latents`; for every block, each token's part of `log |det d data / d latents|`, of
+        shape `(batch_size, num_tokens)`, in nats; and the report, if it was asked for.
     """
-    tokens, log_abs_det, sweeps = latents, latents.new_zeros(len(latents)), {}
+    tokens, token_log_abs_dets, sweeps = latents, [], {}
     for number, block in reversed(blocks.items()):
         output = block(tokens, class_labels, inverse=True, guidance=guidance, settings=settings[number])
         tokens, sweeps[number] = output.tokens, output.sweeps
-        log_abs_det = log_abs_det + output.log_scale.sum(dim=(1, 2))
+        token_log_abs_dets.append(output.log_scale.sum(dim=2))
     if not output_report:
-        return tokens, log_abs_det, None
+        return tokens, token_log_abs_dets, None
     report = TarFlowInverseReport(
         solvers={number: "jacobi" if settings[number].window_size else "sequential" for number in sweeps},
         sweeps=sweeps,
         network_evaluations={number: max(each.tolist(), default=0) for number, each in sweeps.items()},
         residual=measure_residual(blocks.values(), tokens, latents, class_labels, guidance),
     )
-    return tokens, log_abs_det, report
+    return tokens, token_log_abs_dets, report
 
 
 @torch.no_grad()
@@ -1433,6 +1433,9 @@ class TarFlowOutput(BaseOutput):
         hidden_states (`dict` of `(block, layer)` to `torch.Tensor` of shape `(batch_size, num_tokens, width)`):
             The hidden states that `output_hidden_states` asked for, in raster order. `None` if it asked for none.
         report ([`TarFlowInverseReport`]): How the inverse was found. `None` without `output_report`.
+        token_log_abs_det (`torch.Tensor` of shape `(batch_size, num_tokens)`):
+            The part of `log_abs_det` that each token contributes, in raster order: the sum of its log-scales in all
+            blocks that ran, with a minus sign unless `inverse`. `None` without `output_token_log_abs_det`.
     """
 
     # Accelerate rebuilds outputs under mixed precision and needs defaults for that.
@@ -1440,6 +1443,7 @@ class TarFlowOutput(BaseOutput):
     log_abs_det: torch.Tensor | None = None
     hidden_states: dict[tuple[int, int], torch.Tensor] | None = None
     report: TarFlowInverseReport | None = None
+    token_log_abs_det: torch.Tensor | None = None
 
 
 def check_loaded_flow(model: "TarFlowTransformer2DModel", loading_info: dict[str, list], path: str | os.PathLike):
@@ -1632,6 +1636,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
         tolerance: float | None = None,
         window_size: int | None = None,
         output_report: bool = False,
+        output_token_log_abs_det: bool = False,
         return_dict: bool = True,
     ) -> TarFlowOutput | tuple:
         r"""
@@ -1682,9 +1687,10 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
                 Tokens in a Jacobi sweep, from 1 to `num_tokens`. Default: by the profile; without one, the window
                 that doubles the time of a sweep.
             output_report (`bool`, defaults to `False`): Return a [`TarFlowInverseReport`]. It costs one forward pass.
+            output_token_log_abs_det (`bool`, defaults to `False`): Return each token's part of `log_abs_det`, too.
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`TarFlowOutput`] instead of a tuple `(sample, log_abs_det[, hidden_states][,
-                report])`.
+                report][, token_log_abs_det])`.
         Returns:
             [`TarFlowOutput`] or `tuple`. Tensors are float32, or float64 for a float64 model or sample.
         Raises:
@@ -1714,10 +1720,21 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
                 )
                 for number, block in chosen.items()
             }
-            tokens, log_abs_det, report = invert_flow(chosen, settings, tokens, class_labels, guidance, output_report)
+            tokens, token_log_abs_dets, report = invert_flow(
+                chosen, settings, tokens, class_labels, guidance, output_report
+            )
         else:
-            tokens, log_abs_det, hidden_states = self._apply_blocks(tokens, class_labels, numbers, places)
-        output = TarFlowOutput(self.unpatchify(tokens), log_abs_det, hidden_states or None, report)
+            tokens, token_log_abs_dets, hidden_states = self._apply_blocks(tokens, class_labels, numbers, places)
+        log_abs_det, token_log_abs_det = tokens.new_zeros(len(tokens)), tokens.new_zeros(tokens.shape[:2])
+        for of_block in token_log_abs_dets:
+            log_abs_det, token_log_abs_det = log_abs_det + of_block.sum(dim=1), token_log_abs_det + of_block
+        output = TarFlowOutput(
+            self.unpatchify(tokens),
+            log_abs_det,
+            hidden_states or None,
+            report,
+            token_log_abs_det if output_token_log_abs_det else None,
+        )
         return output if return_dict else output.to_tuple()
 
     def _apply_blocks(
@@ -1726,16 +1743,16 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
         class_labels: torch.Tensor | None,
         numbers: list[int],
         places: list[tuple[int, int]],
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[tuple[int, int], torch.Tensor]]:
-        """Return latents, the log-determinant of each sample, and the hidden states at `places`."""
-        log_abs_det, hidden_states = tokens.new_zeros(len(tokens)), {}
+    ) -> tuple[torch.Tensor, list[torch.Tensor], dict[tuple[int, int], torch.Tensor]]:
+        """Return latents, for every block each token's part of the log-determinant, and the states at `places`."""
+        token_log_abs_dets, hidden_states = [], {}
         for number in numbers:
             layers = [layer for block, layer in places if block == number]
             output = self.blocks[number - 1](tokens, class_labels, layers)
             tokens = output.tokens
-            log_abs_det = log_abs_det - output.log_scale.sum(dim=(1, 2))
+            token_log_abs_dets.append(-output.log_scale.sum(dim=2))
             hidden_states.update({(number, layer): states for layer, states in output.hidden_states.items()})
-        return tokens, log_abs_det, hidden_states
+        return tokens, token_log_abs_dets, hidden_states
 
     def log_prob(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         r"""

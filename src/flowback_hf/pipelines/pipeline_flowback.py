@@ -21,6 +21,7 @@ from typing import Any
 import PIL.Image
 import PIL.ImageOps
 import torch
+import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.models import AutoencoderKL, ModelMixin
@@ -62,6 +63,19 @@ def check_number(
     raise ValueError(f"`{name}` must be a {'whole' if kind is int else 'finite'} number{expected}, but is {value!r}.")
 
 
+def check_generator(generator: torch.Generator | list[torch.Generator] | None, num_images: int):
+    """Raise ValueError unless it is a generator, a list of one for each image, or None."""
+    generators = generator if isinstance(generator, list) else [generator] * num_images
+    if len(generators) != num_images:
+        raise ValueError(
+            f"`generator` must be one generator, or a list of one for each of the {num_images} images, but has"
+            f" {len(generator)}."
+        )
+    for each in generators:
+        if not isinstance(each, torch.Generator | None):
+            raise ValueError(f"`generator` must be a `torch.Generator`, a list of them or None, but is {each!r}.")
+
+
 def scale_latents(latents: torch.Tensor, vae_config: Any) -> torch.Tensor:
     """
     Scale a VAE's latents to about unit variance, which is what a latent flow is trained on.
@@ -78,6 +92,40 @@ def scale_latents(latents: torch.Tensor, vae_config: Any) -> torch.Tensor:
 def unscale_latents(sample: torch.Tensor, vae_config: Any) -> torch.Tensor:
     """Undo [`scale_latents`]: turn a latent flow's data into what the VAE decodes."""
     return sample / vae_config.scaling_factor + (vae_config.shift_factor or 0.0)
+
+
+def apply_noise(sample: torch.Tensor, noise: torch.Tensor, noise_type: str, noise_std: float) -> torch.Tensor:
+    """
+    Add noise to a sample as in training. Training, classification and editing all add it this way.
+
+    Args:
+        sample (`torch.Tensor`): Clean data, in [-1, 1] if they are pixels. Uniform noise needs 8-bit pixels.
+        noise (`torch.Tensor` of a shape that broadcasts with `sample`):
+            Draws from N(0, 1) for `"gaussian"`, from [0, 1) for `"uniform"`.
+        noise_type (`str`):
+            `"gaussian"`: `sample + noise_std * noise`. `"uniform"`: `(pixel + noise) / 128 - 1`, where `pixel` is the
+            whole number from 0 to 255 that `sample` stands for. This dequantizes the pixels.
+        noise_std (`float`): The standard deviation of the Gaussian noise. Uniform noise ignores it.
+    Returns:
+        `torch.Tensor`: the noisy sample, in the dtype of `sample` and `noise`.
+    Raises:
+        ValueError: if `noise_type` is another.
+
+    Example:
+        ```py
+        >>> import torch
+        >>> from flowback_hf.pipelines.pipeline_flowback import apply_noise
+
+        >>> apply_noise(torch.tensor([-1.0, 1.0]), torch.tensor([0.5, 0.5]), "uniform", noise_std=0.0)
+        tensor([-0.9961,  0.9961])
+        ```
+    """
+    if noise_type == "gaussian":
+        return sample + noise_std * noise
+    if noise_type == "uniform":
+        # Float32 pixels that were divided by 255 are only nearly whole numbers.
+        return (((sample + 1) * 127.5).round() + noise) / 128 - 1
+    raise ValueError(f"`noise_type` must be 'gaussian' or 'uniform', but is {noise_type!r}.")
 
 
 def vae_scale_factor(vae: AutoencoderKL) -> int:
@@ -539,7 +587,7 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         id2label = self.config.id2label or {}
         return {name.strip(): int(label_id) for label_id, label in id2label.items() for name in label.split(",")}
 
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
+    def get_label_ids(self, label: str | list[str], argument: str = "class_labels") -> list[int]:
         """
         Look up the class ids of labels that are strings. The command line and Python read labels alike.
 
@@ -549,6 +597,7 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
 
         Args:
             label (`str` or `list[str]`): Names or synonyms from `id2label`, or class ids, or `"-1"` for no class.
+            argument (`str`, defaults to `"class_labels"`): The argument that errors name.
         Returns:
             `list[int]`: one id for each label. Their range is not checked.
         Raises:
@@ -565,16 +614,16 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
             [0, 0, 1, 2]
             ```
         """
-        return [self._get_label_id(name) for name in ([label] if isinstance(label, str) else label)]
+        return [self._get_label_id(name, argument) for name in ([label] if isinstance(label, str) else label)]
 
-    def _get_label_id(self, label: str) -> int:
+    def _get_label_id(self, label: str, argument: str) -> int:
         kind, _, rest = label.partition(":")
         if label in self.labels:
             label_id = self.labels[label]
             other = read_whole_number(label)
             if other is not None and other != label_id and 0 <= other < (self.transformer.config.num_classes or 0):
                 raise ValueError(
-                    f"`class_labels` must name one class, but {label!r} is the name of class {label_id} and the number"
+                    f"`{argument}` must name one class, but {label!r} is the name of class {label_id} and the number"
                     f" of class {other}. Write 'name:{label}' for the former or 'id:{label}' for the latter."
                 )
             return label_id
@@ -584,16 +633,19 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         if label_id is None:
             nearest = difflib.get_close_matches(label, self.labels, n=3, cutoff=0.0)
             known = f"The nearest known ones are {nearest}." if nearest else "This pipeline has no `id2label`."
-            raise ValueError(f"`class_labels` must be known names or numbers, but {label!r} is not one. {known}")
+            raise ValueError(f"`{argument}` must be known names or numbers, but {label!r} is not one. {known}")
         return label_id
 
-    def normalize_class_labels(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
+    def normalize_class_labels(
+        self, class_labels: int | str | list[int | str] | torch.Tensor, argument: str = "class_labels"
+    ) -> list[int]:
         """
         Turn class labels of any accepted form into one flat list of class ids.
 
         Args:
             class_labels (`int`, `str`, a nested list of them or a `torch.Tensor`):
                 Class ids, or strings as in [`~FlowBackPipeline.get_label_ids`].
+            argument (`str`, defaults to `"class_labels"`): The argument that errors name.
         Returns:
             `list[int]`: the class ids. Their range is not checked.
         Raises:
@@ -602,15 +654,53 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.tolist()
         if isinstance(class_labels, str):
-            return self.get_label_ids(class_labels)
+            return self.get_label_ids(class_labels, argument)
         if isinstance(class_labels, Iterable):
-            return [label for entry in class_labels for label in self.normalize_class_labels(entry)]
+            return [label for entry in class_labels for label in self.normalize_class_labels(entry, argument)]
         try:
             if isinstance(class_labels, bool):
                 raise TypeError
             return [operator.index(class_labels)]
         except TypeError:
-            raise ValueError(f"`class_labels` must be whole numbers or names, but one is {class_labels!r}.") from None
+            raise ValueError(f"`{argument}` must be whole numbers or names, but one is {class_labels!r}.") from None
+
+    def parse_class_labels(
+        self, class_labels: int | str | list[int | str] | torch.Tensor, argument: str = "class_labels"
+    ) -> torch.Tensor:
+        """
+        Turn class labels of any accepted form into what the flow takes, and check that it takes them.
+
+        Args:
+            class_labels (`int`, `str`, a nested list of them or a `torch.Tensor`):
+                Class ids or names as in [`~FlowBackPipeline.normalize_class_labels`]; or class weights, a tensor of
+                floats of shape `(num_labels, num_classes)`.
+            argument (`str`, defaults to `"class_labels"`): The argument that errors name.
+        Returns:
+            `torch.LongTensor` of shape `(num_labels,)`, where -1 is no class; or the class weights.
+        Raises:
+            ValueError: if the flow is unconditional, if there are no labels, or if one is unknown or out of its range.
+        """
+        num_classes = self.transformer.config.num_classes
+        if num_classes is None:
+            raise ValueError(f"`{argument}` must be None for an unconditional model, but is {class_labels!r}.")
+        if isinstance(class_labels, torch.Tensor) and class_labels.is_floating_point():
+            shape = tuple(class_labels.shape)
+            if len(shape) != 2 or shape[0] == 0 or shape[1] != num_classes or not class_labels.isfinite().all():
+                raise ValueError(
+                    f"`{argument}` must be class ids or names, or finite class weights of shape (num_labels,"
+                    f" {num_classes}), but is {class_labels.dtype} of shape {shape} from {class_labels.tolist()}."
+                )
+            return class_labels
+        label_ids = self.normalize_class_labels(class_labels, argument)
+        if not label_ids:
+            raise ValueError(f"`{argument}` must name at least one class, but is empty.")
+        for label_id in label_ids:
+            if not -1 <= label_id < num_classes:
+                raise ValueError(
+                    f"`{argument}` must lie between 0 and {num_classes - 1}, or be -1 for no class, but one is"
+                    f" {label_id}."
+                )
+        return torch.tensor(label_ids)
 
     @torch.no_grad()
     def encode(self, images: Any, generator: torch.Generator | None = None, strict: bool = False) -> torch.Tensor:
@@ -710,9 +800,45 @@ class CallState:
     interrupt: bool = False
 
 
+def slerp(start: torch.Tensor, end: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
+    """
+    Interpolate spherically: the direction moves along the arc from one to the other, the norm changes linearly.
+
+    Latents of images have norms near the square root of their dimension. Points on the straight line between two of
+    them are nearer to the origin, where no image is.
+
+    Args:
+        start, end (`torch.Tensor` of the same shape): What to interpolate between.
+        fractions (`torch.Tensor` of shape `(num_points,)`): Positions on the arc; 0 is `start`, 1 is `end`.
+    Returns:
+        `torch.Tensor` of shape `(num_points, *start.shape)`: the points.
+
+    Example:
+        ```py
+        >>> import torch
+        >>> from flowback_hf.pipelines.pipeline_flowback import slerp
+
+        >>> slerp(torch.tensor([3.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.5, 1.0])).round(decimals=3)
+        tensor([[3.0000, 0.0000],
+                [1.4140, 1.4140],
+                [0.0000, 1.0000]])
+        ```
+
+    Reference: Shoemake, Animating Rotation with Quaternion Curves, 1985, https://doi.org/10.1145/325334.325242
+    """
+    first, last = (F.normalize(each.flatten(), dim=0) for each in (start, end))
+    # The angle from the middle of the arc. This form is also exact for directions that are equal or opposite.
+    half_angle = torch.atan2((last - first).norm(), (last + first).norm())
+    angles = ((2 * fractions - 1) * half_angle).unsqueeze(1)
+    middle, across = F.normalize(last + first, dim=0), F.normalize(last - first, dim=0)
+    directions = F.normalize(angles.cos() * middle + angles.sin() * across, dim=1)
+    norms = torch.lerp(start.norm(), end.norm(), fractions).unsqueeze(1)
+    return (norms * directions).unflatten(1, start.shape)
+
+
 class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
     r"""
-    Generate images with a normalizing flow, of given classes or unconditionally.
+    Generate and edit images with a normalizing flow, of given classes or unconditionally.
 
     A call draws noise and inverts the flow blocks one by one, from the noise to the image. If the flow was trained
     with Gaussian noise, one step along its exact score then removes that noise. If the flow has a VAE, the VAE decodes
@@ -971,7 +1097,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         Args:
             class_labels (`int`, `str`, a list of them or a `torch.Tensor`, *optional*):
                 The class of each image, by id or name; -1 means no class. A string is read as
-                [`~FlowBackPipeline.get_label_ids`] says. With `None`, images are sampled without a class. An
+                [`~FlowBackPipeline.get_label_ids`] says. A tensor of floats of shape `(num_images, num_classes)`
+                holds class weights, which blend classes. With `None`, images are sampled without a class. An
                 unconditional flow takes `None` only.
             guidance_scale (`float`, *optional*, defaults to the pipeline's):
                 The strength of classifier-free guidance, at least 1.0, which turns it off. More guidance makes classes
@@ -1078,37 +1205,18 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             ValueError: for the first argument that is out of its range, in one sentence.
         """
         config = self.transformer.config
-        if class_labels is not None:
-            class_labels = self.normalize_class_labels(class_labels)
-            if config.num_classes is None:
-                raise ValueError(f"`class_labels` must be None for an unconditional model, but are {class_labels}.")
-            if not class_labels:
-                raise ValueError("`class_labels` must name at least one class, but are empty.")
-            for label in class_labels:
-                if not -1 <= label < config.num_classes:
-                    raise ValueError(
-                        f"`class_labels` must lie between 0 and {config.num_classes - 1}, or be -1 for no class, but"
-                        f" one is {label}."
-                    )
+        num_labels = 1 if class_labels is None else len(self.parse_class_labels(class_labels))
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
         if solver == "learned":
             self._check_learned_solver(scale, guidance_schedule, guidance_temperature, tolerance)
-        else:
-            rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
-            self.transformer.check_inverse_arguments(
-                scale, rule, guidance_schedule, guidance_temperature, solver, tolerance
-            )
+            solver = "auto"  # the other arguments must be right, too
+        self.transformer.check_inverse_arguments(
+            scale, rule, guidance_schedule, guidance_temperature, solver, tolerance
+        )
         check_number("num_images_per_prompt", num_images_per_prompt, int, at_least=1)
-        num_images = num_images_per_prompt * (1 if class_labels is None else len(class_labels))
-        generators = generator if isinstance(generator, list) else [generator] * num_images
-        if len(generators) != num_images:
-            raise ValueError(
-                f"`generator` must be one generator, or a list of one for each of the {num_images} images, but has"
-                f" {len(generator)}."
-            )
-        for each in generators:
-            if not isinstance(each, torch.Generator | None):
-                raise ValueError(f"`generator` must be a `torch.Generator`, a list of them or None, but is {each!r}.")
+        num_images = num_images_per_prompt * num_labels
+        check_generator(generator, num_images)
         expected = (num_images, config.in_channels, config.sample_size, config.sample_size)
         if latents is not None and tuple(getattr(latents, "shape", ())) != expected:
             shape = f"have shape {tuple(latents.shape)}" if isinstance(latents, torch.Tensor) else f"are {latents!r}"
@@ -1156,15 +1264,15 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         Args:
             class_labels, num_images_per_prompt: Arguments of a call.
         Returns:
-            `tuple[torch.LongTensor | None, int]`: the class id of each image, of shape `(num_images,)`, or `None`
-            without labels; and the number of images.
+            `tuple[torch.Tensor | None, int]`: the class id of each image, of shape `(num_images,)`, or its class
+            weights, of shape `(num_images, num_classes)`, or `None` without labels; and the number of images.
         Raises:
-            ValueError: if a name is unknown, or a label is neither a whole number nor a name.
+            ValueError: as [`~FlowBackPipeline.parse_class_labels`].
         """
         if class_labels is None:
             return None, num_images_per_prompt
-        label_ids = torch.tensor(self.normalize_class_labels(class_labels), device=self._execution_device)
-        return label_ids.repeat_interleave(num_images_per_prompt), len(label_ids) * num_images_per_prompt
+        labels = self.parse_class_labels(class_labels).to(self._execution_device)
+        return labels.repeat_interleave(num_images_per_prompt, dim=0), len(labels) * num_images_per_prompt
 
     def prepare_latents(
         self,
@@ -1217,7 +1325,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
 
         Args:
             latents (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): The noise.
-            class_labels (`torch.LongTensor` of shape `(num_images,)`, *optional*): The class ids.
+            class_labels (`torch.Tensor`, *optional*): Class ids or weights from [`~FlowBackPipeline.encode_labels`].
             guidance_scale, guidance_rule, guidance_schedule, guidance_temperature: Arguments of a call.
             solver, tolerance, callback_on_step_end, callback_on_step_end_tensor_inputs: Arguments of a call.
         Returns:
@@ -1304,7 +1412,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
 
         Args:
             sample (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): Noisy data.
-            class_labels (`torch.LongTensor` of shape `(num_images,)`, *optional*): The class ids.
+            class_labels (`torch.Tensor`, *optional*): Class ids or weights from [`~FlowBackPipeline.encode_labels`].
         Returns:
             `torch.Tensor` of the same shape: `x + sigma^2 grad_x log p(x | y)`, Tweedie's formula. For a flow that was
             trained with uniform noise or none, `sample` itself.
@@ -1354,3 +1462,382 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             self.maybe_free_model_hooks()
             raise OverflowError(message)
         logger.warning(message)
+
+    # Likelihoods and edits of given images
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: Any,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        add_noise: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """
+        Turn images into the noise that the flow makes them of, exactly, in one forward pass.
+
+        `pipe(latents=pipe.invert(images, labels), class_labels=labels, guidance_scale=1.0, denoise=False)` returns the
+        images. With guidance or another class it returns related images, see [`~FlowBackPipeline.swap_class`].
+
+        The flow was trained on noisy images, and the latents of clean ones vary less than the noise of a call. Adding
+        the noise first gave no better edits where it was measured (`docs/editing.md`), and without it the image comes
+        back exactly. Add it if latents have to be distributed like the noise of a call.
+
+        Args:
+            images (a PIL image, array, tensor or path, or many of them):
+                Images in any form that [`~FlowBackPipeline.encode`] takes.
+            class_labels (`int`, `str`, a list of them or a `torch.Tensor`, *optional*):
+                One label for all images or one for each, as in a call.
+            add_noise (`bool`, defaults to `False`): Add the noise of training to the images first.
+            generator (`torch.Generator` or one for each image, *optional*): Draws this noise.
+        Returns:
+            `torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`: `latents` for a call, in
+            float32, or float64 for a float64 flow.
+        Raises:
+            ValueError: if an image cannot be used, with its number, or if an argument is out of its range.
+
+        Example:
+            ```py
+            >>> import torch
+            >>> from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+
+            >>> pipe = FlowBackPipeline(TarFlowTransformer2DModel(8, 4, 3, num_blocks=2, num_layers=1, num_classes=3))
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> images = torch.rand(2, 3, 8, 8)
+            >>> latents = pipe.invert(images, [2, 0])
+            >>> restored = pipe([2, 0], latents=latents, guidance_scale=1.0, denoise=False, output_type="pt").images
+            >>> torch.allclose(images, restored, atol=1e-6)
+            True
+            ```
+        """
+        sample, labels = self._encode_labelled(images, generator, class_labels=class_labels)
+        latents = self.transformer(self._add_noise(sample, generator) if add_noise else sample, labels).sample
+        self.maybe_free_model_hooks()
+        return latents
+
+    @torch.no_grad()
+    def likelihood_map(
+        self,
+        images: Any,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        add_noise: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Compute how much each token of an image contributes to its log-likelihood.
+
+        The log-likelihood is a sum over tokens. With the latents `z_i` of token `i`, of `d` values, and its log-scales
+        `a_i` in every flow block, a token contributes
+
+            -|z_i|^2 / 2 - (d / 2) log(2 pi) - sum over blocks and values of a_i.
+
+        Low values mark tokens that the flow did not expect there. The value of a token depends on all others, since
+        blocks see the tokens in alternating order.
+
+        Args:
+            images, class_labels, add_noise, generator: As in [`~FlowBackPipeline.invert`].
+        Returns:
+            `torch.Tensor` of shape `(num_images, grid_size, grid_size)` with `grid_size = sample_size / patch_size`:
+            nats. They sum to `pipe.transformer.log_prob(pipe.encode(images), class_labels)`. For a latent flow, this
+            is the density of the VAE's latents, not of pixels. float32, or float64 for a float64 flow.
+        Raises:
+            ValueError: as [`~FlowBackPipeline.invert`].
+
+        Example:
+            ```py
+            >>> import torch
+            >>> from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+
+            >>> pipe = FlowBackPipeline(TarFlowTransformer2DModel(8, 4, 3, num_blocks=2, num_layers=1, num_classes=3))
+            >>> pipe.likelihood_map(torch.rand(5, 3, 8, 8)).shape
+            torch.Size([5, 2, 2])
+            ```
+        """
+        sample, labels = self._encode_labelled(images, generator, class_labels=class_labels)
+        sample = self._add_noise(sample, generator) if add_noise else sample
+        output = self.transformer(sample, labels, output_token_log_abs_det=True)
+        latents = self.transformer.patchify(output.sample)
+        nats = output.token_log_abs_det - 0.5 * (latents.square() + math.log(2 * math.pi)).sum(dim=2)
+        self.maybe_free_model_hooks()
+        grid_size = self.transformer.config.sample_size // self.transformer.config.patch_size
+        return nats.unflatten(1, (grid_size, grid_size))
+
+    @torch.no_grad()
+    def swap_class(
+        self,
+        images: Any,
+        source: int | str | list[int | str] | torch.Tensor | None,
+        target: int | str | list[int | str] | torch.Tensor | None,
+        guidance_scale: float | None = None,
+        guidance_rule: str | None = None,
+        guidance_schedule: str = "constant",
+        guidance_temperature: float = 1.0,
+        solver: str = "auto",
+        tolerance: float | None = None,
+        denoise: bool = False,
+        on_overflow: str = "warn",
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Turn images of one class into similar images of another class.
+
+        The latents of an image under its own class describe what the class does not: the flow makes an image of the
+        other class from them. Only that second step is guided. With a guided inversion, fewer results were read as the
+        other class, and less was kept of the image (`docs/editing.md`).
+
+        Args:
+            images (a PIL image, array, tensor or path, or many of them):
+                Images in any form that [`~FlowBackPipeline.encode`] takes.
+            source, target (`int`, `str`, a list of them, a `torch.Tensor` or `None`):
+                The class of the images and the class to turn them into, as `class_labels` of a call: one for all
+                images or one for each. `None` and -1 are no class.
+            guidance_scale (`float`, *optional*, defaults to the pipeline's):
+                How strongly to guide towards the target. 1.0 turns guidance off; then the same class as `source` and
+                `target` returns the image.
+            denoise (`bool`, defaults to `False`): As in a call. The latents are those of a clean image.
+            guidance_rule, guidance_schedule, guidance_temperature, solver, tolerance: As in a call.
+            on_overflow, output_type, return_dict, callback_on_step_end: As in a call.
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: one image for each of `images`.
+        Raises:
+            ValueError: if an image cannot be used, with its number, or if an argument is out of its range.
+            OverflowError: if an image is not finite and `on_overflow` is `"raise"`.
+
+        Example:
+            ```py
+            >>> import torch
+            >>> from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+
+            >>> flow = TarFlowTransformer2DModel(8, 4, 3, num_blocks=2, num_layers=1, num_classes=3)
+            >>> pipe = FlowBackPipeline(flow, id2label={0: "cat", 1: "dog", 2: "cow"})
+            >>> len(pipe.swap_class(torch.rand(4, 3, 8, 8), "cat", ["dog", "cow", "dog", "cow"]).images)
+            4
+            ```
+        """
+        options = {
+            "guidance_scale": guidance_scale,
+            "guidance_rule": guidance_rule,
+            "guidance_schedule": guidance_schedule,
+            "guidance_temperature": guidance_temperature,
+            "solver": solver,
+            "tolerance": tolerance,
+            "on_overflow": on_overflow,
+            "output_type": output_type,
+        }
+        self.check_inputs(**options)
+        sample, source, target = self._encode_labelled(images, source=source, target=target)
+        latents = self.transformer(sample, source).sample
+        options |= {"denoise": denoise, "return_dict": return_dict, "callback_on_step_end": callback_on_step_end}
+        return self(target, num_images_per_prompt=len(latents) if target is None else 1, latents=latents, **options)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        image_a: Any,
+        image_b: Any,
+        num_steps: int = 8,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        guidance_scale: float | None = 1.0,
+        guidance_rule: str | None = None,
+        guidance_schedule: str = "constant",
+        guidance_temperature: float = 1.0,
+        solver: str = "auto",
+        tolerance: float | None = None,
+        denoise: bool = False,
+        on_overflow: str = "warn",
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Make the images between two images: spherically between their latents, with blended class weights.
+
+        Args:
+            image_a, image_b (a PIL image, array, tensor or path):
+                One image each, in any form that [`~FlowBackPipeline.encode`] takes.
+            num_steps (`int`, defaults to 8): The number of images to return, with both ends: at least 2.
+            class_labels (`int`, `str`, a list of them or a `torch.Tensor`, *optional*):
+                The classes of `image_a` and `image_b`, or one class for both, as in a call.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                Without guidance, which is the default, the first and the last image are `image_a` and `image_b`.
+                Guidance makes the images between them look more like their classes. `None` is the pipeline's.
+            denoise (`bool`, defaults to `False`): As in a call. The latents are those of clean images.
+            guidance_rule, guidance_schedule, guidance_temperature, solver, tolerance: As in a call.
+            on_overflow, output_type, return_dict, callback_on_step_end: As in a call.
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: `num_steps` images, from `image_a` to `image_b`.
+        Raises:
+            ValueError: if an image cannot be used, or if an argument is out of its range.
+            OverflowError: if an image is not finite and `on_overflow` is `"raise"`.
+
+        Example:
+            ```py
+            >>> import torch
+            >>> from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+
+            >>> pipe = FlowBackPipeline(TarFlowTransformer2DModel(8, 4, 3, num_blocks=2, num_layers=1, num_classes=3))
+            >>> image_a, image_b = torch.rand(2, 3, 8, 8)
+            >>> len(pipe.interpolate(image_a, image_b, num_steps=5, class_labels=[0, 2]).images)
+            5
+            ```
+        """
+        options = {
+            "guidance_scale": guidance_scale,
+            "guidance_rule": guidance_rule,
+            "guidance_schedule": guidance_schedule,
+            "guidance_temperature": guidance_temperature,
+            "solver": solver,
+            "tolerance": tolerance,
+            "on_overflow": on_overflow,
+            "output_type": output_type,
+        }
+        self.check_inputs(**options)
+        check_number("num_steps", num_steps, int, at_least=2)
+        images = []
+        for name, image in (("image_a", image_a), ("image_b", image_b)):
+            if not is_one_image(image, self.num_channels):
+                raise ValueError(f"`{name}` must be one image, but is of type {type(image).__name__}.")
+            images.append(image)
+        sample, labels = self._encode_labelled(images, class_labels=class_labels)
+        latents = self.transformer(sample, labels).sample
+        fractions = torch.linspace(0, 1, num_steps, device=latents.device, dtype=latents.dtype)
+        weights = None
+        if labels is not None:
+            first, last = self._class_weights(labels, latents.dtype)
+            weights = torch.lerp(first, last, fractions.unsqueeze(1))
+        latents = slerp(*latents, fractions)
+        options |= {"denoise": denoise, "return_dict": return_dict, "callback_on_step_end": callback_on_step_end}
+        return self(weights, num_images_per_prompt=num_steps if weights is None else 1, latents=latents, **options)
+
+    @torch.no_grad()
+    def vary(
+        self,
+        images: Any,
+        strength: float = 0.5,
+        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        guidance_scale: float | None = 1.0,
+        guidance_rule: str | None = None,
+        guidance_schedule: str = "constant",
+        guidance_temperature: float = 1.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        solver: str = "auto",
+        tolerance: float | None = None,
+        denoise: bool = False,
+        on_overflow: str = "warn",
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Make variations of images: a part of their latents is drawn anew.
+
+        The latents become `sqrt(1 - strength^2) z + strength noise`, which keeps the distribution of standard normal
+        latents. Where it was compared with drawing the latents of some tokens anew, more of the variations were read
+        as their class, at the same distance from the image (`docs/editing.md`).
+
+        Args:
+            images (a PIL image, array, tensor or path, or many of them):
+                Images in any form that [`~FlowBackPipeline.encode`] takes.
+            strength (`float`, defaults to 0.5):
+                How much to change, from 0, which returns the image, to 1, which returns a new sample.
+            class_labels (`int`, `str`, a list of them or a `torch.Tensor`, *optional*):
+                The class of the images, as in a call: one for all images or one for each.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                Guidance, which is off by default, makes the variations look more like their class. `strength` 0 then
+                does not return the image. `None` is the pipeline's.
+            num_images_per_prompt (`int`, defaults to 1): Variations of each image.
+            generator (`torch.Generator` or one for each variation, *optional*): Draws the noise.
+            denoise (`bool`, defaults to `False`): As in a call. Turn it on for strengths near 1.
+            guidance_rule, guidance_schedule, guidance_temperature, solver, tolerance: As in a call.
+            on_overflow, output_type, return_dict, callback_on_step_end: As in a call.
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the variations of the first image, then those of the second,
+            and so on.
+        Raises:
+            ValueError: if an image cannot be used, with its number, or if an argument is out of its range.
+            OverflowError: if an image is not finite and `on_overflow` is `"raise"`.
+
+        Example:
+            ```py
+            >>> import torch
+            >>> from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+
+            >>> pipe = FlowBackPipeline(TarFlowTransformer2DModel(8, 4, 3, num_blocks=2, num_layers=1, num_classes=3))
+            >>> images = torch.rand(2, 3, 8, 8)
+            >>> len(pipe.vary(images, strength=0.3, class_labels=[2, 0], num_images_per_prompt=4).images)
+            8
+            ```
+        """
+        options = {
+            "guidance_scale": guidance_scale,
+            "guidance_rule": guidance_rule,
+            "guidance_schedule": guidance_schedule,
+            "guidance_temperature": guidance_temperature,
+            "num_images_per_prompt": num_images_per_prompt,
+            "solver": solver,
+            "tolerance": tolerance,
+            "on_overflow": on_overflow,
+            "output_type": output_type,
+        }
+        self.check_inputs(**options)
+        check_number("strength", strength, float, at_least=0.0, at_most=1.0)
+        sample, labels = self._encode_labelled(images, generator, num_images_per_prompt, class_labels=class_labels)
+        latents = self.transformer(sample, labels).sample.repeat_interleave(num_images_per_prompt, dim=0)
+        noise = self.prepare_latents(len(latents), generator).to(latents.device)
+        latents = math.sqrt(1 - strength**2) * latents + strength * noise
+        if labels is None:
+            options["num_images_per_prompt"] = len(latents)
+        options |= {"denoise": denoise, "return_dict": return_dict, "callback_on_step_end": callback_on_step_end}
+        return self(labels, latents=latents, **options)
+
+    def _encode_labelled(
+        self,
+        images: Any,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_images_per_prompt: int = 1,
+        **class_labels: Any,
+    ) -> list[torch.Tensor | None]:
+        """
+        Read and check the images, the generator and the labels of an edit, then encode the images.
+
+        Args:
+            images, generator, num_images_per_prompt: Arguments of an edit.
+            class_labels: Labels by the name of their argument; one for all images, or one for each.
+        Returns:
+            `list`: the images as data without noise, and then for every argument a label for each image, or `None`.
+        """
+        labels = {
+            name: None if each is None else self.parse_class_labels(each, name) for name, each in class_labels.items()
+        }
+        pixels = self._stack_pixels(enumerate(iterate_images(images, self.num_channels)), strict=False)
+        for name, each in labels.items():
+            if each is not None and len(each) not in (1, len(pixels)):
+                raise ValueError(
+                    f"`{name}` must be one label for all images, or one for each of the {len(pixels)} images, but"
+                    f" holds {len(each)}."
+                )
+        check_generator(generator, len(pixels) * num_images_per_prompt)
+        sample = self._encode_pixels(pixels)
+        of_each = (each if each is None else each.expand(len(sample), *each.shape[1:]) for each in labels.values())
+        return [sample, *(each if each is None else each.to(sample.device) for each in of_each)]
+
+    def _add_noise(
+        self, sample: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+    ) -> torch.Tensor:
+        """Add the noise of training, drawn image by image."""
+        config = self.transformer.config
+        noise = self.prepare_latents(len(sample), generator).to(sample.device)
+        if config.noise_type == "uniform":
+            noise = torch.special.ndtr(noise)  # the distribution function makes them uniform
+        return apply_noise(sample, noise, config.noise_type, config.noise_std)
+
+    def _class_weights(self, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Turn labels into class weights, `(num_labels, num_classes)`. No class is the mean of all."""
+        if labels.is_floating_point():
+            return labels.to(dtype)
+        num_classes = self.transformer.config.num_classes
+        weights = F.one_hot(labels.clamp(min=0), num_classes).to(dtype)
+        return torch.where(labels.unsqueeze(1) < 0, 1 / num_classes, weights)

@@ -14,6 +14,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from flowback_hf.pipelines.pipeline_flowback import (
     FlowBackPipelineMixin,
+    apply_noise,
     check_number,
     is_one_image,
     iterate_images,
@@ -21,40 +22,6 @@ from flowback_hf.pipelines.pipeline_flowback import (
 
 
 METHODS = ("gradient", "ascent", "bayes", "shortlist")
-
-
-def apply_noise(sample: torch.Tensor, noise: torch.Tensor, noise_type: str, noise_std: float) -> torch.Tensor:
-    """
-    Add noise to a sample as in training. Training and classification both add it this way.
-
-    Args:
-        sample (`torch.Tensor`): Clean data, in [-1, 1] if they are pixels. Uniform noise needs 8-bit pixels.
-        noise (`torch.Tensor` of a shape that broadcasts with `sample`):
-            Draws from N(0, 1) for `"gaussian"`, from [0, 1) for `"uniform"`.
-        noise_type (`str`):
-            `"gaussian"`: `sample + noise_std * noise`. `"uniform"`: `(pixel + noise) / 128 - 1`, where `pixel` is the
-            whole number from 0 to 255 that `sample` stands for. This dequantizes the pixels.
-        noise_std (`float`): The standard deviation of the Gaussian noise. Uniform noise ignores it.
-    Returns:
-        `torch.Tensor`: the noisy sample, in the dtype of `sample` and `noise`.
-    Raises:
-        ValueError: if `noise_type` is another.
-
-    Example:
-        ```py
-        >>> import torch
-        >>> from flowback_hf.pipelines.pipeline_flowback_classification import apply_noise
-
-        >>> apply_noise(torch.tensor([-1.0, 1.0]), torch.tensor([0.5, 0.5]), "uniform", noise_std=0.0)
-        tensor([-0.9961,  0.9961])
-        ```
-    """
-    if noise_type == "gaussian":
-        return sample + noise_std * noise
-    if noise_type == "uniform":
-        # Float32 pixels that were divided by 255 are only nearly whole numbers.
-        return (((sample + 1) * 127.5).round() + noise) / 128 - 1
-    raise ValueError(f"`noise_type` must be 'gaussian' or 'uniform', but is {noise_type!r}.")
 
 
 def image_generator(pixels: torch.Tensor, seed: int) -> torch.Generator:
@@ -509,18 +476,10 @@ class FlowBackClassificationPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         self, batches: Iterable[torch.Tensor], class_labels: list[int | str] | torch.Tensor | None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yield each batch with its labels, and check that there is one for each image."""
-        num_classes = self.transformer.config.num_classes
         if class_labels is None:
             yield from ((draws, None) for draws in batches)
             return
-        if num_classes is None:
-            raise ValueError("`class_labels` must be None for an unconditional flow.")
-        labels = self.normalize_class_labels(class_labels)
-        if not all(-1 <= label < num_classes for label in labels):
-            raise ValueError(
-                f"`class_labels` must lie between 0 and {num_classes - 1}, or be -1 for no class, but are {labels}."
-            )
-        done = 0
+        labels, done = self.parse_class_labels(class_labels), 0
         for draws in batches:
             batch_labels = labels[done : done + draws.shape[1]]
             done += draws.shape[1]
@@ -528,7 +487,7 @@ class FlowBackClassificationPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 raise ValueError(
                     f"`class_labels` must hold one for each image, but holds {len(labels)} for more images."
                 )
-            yield draws, torch.tensor(batch_labels, device=draws.device)
+            yield draws, batch_labels.to(draws.device)
         if done != len(labels):
             raise ValueError(
                 f"`class_labels` must hold one for each image, but holds {len(labels)} for {done} images."

@@ -35,6 +35,7 @@ from flowback_hf.models.transformer_tarflow import Guidance
 from flowback_hf.training.flow import add_classes, check_vae_of_latents
 from flowback_hf.training.trainer import Trainer
 from flowback_hf.training.validation import draw_samples, validate_learned_inverse
+from flowback_hf_cli.numbers import check_number
 from flowback_hf_cli.training import TrainingArguments
 
 
@@ -207,7 +208,7 @@ def draw_pairs(
         noise = pipeline.prepare_latents(len(chunk), generator)
         noisy_sample = pipeline.invert_blocks(noise, class_labels, guidance.scale, guidance.rule)
         drawn.append((pipeline.denoise(noisy_sample, class_labels).cpu(), noisy_sample.cpu()))
-    clean_sample, noisy_sample = (torch.cat(each) for each in zip(*drawn))
+    clean_sample, noisy_sample = (torch.cat(each).contiguous() for each in zip(*drawn))
     is_finite = (clean_sample.isfinite() & noisy_sample.isfinite()).flatten(1).all(dim=1)
     if not is_finite.all():
         raise ValueError(
@@ -243,6 +244,8 @@ class ReverseTrainer(Trainer):
         pairs (`str`, defaults to `"data"`): `"data"`, `"sampler"` or `"both"`.
         num_sampled_pairs (`int`, defaults to 10000), sampled_guidance_scale (`float`, defaults to 1.0):
             Pairs of the sampler, which are drawn before the first step and kept in the run's folder.
+        data_guidance_scale (`float`, *optional*):
+            The largest guidance scale that pairs of data teach. Default: the largest of the learned inverse.
         settings (`dict`, *optional*), accelerator ([`~accelerate.Accelerator`], *optional*): As in [`Trainer`].
     Raises:
         ValueError: as [`Trainer`]; also if the flow is not finite on the data.
@@ -259,14 +262,23 @@ class ReverseTrainer(Trainer):
         pairs: str = "data",
         num_sampled_pairs: int = 10_000,
         sampled_guidance_scale: float = 1.0,
+        data_guidance_scale: float | None = None,
         settings: dict[str, Any] | None = None,
         accelerator: Accelerator | None = None,
     ):
+        if pairs not in SAMPLED_SHARE:
+            raise ValueError(f"`pairs` must be one of {tuple(SAMPLED_SHARE)}, but is {pairs!r}.")
+        check_number("num_sampled_pairs", num_sampled_pairs, int, at_least=1)
+        check_number("sampled_guidance_scale", sampled_guidance_scale, float, at_least=1.0)
+        if data_guidance_scale is not None:
+            check_number("data_guidance_scale", data_guidance_scale, float, at_least=1.0)
         self.flow_pipeline = pipeline
         self.sampled_share = SAMPLED_SHARE[pairs]
         self.num_sampled_pairs = num_sampled_pairs
         self.sampled_guidance = Guidance(sampled_guidance_scale, pipeline.config.guidance_rule)
         self.sampled_pairs: SampledPairs | None = None
+        highest = objective.reverse_transformer.config.max_guidance_scale
+        self.data_guidance_scale = highest if data_guidance_scale is None else data_guidance_scale
         super().__init__(objective, source, arguments, settings=settings, accelerator=accelerator)
 
     def _describe(self, objective: ReverseFlowObjective) -> dict[str, Any]:
@@ -275,6 +287,7 @@ class ReverseTrainer(Trainer):
             "sampled_share": self.sampled_share,
             "num_sampled_pairs": self.num_sampled_pairs,
             "sampled_guidance_scale": self.sampled_guidance.scale,
+            "data_guidance_scale": self.data_guidance_scale,
         }
 
     def _make_pipeline(self, id2label: None) -> FlowBackPipeline:
@@ -334,19 +347,13 @@ class ReverseTrainer(Trainer):
             clean_sample, noisy_sample, class_labels = self._replace_by_pairs(
                 sampled, generator, clean_sample, noisy_sample, class_labels
             )
-        if self.teaches_guidance:
-            highest = self.model.config.max_guidance_scale
-            guidance_scale = 1.0 + (highest - 1.0) * generator.rand((count,))
+        if self.data_guidance_scale > 1.0 and self.sampled_share < 1.0:
+            guidance_scale = 1.0 + (self.data_guidance_scale - 1.0) * generator.rand((count,))
         self._last_batch = (clean_sample, noisy_sample, class_labels)
         output = self.objective(
             clean_sample, noisy_sample, class_labels, guidance_scale, sampled, self.sampled_guidance
         )
         return output.loss, {name: value.detach().float() for name, value in output.items()}
-
-    @property
-    def teaches_guidance(self) -> bool:
-        """Whether pairs of data teach guidance: not if the range of scales comes from pairs of the sampler only."""
-        return self.model.config.max_guidance_scale > 1.0 and self.sampled_share < 1.0
 
     def _replace_by_pairs(
         self,

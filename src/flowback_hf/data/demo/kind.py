@@ -4,7 +4,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
 
 SPLITS = ("train", "validation")
@@ -29,3 +31,32 @@ class DemoKind:
     make_splits: Callable[[int, int, dict[str, int]], Splits]
     teacher_grid_size: int
     quarter_turns: bool
+
+
+def draw_splits(
+    draw: Callable[[np.random.Generator, int, int], Image.Image],
+    num_classes: int,
+    seed: int,
+    resolution: int,
+    num_images: dict[str, int],
+) -> Splits:
+    """
+    Draw the images of both splits. The classes take turns, so they are balanced.
+
+    An image depends only on the seed, its split, its number and the resolution, never on how many images are made.
+
+    Args:
+        draw (`Callable`): Takes a random generator, a label and the resolution in pixels, and returns an image.
+        num_classes (`int`): How many labels there are.
+        seed (`int`), resolution (`int`), num_images (`dict`): As `DemoKind.make_splits` takes them.
+    """
+    splits = {}
+    for split_number, split in enumerate(SPLITS):
+        indices = range(num_images[split])
+        labels = [index % num_classes for index in indices]
+        images = []
+        for index, label in zip(tqdm(indices, desc=f"{split} images"), labels):
+            rng = np.random.default_rng(np.random.SeedSequence([seed, split_number, index]))
+            images.append(draw(rng, label, resolution))
+        splits[split] = images, labels
+    return splits

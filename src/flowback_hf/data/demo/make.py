@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from flowback_hf.data.demo.digits import DIGITS
+from flowback_hf.data.demo.icons import ICONS
 from flowback_hf.data.demo.networks import fit_and_measure, make_image_processor, make_judge, make_teacher
 from flowback_hf.data.demo.shapes import SHAPES
 
 
-KINDS = {"digits": DIGITS, "shapes": SHAPES}
+KINDS = {"digits": DIGITS, "icons": ICONS, "shapes": SHAPES}
 
 
 def save_image_folder(folder: Path, images: list[Image.Image], labels: list[int], class_names: list[str]) -> None:
@@ -43,8 +44,8 @@ def make_demo(
         folder (`pathlib.Path`): An empty folder.
         kind (`str`): A key of `KINDS`.
         seed (`int`): Decides images, split and weights.
-        resolution (`int`): Height and width of the images, in pixels: 8 for digits, a multiple of 8 for shapes.
-        num_images (`dict`): Of shapes, for `"train"` and `"validation"`.
+        resolution (`int`): Height and width of the images, in pixels: 8 for digits, else a multiple of 8.
+        num_images (`dict`): Of drawn kinds, for `"train"` and `"validation"`.
         teacher_epochs (`int`), judge_epochs (`int`): How long the two networks are trained.
     Returns:
         `dict`: what was made, the networks' accuracies in [0, 1], and the seconds that each stage took.

@@ -5,9 +5,8 @@ import colorsys
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm.auto import tqdm
 
-from flowback_hf.data.demo.kind import SPLITS, DemoKind, Splits
+from flowback_hf.data.demo.kind import DemoKind, Splits, draw_splits
 
 
 SUPERSAMPLING = 4
@@ -118,30 +117,22 @@ def draw_mask(rng: np.random.Generator, outlines: list[np.ndarray], size: int) -
     return mask
 
 
-def draw_shape_image(seed: int, split: str, index: int, resolution: int) -> Image.Image:
-    """Draw image `index` of a split: it depends only on these arguments, never on how many images are made.
+def draw_shape_image(rng: np.random.Generator, label: int, resolution: int) -> Image.Image:
+    """Draw an image of a class.
 
     The shape is light and the background is dark. With both of any brightness a person still sees every shape, but the
     teacher would need many times as long to learn to.
     """
-    rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
     canvas_size = resolution * SUPERSAMPLING
-    outlines = list(SHAPE_OUTLINES.values())[index % len(SHAPE_OUTLINES)]
     image = draw_background(rng, canvas_size)
-    mask = draw_mask(rng, outlines, canvas_size)
+    mask = draw_mask(rng, list(SHAPE_OUTLINES.values())[label], canvas_size)
     image.paste(random_color(rng, (0.0, 0.7), (1.0, 1.0)), mask=mask)
     return image.reduce(SUPERSAMPLING)
 
 
 def make_shapes(seed: int, resolution: int, num_images: dict[str, int]) -> Splits:
-    """The images and labels of both splits; the classes take turns, so they are balanced."""
-    splits = {}
-    for split in SPLITS:
-        indices = range(num_images[split])
-        progress = tqdm(indices, desc=f"{split} images")
-        images = [draw_shape_image(seed, split, index, resolution) for index in progress]
-        splits[split] = images, [index % len(SHAPE_OUTLINES) for index in indices]
-    return splits
+    """The images and labels of both splits."""
+    return draw_splits(draw_shape_image, len(SHAPE_OUTLINES), seed, resolution, num_images)
 
 
 # The shapes come at any angle anyway.

@@ -1,0 +1,169 @@
+"""
+Compares learned inverses of a flow with its exact sampler: trains each variant for each seed, evaluates it at several
+guidance scales, and keeps a record of each finished cell. The same command goes on where it was.
+
+    python training/quickstart.py
+    python benchmarks/learned_inverse.py
+
+A record is `results/learned_inverse_<name>/<variant>-seed<seed>.json`; remove it to measure the cell again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from reporting import write_report
+
+from flowback_hf.reporting import markdown_table
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# What each variant adds to the command of training. The exact sampler needs none.
+EXACT = "exact"
+VARIANTS: dict[str, list[str]] = {
+    "heads": [],
+    "final": ["--supervision", "final"],
+    "data_space": ["--supervision", "data_space"],
+    "no_denoising": ["--no_denoising"],
+    "no_normalization": ["--no_normalization"],
+    "no_guidance": ["--max_guidance_scale", "1"],
+    "adaptive": ["--adaptive_power", "0.5"],
+    "features": ["--teacher_model_name_or_path", "{data_dir}/teacher"],
+    "sampled_pairs": ["--pairs", "sampler", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "1.5"],
+    "both_pairs": ["--pairs", "both", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "1.5"],
+}
+TRAINING = ["--num_attention_heads", "6", "--num_layers", "2", "--train_batch_size", "64", "--learning_rate", "2e-3"]
+TRAINING += ["--lr_warmup_steps", "50", "--ema_decay", "0.99", "--eval_batch_size", "297", "--validation_steps", "500"]
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path("outputs/quickstart/flow"),
+        help="The saved pipeline of the flow. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        default=Path("outputs/quickstart/digits"),
+        help="The folder of the demo data, with images/, teacher/ and judge/. Default: %(default)s.",
+    )
+    parser.add_argument("--name", default="digits", help="What the records are called. Default: %(default)s.")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=[EXACT, *VARIANTS],
+        default=[EXACT, *VARIANTS],
+        help="What is trained and evaluated. Default: all.",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="Seeds of training. Default: 0 1.")
+    parser.add_argument(
+        "--max_train_steps", type=int, default=2000, help="Optimizer steps of a variant. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--guidance_scales",
+        type=float,
+        nargs="+",
+        default=[1.0, 1.5, 2.0],
+        help="Guidance scales to evaluate at, as far as a variant takes them. Default: 1 1.5 2.",
+    )
+    parser.add_argument(
+        "--num_samples", type=int, default=1000, help="Samples at each guidance scale. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--work_dir",
+        type=Path,
+        default=Path("outputs/learned_inverse"),
+        help="The folder of the runs and evaluations. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--results_dir",
+        type=Path,
+        default=REPOSITORY / "benchmarks" / "results",
+        help="Where the folder of records is. Default: benchmarks/results.",
+    )
+    return parser.parse_args(arguments)
+
+
+def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
+    """Train a variant, or go on with it. Returns its folder."""
+    folder = args.work_dir / f"{args.name}-{variant}-seed{seed}"
+    options = [option.format(data_dir=args.data_dir) for option in VARIANTS[variant]]
+    if variant == "sampled_pairs":
+        options += ["--validation_guidance_scale", "1.5"]
+    run(
+        "training/train_reverse.py",
+        *["--model", args.model, "--train_data_dir", args.data_dir / "images", "--output_dir", folder],
+        *[*TRAINING, "--max_train_steps", args.max_train_steps, "--seed", seed],
+        *["--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 1, *options],
+    )
+    return folder
+
+
+def evaluate(args: argparse.Namespace, variant: str, seed: int, model: Path) -> dict[str, Any]:
+    """Evaluate a sampler at the guidance scales that it takes. Returns what `evaluation.json` holds, and distances."""
+    folder, scales = args.work_dir / f"{args.name}-{variant}-seed{seed}-evaluation", args.guidance_scales
+    if variant != EXACT:
+        config = json.loads((model / "reverse_transformer" / "config.json").read_text())
+        lowest, highest = config["min_guidance_scale"], config["max_guidance_scale"]
+        scales = [scale for scale in scales if lowest <= scale <= highest]
+    run(
+        "pipelines/evaluate_flow.py",
+        *["--model", model, "--data_dir", args.data_dir / "images", "--features", args.data_dir / "judge"],
+        *["--solver", "auto" if variant == EXACT else "learned", "--guidance_scales", *scales, "--methods"],
+        *["--num_samples", args.num_samples, "--seed", seed, "--output_dir", folder],
+    )
+    results = json.loads((folder / "evaluation.json").read_text())
+    real = load_images((args.data_dir / "images" / "train").rglob("*.png"))
+    for scale in scales:
+        drawn = load_images((folder / "samples" / f"guidance_{scale}").glob("[0-9]*.png"))
+        results[f"nearest_training_image/guidance_{scale}"] = mean_distance_to_nearest(drawn, real)
+    return results | {"evaluated_guidance_scales": scales}
+
+
+def run(script: str, *options: Any):
+    subprocess.run([sys.executable, str(REPOSITORY / script), *map(str, options)], check=True)
+
+
+def load_images(paths: Any) -> np.ndarray:
+    """Images in [-1, 1] as rows, in the order of their sorted paths."""
+    return np.stack([np.asarray(PIL.Image.open(path), dtype=np.float32).ravel() / 127.5 - 1 for path in sorted(paths)])
+
+
+def mean_distance_to_nearest(samples: np.ndarray, images: np.ndarray) -> float:
+    """Mean over samples of the Euclidean distance to the nearest image: copies would be at 0."""
+    squared = (samples**2).sum(1)[:, None] - 2 * samples @ images.T + (images**2).sum(1)
+    return float(np.sqrt(np.maximum(squared.min(axis=1), 0)).mean())
+
+
+def describe(results: dict[str, Any]) -> str:
+    """A table of one cell, a row for each guidance scale."""
+    columns = ("frechet_distance", "precision", "recall", "classifier_reads_label", "nearest_training_image")
+    rows = [
+        [scale, *(f"{results.get(f'{name}/guidance_{scale}', float('nan')):.4g}" for name in columns)]
+        for scale in results["evaluated_guidance_scales"]
+    ]
+    return markdown_table(["guidance", *(name.replace("_", " ") for name in columns)], rows)
+
+
+def main(args: argparse.Namespace, arguments: list[str] | None = None):
+    for seed in args.seeds:
+        for variant in args.variants:
+            record = args.results_dir / f"learned_inverse_{args.name}" / f"{variant}-seed{seed}.json"
+            if record.exists():
+                continue
+            model = args.model if variant == EXACT else train(args, variant, seed)
+            results = evaluate(args, variant, seed, model)
+            write_report(record, arguments, "cpu", results, describe(results))
+            print(f"== {record}\n{describe(results)}", flush=True)
+
+
+if __name__ == "__main__":
+    main(parse_args())

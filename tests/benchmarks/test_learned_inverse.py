@@ -1,0 +1,55 @@
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+
+@pytest.fixture
+def script(benchmark_script):
+    return benchmark_script("learned_inverse")
+
+
+def test_the_distance_to_the_nearest_image(script):
+    images = np.array([[0.0, 0.0], [3.0, 4.0]], dtype=np.float32)
+    samples = np.array([[0.0, 1.0], [3.0, 4.0], [3.0, 1.0]], dtype=np.float32)
+    assert script.mean_distance_to_nearest(samples, images) == pytest.approx((1 + 0 + 3) / 3)
+
+
+def test_a_cell_is_recorded_once_at_the_scales_that_it_takes(script, tmp_path, monkeypatch):
+    """Training and evaluation are replaced by what they leave: their own tests run them."""
+    commands = []
+    for name in ("train/a", "work"):
+        (tmp_path / name).mkdir(parents=True)
+    PIL.Image.new("L", (2, 2), 0).save(tmp_path / "train" / "a" / "0.png")
+
+    def run(name, *options):
+        commands.append((name, [str(option) for option in options]))
+        folder = options[options.index("--output_dir") + 1]
+        if name.startswith("training"):
+            (folder / "reverse_transformer").mkdir(parents=True)
+            config = {"min_guidance_scale": 1.0, "max_guidance_scale": 1.5}
+            (folder / "reverse_transformer" / "config.json").write_text(json.dumps(config))
+            return
+        for scale in ("1.0", "1.5", "2.0"):
+            (folder / "samples" / f"guidance_{scale}").mkdir(parents=True)
+            PIL.Image.new("L", (2, 2), 255).save(folder / "samples" / f"guidance_{scale}" / "000000.png")
+        (folder / "evaluation.json").write_text(json.dumps({"frechet_distance/guidance_1.5": 2.5}))
+
+    monkeypatch.setattr(script, "run", run)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "train").rename(tmp_path / "images" / "train")
+    line = ["--data_dir", str(tmp_path), "--work_dir", str(tmp_path / "work"), "--results_dir", str(tmp_path)]
+    line += ["--variants", "exact", "final", "--seeds", "3"]
+    for _ in range(2):
+        script.main(script.parse_args(line), line)
+    assert [name for name, _ in commands] == [
+        "pipelines/evaluate_flow.py",
+        "training/train_reverse.py",
+        "pipelines/evaluate_flow.py",
+    ]
+    assert "final" in commands[1][1] and "learned" in commands[2][1] and "2.0" not in commands[2][1]
+    record = json.loads((tmp_path / "learned_inverse_digits" / "final-seed3.json").read_text())
+    assert record["results"]["frechet_distance/guidance_1.5"] == 2.5
+    assert record["results"]["nearest_training_image/guidance_1.5"] == pytest.approx(4.0)
+    assert record["results"]["evaluated_guidance_scales"] == [1.0, 1.5]
