@@ -23,6 +23,7 @@ from flowback_hf.evaluation.samples import label_reader
 from flowback_hf.files import read_json
 from flowback_hf.metrics import load_feature_extractor
 from flowback_hf.models.transformer_tarflow import Guidance
+from flowback_hf.pipelines.pipeline_flowback import slerp
 from flowback_hf.reporting import import_pyplot, markdown_table, save_figure
 from flowback_hf_cli.numbers import COUNT, SEED, Number
 
@@ -76,6 +77,12 @@ class Bench:
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer = self.pipe.transformer.requires_grad_(False)
         self.extractor = load_feature_extractor(str(args.judge or args.data_dir / "judge"))
+        config = self.transformer.config
+        if args.patch_tokens >= config.sample_size // config.patch_size:
+            raise ValueError(
+                f"`--patch_tokens` must be less than {config.sample_size // config.patch_size}, the height and width"
+                f" of an image in tokens, but is {args.patch_tokens}."
+            )
         read_as = label_reader(self.extractor, self.pipe)
         if read_as is None:
             raise ValueError(f"`--judge` must know the classes of the flow, {list(self.pipe.labels)}.")
@@ -144,31 +151,35 @@ def measure_swaps(bench: Bench, seed: int) -> dict[str, dict[str, torch.Tensor]]
     scale = bench.pipe.config.guidance_scale
     latents, noisy_latents = bench.invert(), bench.invert(noise)
     made = {
-        "swap": bench.generate(latents, target, denoise=False),
-        "swap, denoised": bench.generate(latents, target),
-        "swap, noise added first": bench.generate(noisy_latents, target),
-        "swap, guided inversion": bench.generate(bench.invert(guidance_scale=scale), target, denoise=False),
-        "swap, no guidance": bench.generate(latents, target, guidance_scale=1.0, denoise=False),
+        "swap_class": bench.generate(latents, target, denoise=False),
+        "swap_class, denoised": bench.generate(latents, target),
+        "swap_class, noise added first": bench.generate(noisy_latents, target),
+        "swap_class, guided inversion": bench.generate(bench.invert(guidance_scale=scale), target, denoise=False),
+        "swap_class, no guidance": bench.generate(latents, target, guidance_scale=1.0, denoise=False),
         "new sample": bench.generate(bench.pipe.prepare_latents(len(target), generator), target),
     }
     return {name: bench.compare(sample, target) for name, sample in made.items()}
 
 
 def measure_variations(bench: Bench, seed: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Draw a part of all latents anew, or the latents of some tokens, without guidance."""
+    """Draw a part of every latent anew, or the latents of some tokens."""
     generator = torch.Generator().manual_seed(seed)
-    latents, measured = bench.invert(), {}
-    noise = bench.pipe.prepare_latents(len(latents), generator)
+    noise, training_noise = (bench.pipe.prepare_latents(len(bench.labels), generator) for _ in range(2))
+    latents, noisy_latents = bench.invert(), bench.invert(training_noise)
     tokens, noise_tokens = bench.transformer.patchify(latents), bench.transformer.patchify(noise)
     chances = torch.rand(tokens.shape[:2], generator=generator).unsqueeze(2)
+    plain, measured = {"guidance_scale": 1.0, "denoise": False}, {}
     for strength in STRENGTHS:
-        edits = {"of every latent": math.sqrt(1 - strength**2) * latents + strength * noise}
-        if strength < 1:
-            edits["all of some tokens"] = bench.transformer.unpatchify(
-                torch.where(chances < strength, noise_tokens, tokens)
-            )
-        for name, edited in edits.items():
-            sample = bench.generate(edited, bench.labels, guidance_scale=1.0, denoise=False)
+        kept = math.sqrt(1 - strength**2)
+        some_tokens = bench.transformer.unpatchify(torch.where(chances < strength, noise_tokens, tokens))
+        edits = {
+            "vary": (kept * latents + strength * noise, plain),
+            "vary, guided": (kept * latents + strength * noise, {"denoise": False}),
+            "vary, noise added first": (kept * noisy_latents + strength * noise, {"guidance_scale": 1.0}),
+            "all latents of some tokens": (some_tokens, plain),
+        }
+        for name, (edited, options) in edits.items():
+            sample = bench.generate(edited, bench.labels, **options)
             measured[f"{name}, {strength:g}"] = bench.compare(sample, bench.labels)
     return measured
 
@@ -183,17 +194,25 @@ def measure_interpolations(
     generator = torch.Generator().manual_seed(seed)
     pairs = [torch.randperm(len(bench.labels), generator=generator)[:2] for _ in range(num_pairs)]
     fractions = torch.linspace(0, 1, num_steps)
+    noisy_latents = bench.invert(bench.pipe.prepare_latents(len(bench.labels), generator))
+    class_weights = torch.eye(bench.transformer.config.num_classes)[bench.labels]
 
     def interpolate(first: int, last: int, **options: Any) -> torch.Tensor:
         images, classes = bench.pixels[[first, last]], bench.labels[[first, last]]
         return bench.pipe.interpolate(*images, num_steps, classes, output_type="latent", **options).images
 
+    def interpolate_noisy(first: int, last: int) -> torch.Tensor:
+        weights = torch.lerp(class_weights[first], class_weights[last], fractions.unsqueeze(1))
+        latents = slerp(noisy_latents[first], noisy_latents[last], fractions)
+        return bench.generate(latents, weights, guidance_scale=1.0)
+
     paths: dict[str, Callable[[int, int], torch.Tensor]] = {
         "pixels blended": lambda first, last: torch.stack(
             [torch.lerp(bench.sample[first], bench.sample[last], fraction) for fraction in fractions]
         ),
-        "latents": interpolate,
-        "latents, guided": lambda first, last: interpolate(
+        "interpolate": interpolate,
+        "interpolate, noise added first": interpolate_noisy,
+        "interpolate, guided": lambda first, last: interpolate(
             first, last, guidance_scale=bench.pipe.config.guidance_scale
         ),
     }
@@ -253,12 +272,12 @@ def measure_maps(bench: Bench, patch_tokens: int, seed: int) -> dict[str, dict[s
     cell = bench.transformer.config.patch_size * bench.pipe.vae_scale_factor
     patches = torch.nn.functional.unfold(pasted.images, cell, stride=cell)
     scores = {
-        "map given the class": -given_class,
-        "map given the class, less the mean at each place": typical - given_class,
-        "map given the class, noise added first": -bench.pipe.likelihood_map(
+        "likelihood_map": -given_class,
+        "likelihood_map, less the mean at each place": typical - given_class,
+        "likelihood_map, noise added first": -bench.pipe.likelihood_map(
             pasted.images, bench.labels, add_noise=True, generator=generator
         ),
-        "map without a class": -bench.pipe.likelihood_map(pasted.images),
+        "likelihood_map, no class": -bench.pipe.likelihood_map(pasted.images),
         "variance of the patch": patches.var(dim=1),
     }
     wanted = pasted.is_pasted.flatten()
@@ -271,7 +290,7 @@ def measure_maps(bench: Bench, patch_tokens: int, seed: int) -> dict[str, dict[s
 # Pictures
 
 
-def draw_grid(path: Path, rows: list[list[Any]], titles: list[str] = [], names: list[str] = []):
+def draw_grid(path: Path, rows: list[list[torch.Tensor]], titles: list[str], names: Iterable[str] = ()):
     """Draw rows of images, of shape `(channels, height, width)`, and of maps, `(height, width)`, on one scale."""
     plt = import_pyplot()
     values = torch.cat([torch.zeros(0), *(image.flatten() for row in rows for image in row if image.ndim == 2)])
@@ -295,7 +314,7 @@ def draw_grid(path: Path, rows: list[list[Any]], titles: list[str] = [], names: 
     for axis, name in zip(axes[:, 0], names):
         axis.text(-0.15, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
     figure.tight_layout(pad=0.3)
-    save_figure(figure, path, dpi=100)
+    save_figure(figure, path, dpi=72)
 
 
 def draw_pictures(bench: Bench, folder: Path, patch_tokens: int):
@@ -309,7 +328,7 @@ def draw_pictures(bench: Bench, folder: Path, patch_tokens: int):
 
     latents = pipe.invert(images, classes)
     restored = pipe(classes, latents=latents, guidance_scale=1.0, denoise=False, output_type="pt").images
-    rows = [list(images), list(latents / 6 + 0.5), list(restored)]  # from -3 to 3
+    rows = [list(images), list(latents[:, 0]), list(restored)]
     draw_grid(folder / "editing_invert.png", rows, names, ["image", "latents", "restored"])
 
     rows = []
@@ -405,11 +424,11 @@ def main(arguments: list[str] | None = None):
         },
         **{kind: summarise(methods) for kind, methods in measured.items()},
     }
-    if args.pictures is not None:
-        draw_pictures(bench, args.pictures, args.patch_tokens)
     tables = make_tables(results)
     print(tables)
     write_report(args.output, arguments, "cpu", results, tables)
+    if args.pictures is not None:  # after the report, which names a commit: pictures are files of the repository
+        draw_pictures(bench, args.pictures, args.patch_tokens)
 
 
 if __name__ == "__main__":

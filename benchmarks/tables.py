@@ -369,6 +369,60 @@ def classification_accuracy(reports: list[str]) -> Table:
     return Table(["flow", "images", "noise draws", *header], rows, reports)
 
 
+# Editing
+
+EDITING_REPORTS = ["editing_digits"]
+
+
+def editing_table(kind: str, columns: list[tuple[str, str, int, int]]) -> Table:
+    """The methods of one kind, of each data set; a column has a title, a key, a factor and a number of digits."""
+    rows = []
+    for report in EDITING_REPORTS:
+        results = read(report)["results"]
+        for method in results[kind]:
+            figures = [mean_and_error(method[key], digits, factor) for _, key, factor, digits in columns]
+            rows.append([results["data"], method["method"], *figures])
+    return Table(["data", "method", *(title for title, *_ in columns)], rows, EDITING_REPORTS)
+
+
+@table("editing-latents")
+def editing_latents() -> Table:
+    rows = []
+    for report in EDITING_REPORTS:
+        results = read(report)["results"]
+        rows.append(
+            [results["data"], *(f"{results['latents_std'][name]:.2f}" for name in ("clean", "noise added first"))]
+        )
+    return Table(["standard deviation of latents", "clean images", "`add_noise=True`"], rows, EDITING_REPORTS)
+
+
+DISTANCES = [("distance in pixels", "pixel_distance", 1, 3), ("in features", "feature_distance", 1, 2)]
+
+
+@table("editing-swaps")
+def editing_swaps() -> Table:
+    return editing_table("swaps", [("read as the target, %", "read_as_wanted", 100, 1), *DISTANCES])
+
+
+@table("editing-variations")
+def editing_variations() -> Table:
+    return editing_table("variations", [("read as the class, %", "read_as_wanted", 100, 1), *DISTANCES])
+
+
+@table("editing-interpolations")
+def editing_interpolations() -> Table:
+    columns = [
+        ("largest step / mean step", "largest_over_mean_step", 1, 2),
+        ("judge's confidence half-way, %", "confidence_in_the_middle", 100, 1),
+    ]
+    return editing_table("interpolations", columns)
+
+
+@table("editing-maps")
+def editing_maps() -> Table:
+    return editing_table("maps", [("AUROC", "auroc", 1, 3)])
+
+
 # Sizes
 
 

@@ -93,6 +93,16 @@ for repo_id in ("tester/pixels", "tester/latents"):
     generator = torch.Generator().manual_seed(5)
     images[repo_id] = pipe(class_labels=["felis", 3], generator=generator, output_type="pt").images
     assert pipe.guidance_scale == 1.5
+    latents = pipe.invert(images[repo_id], ["felis", 3])
+    options = {"guidance_scale": 1.0, "output_type": "latent"}
+    restored = pipe(["felis", 3], latents=latents, denoise=False, **options).images
+    edits = [pipe.swap_class(images[repo_id], [3, 0], [3, 0], **options).images]
+    edits += [pipe.vary(images[repo_id], 0.0, [3, 0], **options).images]
+    edits += [pipe.interpolate(*images[repo_id], 2, [3, 0], **options).images]
+    for edited in (restored, *edits):
+        torch.testing.assert_close(edited, pipe.encode(images[repo_id]), rtol=0, atol=1e-4)
+    log_prob = pipe.transformer.log_prob(pipe.encode(images[repo_id]))
+    torch.testing.assert_close(pipe.likelihood_map(images[repo_id]).sum(dim=(1, 2)), log_prob)
 torch.save(images, output)
 if way == "without the package":
     try:

@@ -86,6 +86,9 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], Callable]]:
     def guided(**options):
         return pipe(**{"generator": torch.Generator().manual_seed(0), "output_type": "latent", **options}).images
 
+    def edited(method: Callable) -> Callable:
+        return lambda **options: method(**{"output_type": "latent", **options}).images
+
     def score(**options):
         return classifier.out_of_distribution_score(images, torch.tensor([1.0, 2.0]), **options)
 
@@ -107,6 +110,11 @@ def calls(folder: Path) -> dict[str, tuple[Callable, dict[str, Any], Callable]]:
         "check_inputs": (pipe.check_inputs, {"class_labels": [1]}, None),
         "prepare_latents": (pipe.prepare_latents, {"num_images": 1}, None),
         "invert_blocks": (pipe.invert_blocks, {"latents": sample, "class_labels": labels}, None),
+        "invert": (pipe.invert, {"images": images}, None),
+        "likelihood_map": (pipe.likelihood_map, {"images": images}, None),
+        "swap_class": (edited(pipe.swap_class), {"images": images, "source": 0, "target": 1}, pipe.swap_class),
+        "interpolate": (edited(pipe.interpolate), {"image_a": images[0], "image_b": images[1]}, pipe.interpolate),
+        "vary": (edited(pipe.vary), {"images": images}, pipe.vary),
         "classification": (classifier, {"images": images}, classifier.__call__),
         "classification, ascent": (classifier, {"images": images, "method": "ascent"}, classifier.__call__),
         "classification, bayes": (classifier, {"images": images, "method": "bayes"}, classifier.__call__),
@@ -179,7 +187,7 @@ def table_of_calls(folder: Path) -> dict[str, str]:
             # The texts of a dataclass are names that are looked up later.
             texts = [] if dataclasses.is_dataclass(function) else TEXTS
             values = NUMBERS if kinds & {int, float} else texts if str in kinds else []
-            if parameter.name in ("class_labels", "images"):  # of many types, tested elsewhere
+            if parameter.name in ("class_labels", "source", "target", "images"):  # of many types, tested elsewhere
                 continue
             for value in values:
                 nonsense = is_nonsense(value, kinds, parameter.default)

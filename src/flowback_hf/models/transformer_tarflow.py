@@ -1696,12 +1696,15 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
             )
         else:
             tokens, token_log_abs_dets, hidden_states = self._apply_blocks(tokens, class_labels, numbers, places)
+        log_abs_det, token_log_abs_det = tokens.new_zeros(len(tokens)), tokens.new_zeros(tokens.shape[:2])
+        for of_block in token_log_abs_dets:
+            log_abs_det, token_log_abs_det = log_abs_det + of_block.sum(dim=1), token_log_abs_det + of_block
         output = TarFlowOutput(
             self.unpatchify(tokens),
-            sum((each.sum(dim=1) for each in token_log_abs_dets), start=tokens.new_zeros(len(tokens))),
+            log_abs_det,
             hidden_states or None,
             report,
-            sum(token_log_abs_dets, start=tokens.new_zeros(tokens.shape[:2])) if output_token_log_abs_det else None,
+            token_log_abs_det if output_token_log_abs_det else None,
         )
         return output if return_dict else output.to_tuple()
 

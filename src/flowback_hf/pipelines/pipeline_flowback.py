@@ -1380,9 +1380,9 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         `pipe(latents=pipe.invert(images, labels), class_labels=labels, guidance_scale=1.0, denoise=False)` returns the
         images. With guidance or another class it returns related images, see [`~FlowBackPipeline.swap_class`].
 
-        The flow was trained on noisy images. The latents of clean ones vary less than the noise of a call, but keep
-        more of the image: where both were measured, clean images gave the better edits (`docs/editing.md`). Add the
-        noise if the latents have to look like noise of a call.
+        The flow was trained on noisy images, and the latents of clean ones vary less than the noise of a call. Adding
+        the noise first gave no better edits where it was measured (`docs/editing.md`), and without it the image comes
+        back exactly. Add it if latents have to be distributed like the noise of a call.
 
         Args:
             images (a PIL image, array, tensor or path, or many of them):
@@ -1433,8 +1433,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             -|z_i|^2 / 2 - (d / 2) log(2 pi) - sum over blocks and values of a_i.
 
         Low values mark tokens that the flow did not expect there. The value of a token depends on all others, since
-        blocks see the tokens in alternating order. Plain tokens have high values: compare values with those of other
-        images at the same place.
+        blocks see the tokens in alternating order.
 
         Args:
             images, class_labels, add_noise, generator: As in [`~FlowBackPipeline.invert`].
@@ -1541,7 +1540,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         image_b: Any,
         num_steps: int = 8,
         class_labels: int | str | list[int | str] | torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = 1.0,
         guidance_rule: str | None = None,
         guidance_schedule: str = "constant",
         guidance_temperature: float = 1.0,
@@ -1562,9 +1561,9 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             num_steps (`int`, defaults to 8): The number of images to return, with both ends: at least 2.
             class_labels (`int`, `str`, a list of them or a `torch.Tensor`, *optional*):
                 The classes of `image_a` and `image_b`, or one class for both, as in a call.
-            guidance_scale (`float`, defaults to 1.0):
-                Without guidance, which is the default, the first and the last image are `image_a` and `image_b`. The
-                pipeline's guidance makes the images between them look more like their classes.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                Without guidance, which is the default, the first and the last image are `image_a` and `image_b`.
+                Guidance makes the images between them look more like their classes. `None` is the pipeline's.
             denoise (`bool`, defaults to `False`): As in a call. The latents are those of clean images.
             guidance_rule, guidance_schedule, guidance_temperature, solver, tolerance: As in a call.
             on_overflow, output_type, return_dict, callback_on_step_end: As in a call.
@@ -1619,7 +1618,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         images: Any,
         strength: float = 0.5,
         class_labels: int | str | list[int | str] | torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = 1.0,
         guidance_rule: str | None = None,
         guidance_schedule: str = "constant",
         guidance_temperature: float = 1.0,
@@ -1637,8 +1636,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         Make variations of images: a part of their latents is drawn anew.
 
         The latents become `sqrt(1 - strength^2) z + strength noise`, which keeps the distribution of standard normal
-        latents. Where it was compared with drawing the latents of some tokens anew, more of the variations were read
-        as their class, at the same distance from the image (`docs/editing.md`).
+        latents. Drawing all latents of some tokens anew changes more at the same strength, and does about as well at
+        the same distance from the image (`docs/editing.md`).
 
         Args:
             images (a PIL image, array, tensor or path, or many of them):
@@ -1647,9 +1646,9 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 How much to change, from 0, which returns the image, to 1, which returns a new sample.
             class_labels (`int`, `str`, a list of them or a `torch.Tensor`, *optional*):
                 The class of the images, as in a call: one for all images or one for each.
-            guidance_scale (`float`, defaults to 1.0):
+            guidance_scale (`float`, *optional*, defaults to 1.0):
                 Guidance, which is off by default, makes the variations look more like their class. `strength` 0 then
-                does not return the image.
+                does not return the image. `None` is the pipeline's.
             num_images_per_prompt (`int`, defaults to 1): Variations of each image.
             generator (`torch.Generator` or one for each variation, *optional*): Draws the noise.
             denoise (`bool`, defaults to `False`): As in a call. Turn it on for strengths near 1.
