@@ -424,11 +424,11 @@ def main(arguments: list[str] | None = None):
         },
         **{kind: summarise(methods) for kind, methods in measured.items()},
     }
-    if args.pictures is not None:
-        draw_pictures(bench, args.pictures, args.patch_tokens)
     tables = make_tables(results)
     print(tables)
     write_report(args.output, arguments, "cpu", results, tables)
+    if args.pictures is not None:  # after the report, which names a commit: pictures are files of the repository
+        draw_pictures(bench, args.pictures, args.patch_tokens)
 
 
 if __name__ == "__main__":
