@@ -6,19 +6,24 @@ Make a demo data set, a small teacher and an independent judge, with nothing dow
     python training/prepare_demo.py --kind digits --output_dir data/digits
     python training/prepare_demo.py --kind shapes --output_dir data/shapes --resolution 32 \\
         --num_train_images 8000 --num_validation_images 1000 --seed 0
+    python training/prepare_demo.py --kind glyphs --output_dir data/glyphs
 
 `digits` are the 1,797 handwritten digits of scikit-learn (8x8 pixels, greyscale). `shapes` are drawn: ten classes of
 light shapes of any hue, place, size and rotation, on dark cluttered backgrounds (RGB), as many and as large as asked
-for.
+for. `glyphs` are drawn, too: 26 letters and 8 digits in twenty typefaces that come with matplotlib, lighter or darker
+than the cluttered background (greyscale).
 
 The output folder then holds:
 
     images/{train,validation}/<class name>/<number>.png
         an image folder: datasets.load_dataset("imagefolder", data_dir="output_dir/images")
+    images/{train,validation,test}.parquet
+        of glyphs instead: datasets.load_dataset("output_dir/images")
     teacher/
         a transformers `Dinov2Model` trained to classify the training images, and its image processor
     judge/
-        a `ResNetForImageClassification` trained on the same images from another seed, and its image processor
+        a `ResNetForImageClassification` trained on the same images from another seed, and its image processor; that of
+        glyphs is trained on images that are not saved
     demo.json
         what was made: class names, numbers of images, resolution, seed, validation accuracies, seconds per stage
 
@@ -33,9 +38,16 @@ from flowback_hf_cli.command import add_debug_argument, run_command
 from flowback_hf_cli.numbers import COUNT, SEED
 
 
-NUM_CLASSES = 10
+NUM_CLASSES = {"digits": 10, "glyphs": 34, "shapes": 10}
 DEFAULTS = {
     "digits": {"resolution": 8, "teacher_epochs": 30, "judge_epochs": 40},
+    "glyphs": {
+        "resolution": 16,
+        "num_train_images": 60000,
+        "num_validation_images": 2040,
+        "teacher_epochs": 10,
+        "judge_epochs": 10,
+    },
     "shapes": {
         "resolution": 32,
         "num_train_images": 8000,
@@ -48,10 +60,12 @@ DEFAULTS = {
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes, digits = DEFAULTS["shapes"], DEFAULTS["digits"]
-    parser.add_argument(
-        "--kind", choices=("digits", "shapes"), required=True, help="What the images show: digits or shapes."
-    )
+
+    def defaults(name: str) -> str:
+        values = {kind: own[name] for kind, own in DEFAULTS.items() if name in own}
+        return "Default: " + ", ".join(f"{value} for {kind}" for kind, value in values.items()) + "."
+
+    parser.add_argument("--kind", choices=tuple(DEFAULTS), required=True, help="What the images show.")
     parser.add_argument("--output_dir", type=Path, required=True, help="A new or an empty folder to write to.")
     parser.add_argument(
         "--seed", type=SEED, default=0, help="Seed of the images, the split and the weights. Default: %(default)s."
@@ -59,20 +73,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resolution",
         type=COUNT,
-        help=f"Height and width of the shapes' images, a multiple of 8 pixels. Default: {shapes['resolution']}.",
+        help=f"Height and width of images that are drawn, a multiple of 8 pixels. {defaults('resolution')}",
     )
-    for split, name in {"train": "training", "validation": "validation"}.items():
-        default = shapes[f"num_{split}_images"]
-        parser.add_argument(
-            f"--num_{split}_images", type=COUNT, help=f"How many {name} images of shapes to draw. Default: {default}."
-        )
+    for split, title in {"train": "training", "validation": "validation"}.items():
+        name = f"num_{split}_images"
+        parser.add_argument(f"--{name}", type=COUNT, help=f"How many {title} images to draw. {defaults(name)}")
     for network in ("teacher", "judge"):
         name = f"{network}_epochs"
         parser.add_argument(
             f"--{name}",
             type=COUNT,
-            help=f"Passes over the training images for the {network}. Default: {digits[name]} for digits,"
-            f" {shapes[name]} for shapes.",
+            help=f"Passes over the training images for the {network}. {defaults(name)}",
         )
     add_debug_argument(parser)
     return parser.parse_args(arguments)
@@ -85,14 +96,15 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             if getattr(arguments, name) is not None:
                 raise ValueError(
                     f"--{name} {getattr(arguments, name)} was given with --kind digits, whose images are fixed "
-                    f"(8x8 pixels, 1500 for training, 297 for validation); leave it out or use --kind shapes."
+                    f"(8x8 pixels, 1500 for training, 297 for validation); leave it out or use another kind."
                 )
     if arguments.resolution is not None and (arguments.resolution < 8 or arguments.resolution % 8 != 0):
         raise ValueError(f"--resolution must be a positive multiple of 8, not {arguments.resolution}.")
     for name in ("num_train_images", "num_validation_images"):
         number = getattr(arguments, name)
-        if number is not None and number < NUM_CLASSES:
-            raise ValueError(f"--{name} must be at least {NUM_CLASSES}, one image per class, not {number}.")
+        least = NUM_CLASSES[arguments.kind]
+        if number is not None and number < least:
+            raise ValueError(f"--{name} must be at least {least}, one image per class, not {number}.")
     if arguments.output_dir.exists():
         if not arguments.output_dir.is_dir():
             raise ValueError(f"--output_dir {arguments.output_dir} is a file; name a new or an empty folder.")
