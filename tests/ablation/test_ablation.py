@@ -417,6 +417,13 @@ def test_finished_cells_leave_records_and_never_run_again(ablate, in_process, li
     assert record["row"]["checkpoint_curve"]["step"] == [2, 4]
     assert "times_fewer_steps_accuracy" not in record["row"]["metrics"]  # depends on other cells
 
+    # ended between the end of the cell and its record: only the record is written
+    log = (tmp_path / "out" / "cells" / "none" / "seed-0" / "flow" / "metrics.jsonl").stat().st_mtime_ns
+    file.unlink()
+    run(ablate, line(grid, settings, records_dir=records_dir, variants="none"))
+    assert json.loads(file.read_text())["row"] == record["row"]
+    assert (tmp_path / "out" / "cells" / "none" / "seed-0" / "flow" / "metrics.jsonl").stat().st_mtime_ns == log
+
     # a checkout without the folder: only what has no record is run, and the table is the same
     shutil.rmtree(tmp_path / "out")
     grid = NAMED | {"variants": {"none": {"alignment": "none"}, "detach": {"alignment": "detach"}}}

@@ -65,8 +65,8 @@ class Scripts:
 
     def is_done(self, cell: Cell) -> bool:
         """Whether all stages are done: what is done at one guidance scale may be wanted at another."""
-        if cell.record is not None:
-            return True
+        if cell.record_file is not None:
+            return cell.record is not None
         return cell.state["status"] == "done" and all(stage.done for stage in self.stages(cell))
 
 
