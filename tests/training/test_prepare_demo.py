@@ -229,6 +229,7 @@ def test_the_judge_of_the_glyphs_is_trained_on_images_of_its_own(monkeypatch, tm
         return 0.5
 
     monkeypatch.setattr(make, "fit_and_measure", fit)
+    (tmp_path / "demo").mkdir()
     make.make_demo(tmp_path / "demo", "glyphs", 3, 16, {"train": 70, "validation": 34}, 1, 1)
     assert len(seen["teacher"]) == 70 and len(seen["judge"]) == 24
     first = networks.make_image_processor(16)(glyphs.draw_glyph_image(3, "judge", 0, 16), return_tensors="pt")
