@@ -400,6 +400,15 @@ def test_a_grid_may_name_its_variants_one_by_one(ablate, line, tmp_path):
     assert "teacher_model_name_or_path" not in variants["none"].train
 
 
+def test_the_checkpoint_of_an_interruption_is_not_evaluated(tmp_path):
+    """Curves are averaged over cells, which must have their points at the same steps."""
+    for step in (2, 3, 4, 5):
+        (tmp_path / "flow" / f"checkpoint-{step}").mkdir(parents=True)
+    train = {"train_data_dir": "images", "checkpointing_steps": 2, "max_train_steps": 5}
+    cell = Cell(Variant("none", train, {}, checkpoint_guidance_scale=1.0), 0, tmp_path)
+    assert [folder.name for folder in cell.checkpoints] == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_finished_cells_leave_records_and_never_run_again(ablate, in_process, line, tmp_path, capsys):
     settings = SETTINGS | {"evaluate": SETTINGS["evaluate"] | {"linear_probe": False, "guidance_scales": [2.0]}}
     grid = NAMED | {

@@ -107,10 +107,15 @@ class Cell:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The checkpoints whose samples are evaluated: all but the last, whose flow the evaluation is of."""
+        """
+        The checkpoints that are evaluated: all but the last, whose flow the evaluation is of, and those that an
+        interruption left at other steps than other cells have.
+        """
         if self.variant.checkpoint_guidance_scale is None:
             return []
-        return list_checkpoints(self.flow_folder)[:-1]
+        interval = parse_train_options(self.variant.train).checkpointing_steps
+        earlier = list_checkpoints(self.flow_folder)[:-1]
+        return [folder for folder in earlier if int(folder.name.removeprefix("checkpoint-")) % interval == 0]
 
     def checkpoint_folder(self, checkpoint: Path) -> Path:
         return self.folder / "checkpoints" / checkpoint.name
