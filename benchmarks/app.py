@@ -132,9 +132,7 @@ def main(args: argparse.Namespace, arguments: list[str] | None = None):
     header = ["button", "first request, s", "median, s", "longest, s"]
     rows = [[name.removeprefix("/"), *(f"{each:.2f}" for each in times.values())] for name, times in seconds.items()]
     table = markdown_table(header, rows)
-    table += (
-        f"\n\nThe page answers {start:.1f} s after the command, {build:.1f} s of which are its examples and layout."
-    )
+    table += f"\n\nThe page answers {start:.1f} s after the command. Its examples and layout take {build:.1f} s."
     print(table)
     results = {"seconds": seconds, "start_seconds": start, "build_seconds": build, "repeats": args.repeats}
     write_report(args.output, arguments, "cpu", results, table)

@@ -15,6 +15,7 @@ Below each table stand the file, the command and the machine its figures come fr
 """
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -53,8 +54,10 @@ class Table:
         """The table and its sources, linked as seen from a page of the repository."""
         from flowback_hf.reporting import markdown_table
 
+        if not self.rows:
+            return "Nothing has been measured yet."
         summary = f"Measured on {', '.join(dict.fromkeys(map(describe_machine, self.reports)))}: the commands"
-        sources = [describe_source(report, page) for report in self.reports]
+        sources = describe_sources(self.reports, page)
         lines = [markdown_table(self.header, self.rows), ""]
         lines += [f"<details><summary>{summary}</summary>", "", *sources, "", "</details>"]
         return "\n".join(lines)
@@ -81,15 +84,19 @@ def describe_machine(report: str) -> str:
     return machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
 
 
-def describe_source(report: str, page: Path) -> str:
-    """A line of Markdown: the file, linked as seen from the page, the command, the threads and the commit."""
-    content = read(report)
-    threads = content["machine"]["threads"]
-    link = os.path.relpath(RESULTS / f"{report}.json", page.parent)
-    return (
-        f"- [`{report}.json`]({link}): `{content['command']}`, with {threads} thread{'s' * (threads > 1)},"
-        f" torch {content['machine']['torch']}, at commit {content['commit']}"
-    )
+def describe_sources(reports: list[str], page: Path) -> list[str]:
+    """Lines of Markdown: the files, linked as seen from the page, the command, the threads and the commit."""
+    links: dict[str, list[str]] = {}
+    for report in reports:
+        content = read(report)
+        threads = content["machine"]["threads"]
+        origin = (
+            f"`{content['command']}`, with {threads} thread{'s' * (threads > 1)}, torch {content['machine']['torch']},"
+            f" at commit {content['commit']}"
+        )
+        link = os.path.relpath(RESULTS / f"{report}.json", page.parent)
+        links.setdefault(origin, []).append(f"[`{report}.json`]({link})")
+    return [f"- {', '.join(files)}: {origin}" for origin, files in links.items()]
 
 
 # How figures are written
@@ -271,15 +278,19 @@ DIGITS_REPORTS = ["ablation_digits", "ablation_digits_exact", "ablation_digits_p
 DIGITS_REPORTS = [f"{report}/results" for report in DIGITS_REPORTS]
 
 
-def ablation_table(reports: list[str], columns: list[tuple[str, str, int, int]]) -> Table:
+def rows_of(variants: dict[str, Any], columns: list[tuple[str, str, int, int]]) -> list[list[str]]:
     rows = []
-    for report in reports:
-        for name, variant in read(report)["variants"].items():
-            num_seeds = variant["num_done"]
-            row = [f"`{name}`", str(num_seeds)]
-            for _, metric, factor, digits in columns:
-                row.append(mean_and_error(variant["metrics"].get(metric), digits, factor, num_seeds))
-            rows.append(row)
+    for name, variant in variants.items():
+        num_seeds = variant["num_done"]
+        row = [f"`{name}`", str(num_seeds)]
+        for _, metric, factor, digits in columns:
+            row.append(mean_and_error(variant["metrics"].get(metric), digits, factor, num_seeds))
+        rows.append(row)
+    return rows
+
+
+def ablation_table(reports: list[str], columns: list[tuple[str, str, int, int]]) -> Table:
+    rows = [row for report in reports for row in rows_of(read(report)["variants"], columns)]
     return Table(["variant", "seeds", *(title for title, *_ in columns)], rows, reports)
 
 
@@ -300,6 +311,21 @@ def ablation_steps() -> Table:
         ("× fewer steps to its FD", "times_fewer_steps_distance", 1, 2),
     ]
     return ablation_table(DIGITS_REPORTS[:1], columns)
+
+
+@table("ablation-glyphs")
+def ablation_glyphs() -> Table:
+    """All cells that have run, from their records."""
+    from flowback_hf.ablation.statistics import summarise
+
+    files = (REPOSITORY / RESULTS / "ablation_glyphs").rglob("seed-*.json")
+    files = sorted(files, key=lambda file: (file.parent.name != "none", file))
+    reports = [str(file.relative_to(REPOSITORY / RESULTS).with_suffix("")) for file in files]
+    # `summarise` adds to rows, and what `read` returns is kept.
+    variants = summarise(copy.deepcopy([read(report)["row"] for report in reports]))["variants"]
+    columns = [*COLUMNS, ("× fewer steps, accuracy", "times_fewer_steps_accuracy", 1, 2)]
+    columns += [("× fewer, nll", "times_fewer_steps_nll", 1, 2), ("× fewer, FD", "times_fewer_steps_distance", 1, 2)]
+    return Table(["variant", "seeds", *(title for title, *_ in columns)], rows_of(variants, columns), reports)
 
 
 @table("ablation-differences")
@@ -458,7 +484,7 @@ def app() -> Table:
         for name, times in results["seconds"].items()
     ]
     rows.append(["from the command to the page", seconds(results["start_seconds"]), "", ""])
-    rows.append(["of this, examples and layout", seconds(results["build_seconds"]), "", ""])
+    rows.append(["examples and layout, once the flow is loaded", seconds(results["build_seconds"]), "", ""])
     header = ["", "first request", f"median of {results['repeats']}", "longest"]
     return Table(header, rows, ["app"])
 

@@ -10,13 +10,15 @@ Train and evaluate a grid of alignments, each with several seeds, and compare th
 A grid lists values of `alignment`, `alignment_order`, `alignment_blocks` (numbers, or early, late, all),
 `alignment_layer` (a number, or shallow, middle, deep), `alignment_weight`, `teacher` (given, or random: the same
 network with random weights) and `seeds`. Every combination that makes sense is a variant. A variant with a seed is a
-cell. The settings hold what all cells share: arguments of training/train_rra.py (`train`) and of
-pipelines/evaluate_flow.py (`evaluate`), which run each cell in a folder of its own, and, for distances over steps, the
-guidance scale at which samples of every kept checkpoint are made (`checkpoint_guidance_scale`).
+cell. A grid may instead name its variants one by one (`variants`), each with any arguments of training/train_rra.py.
+The settings hold what all cells share: arguments of training/train_rra.py (`train`) and of
+pipelines/evaluate_flow.py (`evaluate`), which run each cell in a folder of its own, and, to evaluate every kept
+checkpoint, too, the guidance scale of its samples (`checkpoint_guidance_scale`).
 
 Writes `results.json`, `results.md` (mean and standard error over seeds), `curves.png`, `distance_against_accuracy.png`
 and `linear_probe.png` whenever a cell ends. The same command resumes an interrupted run: finished cells are kept, a
-killed one goes on from its last checkpoint, and a failed one is tried again.
+killed one goes on from its last checkpoint, and a failed one is tried again. With --records_dir, a finished cell also
+leaves a small record, and cells with a record never run again, whatever the output folder holds.
 """
 
 import argparse
@@ -49,6 +51,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher", required=True, help="Hub id or folder of the vision encoder to align with.")
     parser.add_argument(
         "--judge", required=True, help="Independent classifier or encoder whose features compare samples and images."
+    )
+    parser.add_argument(
+        "--records_dir",
+        type=Path,
+        help="Folder of small records of finished cells, which do not run again. Default: none are kept.",
     )
     parser.add_argument("--variants", nargs="+", help="Names of the variants to run. Default: all of the grid.")
     parser.add_argument("--seeds", type=SEED, nargs="+", help="Seeds to run. Default: the grid's.")
@@ -89,6 +96,7 @@ def main(args: argparse.Namespace):
         threads=args.threads,
         dry_run=args.dry_run,
         command=args.command,
+        records_dir=args.records_dir,
     )
 
 

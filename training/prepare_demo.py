@@ -7,19 +7,25 @@ Make a demo data set, a small teacher and an independent judge, with nothing dow
     python training/prepare_demo.py --kind icons --output_dir data/icons
     python training/prepare_demo.py --kind shapes --output_dir data/shapes --resolution 32 \\
         --num_train_images 8000 --num_validation_images 1000 --seed 0
+    python training/prepare_demo.py --kind glyphs --output_dir data/glyphs
 
-`digits` are the 1,797 handwritten digits of scikit-learn (8x8 pixels, greyscale). The others are drawn in RGB, as many
-and as large as asked for. `icons` are upright silhouettes of one color on a soft background of another, which a small
-flow can learn. `shapes` are light shapes of any hue, place, size and rotation, on dark cluttered backgrounds.
+`digits` are the 1,797 handwritten digits of scikit-learn (8x8 pixels, greyscale). The others are drawn, as many and as
+large as asked for. `icons` are upright silhouettes of one color on a soft background of another (RGB), which a small
+flow can learn. `shapes` are light shapes of any hue, place, size and rotation, on dark cluttered backgrounds (RGB).
+`glyphs` are 26 letters and 8 digits in twenty typefaces that come with matplotlib, lighter or darker than the
+cluttered background (greyscale).
 
 The output folder then holds:
 
     images/{train,validation}/<class name>/<number>.png
         an image folder: datasets.load_dataset("imagefolder", data_dir="output_dir/images")
+    images/{train,validation,test}.parquet
+        of glyphs instead: datasets.load_dataset("output_dir/images")
     teacher/
         a transformers `Dinov2Model` trained to classify the training images, and its image processor
     judge/
-        a `ResNetForImageClassification` trained on the same images from another seed, and its image processor
+        a `ResNetForImageClassification` trained on the same images from another seed, and its image processor; that of
+        glyphs is trained on images that are not saved
     demo.json
         what was made: class names, numbers of images, resolution, seed, validation accuracies, seconds per stage
 
@@ -34,9 +40,16 @@ from flowback_hf_cli.command import add_debug_argument, run_command
 from flowback_hf_cli.numbers import COUNT, SEED
 
 
-NUM_CLASSES = 10
+NUM_CLASSES = {"digits": 10, "glyphs": 34, "icons": 10, "shapes": 10}
 DEFAULTS = {
     "digits": {"resolution": 8, "teacher_epochs": 30, "judge_epochs": 40},
+    "glyphs": {
+        "resolution": 16,
+        "num_train_images": 60000,
+        "num_validation_images": 2040,
+        "teacher_epochs": 10,
+        "judge_epochs": 10,
+    },
     "icons": {
         "resolution": 16,
         "num_train_images": 16000,
@@ -95,8 +108,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--resolution must be a positive multiple of 8, not {arguments.resolution}.")
     for name in ("num_train_images", "num_validation_images"):
         number = getattr(arguments, name)
-        if number is not None and number < NUM_CLASSES:
-            raise ValueError(f"--{name} must be at least {NUM_CLASSES}, one image per class, not {number}.")
+        least = NUM_CLASSES[arguments.kind]
+        if number is not None and number < least:
+            raise ValueError(f"--{name} must be at least {least}, one image per class, not {number}.")
     if arguments.output_dir.exists():
         if not arguments.output_dir.is_dir():
             raise ValueError(f"--output_dir {arguments.output_dir} is a file; name a new or an empty folder.")

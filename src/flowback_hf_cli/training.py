@@ -20,6 +20,7 @@ The output folder then holds the pipeline (`FlowBackPipeline.from_pretrained("ou
 
 # Literal, because the modules that define them import torch; a test compares them.
 STRATEGIES = ("none", "forward", "detach", "reverse")
+PROJECTOR_TYPES = ("mlp", "conv")
 POSITION_EMBEDDINGS = ("learned", "rope")
 ACTIVATION_FNS = ("gelu", "swiglu")
 NOISE_TYPES = ("gaussian", "uniform")
@@ -274,7 +275,21 @@ def add_alignment_arguments(group: argparse._ArgumentGroup):
         " Default: 0.",
     )
     group.add_argument(
-        "--projector_dim", type=COUNT, default=1024, help="Hidden width of the projectors. Default: %(default)s."
+        "--projector_dim", type=COUNT, default=1024, help="Hidden width of MLP projectors. Default: %(default)s."
+    )
+    # The defaults of these two are None, as in the settings of earlier runs, which do not name them.
+    group.add_argument(
+        "--projector_type",
+        choices=PROJECTOR_TYPES,
+        help="What maps a hidden state to the teacher's features: mlp, three layers on each token, or conv, a"
+        " convolution of 3x3 tokens. Default: mlp.",
+    )
+    group.add_argument(
+        "--normalize_teacher_features",
+        action="store_true",
+        default=None,
+        help="Standardize the teacher's features over the patches of each image, so that only differences between"
+        " patches count.",
     )
 
 

@@ -2,6 +2,7 @@ import argparse
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,9 +223,12 @@ def test_a_grid_of_teachers_from_end_to_end(ablate, in_process, line, teacher, t
     assert [(row["seed"], row["variant"]) for row in results["cells"]] == [(5, variant) for variant in variants]
     for row in results["cells"]:
         assert row["status"] == "done"
-        assert row["curve"]["step"] == [0, 2, 4] and row["distance_curve"]["step"] == [2, 4]
+        assert row["curve"]["step"] == [0, 2, 4] and row["checkpoint_curve"]["step"] == [2, 4]
         evaluation = row["evaluation"]
-        assert row["distance_curve"]["distance"][-1] == evaluation["frechet_distance/guidance_2.0"]
+        last = {name: values[-1] for name, values in row["checkpoint_curve"].items()}
+        assert last["distance"] == evaluation["frechet_distance/guidance_2.0"]
+        assert last["accuracy"] == evaluation["accuracy/gradient"] and last["nll"] == evaluation["nll"]
+        assert row["checkpoint_curve"]["nll"][0] > last["nll"]
         assert row["metrics"]["accuracy_gradient"] == evaluation["accuracy/gradient"]
         probes = [evaluation[f"linear_probe/block{block}_layer2"] for block in (1, 3)]
         if row["variant"] != "none":
@@ -243,8 +247,8 @@ def test_a_grid_of_teachers_from_end_to_end(ablate, in_process, line, teacher, t
     trained_at = log.stat().st_mtime_ns
     run(ablate, line(grid, SETTINGS | {"checkpoint_guidance_scale": 1.0}, variants="none", teacher=teacher))
     (row,) = read_results(output_dir)["cells"]
-    assert row["distance_curve"]["distance"][-1] == row["evaluation"]["frechet_distance/guidance_1.0"]
-    assert len(row["distance_curve"]["step"]) == 2 and log.stat().st_mtime_ns == trained_at
+    assert row["checkpoint_curve"]["distance"][-1] == row["evaluation"]["frechet_distance/guidance_1.0"]
+    assert len(row["checkpoint_curve"]["step"]) == 2 and log.stat().st_mtime_ns == trained_at
     run(ablate, line(grid, variants="none", teacher=teacher))
     capsys.readouterr()
 
@@ -302,7 +306,7 @@ def test_checkpoints_are_evaluated_where_the_run_held_images_out(ablate, in_proc
     run(ablate, line({"alignment": ["none"], "seeds": [1, 2]}, settings, data_dir=images / "train"))
     rows = read_results(tmp_path / "out")["cells"]
     assert [row["status"] for row in rows] == ["done", "done"], rows
-    assert all(len(row["distance_curve"]["step"]) == 2 for row in rows)
+    assert all(len(row["checkpoint_curve"]["step"]) == 2 for row in rows)
     cell = tmp_path / "out" / "cells" / "none" / "seed-1"
     source = DataSource("--data_dir", str(images / "train"), True)
     held_out = HoldOut.read(cell / "flow", source)
@@ -372,6 +376,82 @@ def test_names_and_arguments_of_variants(ablate, line):
     ]  # fmt: skip
 
 
+NAMED = {
+    "seeds": [0],
+    "variants": {
+        "none": {"alignment": "none"},
+        "reverse-late": {"alignment": "reverse", "alignment_blocks": "late", "alignment_layer": "shallow"},
+        "conv": {"alignment": "detach", "projector_type": "conv", "normalize_teacher_features": True},
+        "random": {"alignment": "detach", "teacher": "random", "max_train_steps": 8},
+    },
+}
+
+
+def test_a_grid_may_name_its_variants_one_by_one(ablate, line, tmp_path):
+    args = ablate.parse_args(line(NAMED))
+    variants = variants_of(args)
+    assert list(variants) == list(NAMED["variants"])
+    assert variants["reverse-late"].places == [(2, 1), (3, 1)]
+    train = variants["conv"].train
+    assert train["projector_type"] == "conv" and train["normalize_teacher_features"] is True
+    assert train["max_train_steps"] == 4 and variants["random"].train["max_train_steps"] == 8
+    assert train["teacher_model_name_or_path"] == args.teacher
+    assert variants["random"].train["teacher_model_name_or_path"] == str(tmp_path / "out" / "random_teacher")
+    assert "teacher_model_name_or_path" not in variants["none"].train
+
+
+def test_the_checkpoint_of_an_interruption_is_not_evaluated(tmp_path):
+    """Curves are averaged over cells, which must have their points at the same steps."""
+    for step in (2, 3, 4, 5):
+        (tmp_path / "flow" / f"checkpoint-{step}").mkdir(parents=True)
+    train = {"train_data_dir": "images", "checkpointing_steps": 2, "max_train_steps": 5}
+    cell = Cell(Variant("none", train, {}, checkpoint_guidance_scale=1.0), 0, tmp_path)
+    assert [folder.name for folder in cell.checkpoints] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_finished_cells_leave_records_and_never_run_again(ablate, in_process, line, tmp_path, capsys):
+    settings = SETTINGS | {"evaluate": SETTINGS["evaluate"] | {"linear_probe": False, "guidance_scales": [2.0]}}
+    grid = NAMED | {
+        "variants": {"none": {"alignment": "none"}, "bad": {"alignment": "detach", "alignment_weight": 1e39}}
+    }
+    records_dir = tmp_path / "records"
+    run(ablate, line(grid, settings, records_dir=records_dir))
+    results = read_results(tmp_path / "out")
+    assert [row["status"] for row in results["cells"]] == ["done", "failed"]
+    (file,) = records_dir.rglob("*.json")  # none of the failed cell
+    assert file == records_dir / "none" / "seed-0.json"
+    record = json.loads(file.read_text())
+    assert record["config"]["train"]["max_train_steps"] == 4 and record["commit"] and record["machine"]["threads"]
+    assert record["command"] == results["command"]
+    assert record["row"]["checkpoint_curve"]["step"] == [2, 4]
+    assert "times_fewer_steps_accuracy" not in record["row"]["metrics"]  # depends on other cells
+
+    # ended between the end of the cell and its record: only the record is written
+    log = (tmp_path / "out" / "cells" / "none" / "seed-0" / "flow" / "metrics.jsonl").stat().st_mtime_ns
+    file.unlink()
+    run(ablate, line(grid, settings, records_dir=records_dir, variants="none"))
+    assert json.loads(file.read_text())["row"] == record["row"]
+    assert (tmp_path / "out" / "cells" / "none" / "seed-0" / "flow" / "metrics.jsonl").stat().st_mtime_ns == log
+
+    # a checkout without the folder: only what has no record is run, and the table is the same
+    shutil.rmtree(tmp_path / "out")
+    grid = NAMED | {"variants": {"none": {"alignment": "none"}, "detach": {"alignment": "detach"}}}
+    capsys.readouterr()
+    run(ablate, line(grid, settings, records_dir=records_dir))
+    assert "none, seed 0: done\ndetach, seed 0: to be run\n" in capsys.readouterr().out
+    assert names(tmp_path / "out" / "cells") == ["detach"]
+    again = read_results(tmp_path / "out")
+    assert again["variants"]["none"] == results["variants"]["none"]
+    assert names(records_dir) == ["detach", "none"]
+    assert again["cells"][0]["metrics"] == results["cells"][0]["metrics"]
+
+    other = settings | {"train": SETTINGS["train"] | {"learning_rate": 0.5}}
+    message = r"record .*none/seed-0.json is of another config: learning_rate \(0.01 then, 0.5 now\)"
+    with pytest.raises(ValueError, match=message):
+        run(ablate, line(grid, other, records_dir=records_dir, output_dir=tmp_path / "elsewhere"))
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_layers_are_the_papers():
     assert [resolve_layer(name, 8) for name in ("shallow", "middle", "deep")] == [2, 4, 6]
     assert resolve_blocks("late", 8) == [7, 8] and resolve_blocks("early", 8) == [1, 2]
@@ -382,15 +462,30 @@ def test_layers_are_the_papers():
 
 
 def make_row(variant, seed, accuracy, distance=()):
-    steps = list(range(0, 100 * len(accuracy), 100))
+    """A row with evaluated checkpoints if it has distances."""
+    curve = {"step": list(range(0, 100 * len(accuracy), 100)), "accuracy": accuracy}
+    curve["nll"] = [-value for value in accuracy]
+    checkpoint_curve = curve | {"distance": list(distance)} if distance else {"step": []}
     return {
         "variant": variant,
         "seed": seed,
         "status": "done",
-        "curve": {"step": steps, "accuracy": accuracy, "nll": [0.0] * len(accuracy)},
-        "distance_curve": {"step": steps[: len(distance)], "distance": list(distance)},
+        "curve": curve,
+        "checkpoint_curve": checkpoint_curve,
         "metrics": {},
     }
+
+
+def test_steps_are_counted_over_checkpoints_where_they_were_evaluated():
+    baseline, other = (make_row(name, 0, [0.1, 0.5], [8.0, 4.0]) for name in ("none", "fast"))
+    other["checkpoint_curve"]["accuracy"] = [0.1, 0.9]
+    summary = summarise([baseline, other])
+    # 0.5 lies half-way to 0.9 at the checkpoints; at the validations both reach it at step 100
+    assert summary["variants"]["fast"]["metrics"]["times_fewer_steps_accuracy"]["mean"] == pytest.approx(2.0)
+    for row in (baseline, other):
+        row["checkpoint_curve"] = {"step": []}
+    metrics = summarise([baseline, other])["variants"]["fast"]["metrics"]
+    assert metrics["times_fewer_steps_accuracy"]["mean"] == pytest.approx(1.0)
 
 
 def test_how_many_times_fewer_steps():
@@ -402,12 +497,15 @@ def test_how_many_times_fewer_steps():
         {"variant": "slow", "seed": 1, "status": "failed"},
     ]
     summary = summarise(rows)
-    assert summary["baseline_final"] == {"accuracy": pytest.approx(0.6), "distance": pytest.approx(3.0)}
+    assert summary["baseline_final"] == {
+        "accuracy": pytest.approx(0.6), "nll": pytest.approx(-0.6), "distance": pytest.approx(3.0)
+    }  # fmt: skip
     # 0.6 lies at 100 * 0.5 / 0.6; the baseline's seeds reach it at the end, if at all, and at 100 + 100 * 0.2 / 0.3
     fast = summary["variants"]["fast"]["metrics"]
     assert fast["steps_to_baseline_accuracy"]["mean"] == pytest.approx(100 * 0.5 / 0.6)
     baseline_steps = (200 + 100 + 100 * 0.2 / 0.3) / 2
     assert fast["times_fewer_steps_accuracy"]["mean"] == pytest.approx(baseline_steps / (100 * 0.5 / 0.6))
+    assert fast["times_fewer_steps_nll"] == fast["times_fewer_steps_accuracy"]
     assert fast["times_fewer_steps_distance"]["mean"] == pytest.approx(200 / (100 * 5 / 6))
     assert fast["times_fewer_steps_distance"]["standard_error"] is None
     assert summary["variants"]["none"]["metrics"]["times_fewer_steps_accuracy"]["num_seeds"] == 1
@@ -432,7 +530,7 @@ def test_differences_to_the_baseline_are_of_the_same_seeds():
 
 def test_no_baseline_is_no_target():
     summary = summarise([make_row("detach", 0, [0.1, 0.2])])
-    assert summary["baseline_final"] == {"accuracy": None, "distance": None}
+    assert summary["baseline_final"] == {"accuracy": None, "nll": None, "distance": None}
     assert summary["variants"]["detach"]["metrics"] == summary["variants"]["detach"]["minus_baseline"] == {}
 
 
@@ -459,6 +557,19 @@ GRID = {"alignment": ["none", "reverse"], "seeds": [0]}
         ),
         (GRID | {"alignment_layer": ["top"]}, r"must be a number or one of \['shallow', .*\], but is 'top'"),
         (GRID | {"alignment": ["up"]}, "variant 'up' cannot be run: argument --alignment: invalid choice: 'up'"),
+        ({"variants": {"a": {"alignment": "none"}}}, "grid.json has no 'seeds', but every cell needs one"),
+        (GRID | {"variants": {}}, r"must have either 'variants' or lists of values, but also has \['alignment'\]"),
+        ({"variants": [], "seeds": [0]}, "'variants' of `--grid` .* must hold a JSON object, but holds"),
+        ({"variants": {"a/b": {"alignment": "none"}}, "seeds": [0]}, "names the variant 'a/b', but a folder"),
+        ({"variants": {"a": {}}, "seeds": [0]}, "variant 'a' of `--grid` .* has no 'alignment'"),
+        (
+            {"variants": {"a": {"seed": 1}}, "seeds": [0]},
+            r"variant 'a' of `--grid` .* has the unknown keys \['seed'\]",
+        ),
+        (
+            {"variants": {"a": {"alignment": "detach", "teacher": "strict"}}, "seeds": [0]},
+            r"names the teachers \['strict'\], but they are \['given', 'random'\]",
+        ),
         (GRID | {"alignment_order": [-1]}, "variant 'reverse' cannot be run: argument --alignment_order: must be 0"),
     ],
 )

@@ -1,4 +1,5 @@
 import gc
+import itertools
 import subprocess
 import sys
 import weakref
@@ -18,10 +19,10 @@ PLACES = [(2, 1), (2, 2), (3, 1)]
 TEACHER_DIM = 5
 
 
-def make_objective(flow, strategy, order=None, places=PLACES, weight=0.3):
+def make_objective(flow, strategy, order=None, places=PLACES, weight=0.3, **options):
     torch.manual_seed(7)
     objective = AlignedFlowObjective(
-        flow, strategy, places=places, order=order, weight=weight, teacher_dim=TEACHER_DIM, projector_dim=6
+        flow, strategy, places=places, order=order, weight=weight, teacher_dim=TEACHER_DIM, projector_dim=6, **options
     )
     return objective.to(next(flow.parameters()).dtype)
 
@@ -212,6 +213,71 @@ def test_an_adapter_gets_the_gradient_of_the_naive_graph(flow, batch, name):
     stored = {name: parameter.grad for name, parameter in objective.named_parameters()}
     assert_gradients_equal(stored, expected, 1e-8)
     assert all(gradient is None for name, gradient in stored.items() if name not in expected)
+
+
+class NeighbourhoodProjector(torch.nn.Module):
+    """A convolution of 3x3 tokens with the weights of an objective's projector, written out as a sum of products."""
+
+    def __init__(self, projector):
+        super().__init__()
+        self.conv = projector.conv
+
+    def forward(self, hidden_states):
+        grid_size = int(hidden_states.shape[1] ** 0.5)
+        projected = []
+        for row, column in itertools.product(range(grid_size), repeat=2):
+            total = self.conv.bias
+            for down, right in itertools.product((-1, 0, 1), repeat=2):
+                if 0 <= row + down < grid_size and 0 <= column + right < grid_size:
+                    weight = self.conv.weight[:, :, 1 + down, 1 + right]
+                    total = total + hidden_states[:, (row + down) * grid_size + column + right] @ weight.T
+            projected.append(total)
+        return torch.stack(projected, dim=1)
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_a_convolution_as_projector_gets_the_gradient_of_the_naive_graph(flow, batch, name):
+    (strategy, order), naive_alignment = NAIVE[name]
+    objective = make_objective(flow, strategy, order, projector_type="conv")
+    output = objective(**batch)
+    actual = gradients(output.alignment, objective)
+    for place, projector in objective.projectors.items():
+        objective.projectors[place] = NeighbourhoodProjector(projector)
+    naive = naive_alignment(objective, batch)
+    torch.testing.assert_close(output.alignment, naive, rtol=0, atol=1e-12)
+    assert_gradients_equal(actual, gradients(naive, objective), 1e-8)
+    assert output.alignment != make_objective(flow, strategy, order)(**batch).alignment
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_normalized_features_are_standardized_over_the_patches_of_each_image(flow, batch, name):
+    (strategy, order), naive_alignment = NAIVE[name]
+    plain = make_objective(flow, strategy, order)(**batch)
+    objective = make_objective(flow, strategy, order, normalize_teacher_features=True)
+    output = objective(**batch)
+    standardized = torch.empty_like(batch["teacher_features"])
+    for image, channel in itertools.product(range(3), range(TEACHER_DIM)):
+        values = batch["teacher_features"][image, :, channel]
+        deviation = (values.square().mean() - values.mean() ** 2).sqrt()
+        standardized[image, :, channel] = (values - values.mean()) / (deviation + 1e-6)
+    naive = naive_alignment(objective, batch | {"teacher_features": standardized})
+    torch.testing.assert_close(output.alignment, naive, rtol=0, atol=1e-12)
+    assert_gradients_equal(gradients(output.alignment, objective), gradients(naive, objective), 1e-8)
+    assert (output.alignment - plain.alignment).abs() > 1e-3
+
+
+def test_what_all_patches_share_does_not_count_once_features_are_normalized(flow, batch):
+    """A constant channel has no deviation to divide by, and half precision is computed in float32."""
+    objective = make_objective(flow, "detach", normalize_teacher_features=True)
+    features = batch["teacher_features"]
+    shifted = 3.0 * features + torch.tensor([5.0, -5.0, 0.0, 1.0, 9.0])
+    constant = features.clone()
+    constant[..., 2] = 7.0
+    values = [objective(**batch | {"teacher_features": each}).alignment for each in (features, shifted, constant)]
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-5)  # of the epsilon
+    assert values[2].isfinite() and values[2] != values[0]
+    half = objective(**batch | {"teacher_features": 100 * features.half()}).alignment
+    torch.testing.assert_close(half, values[0], rtol=0, atol=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
@@ -529,6 +595,7 @@ def test_the_objective_leaves_no_gradient_behind_before_backward(flow, batch):
         ({"places": [(5, 1)]}, r"`places` names flow block 5, but this flow's blocks are 1 \(image\) to 4 \(noise\)"),
         ({"places": [(0, 1)]}, "`places` names flow block 0"),
         ({"places": [(2, 3)]}, "`places` names layer 3 of flow block 2, but its layers are 1 to 2"),
+        ({"projector_type": "linear"}, r"`projector_type` must be one of \('mlp', 'conv'\), but is 'linear'"),
         ({"teacher_dim": None}, "`teacher_dim`, the dimension of the teacher's features, must be given for 'reverse'"),
     ],
 )

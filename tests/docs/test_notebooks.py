@@ -56,7 +56,7 @@ def test_a_notebook_holds_the_outputs_of_one_whole_run(path):
 
 @each_notebook
 def test_the_links_of_a_notebook_exist(path):
-    targets = [target for cell in read_cells(path, "markdown") for target in LINK.findall(cell["source"])]
-    assert any(target.endswith(f"/blob/main/docs/notebooks/{path.name}") for target in targets)
-    for target in targets:
+    text = "\n".join(cell["source"] for cell in read_cells(path, "markdown"))
+    assert text.startswith("[![Open in Colab](") and f"/blob/main/docs/notebooks/{path.name})" in text
+    for target in LINK.findall(text):
         assert target.startswith("https://") or (path.parent / target).exists(), target

@@ -1,6 +1,8 @@
 import importlib
+import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +22,15 @@ def tables():
 
 
 @pytest.fixture
-def copy(tables, tmp_path, monkeypatch) -> Path:
+def copy(tables, tmp_path, monkeypatch) -> Iterator[Path]:
     """A copy of the pages, which the script takes for the repository's."""
     shutil.copy(REPOSITORY / "README.md", tmp_path)
     shutil.copytree(REPOSITORY / "docs", tmp_path / "docs")
     shutil.copytree(REPOSITORY / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
     monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
-    return tmp_path
+    tables.read.cache_clear()
+    yield tmp_path
+    tables.read.cache_clear()
 
 
 def test_pages_hold_what_was_measured(tables, capsys):
@@ -52,6 +56,32 @@ def test_a_figure_changed_by_hand_is_found_and_repaired(tables, copy, capsys):
     assert page.read_text() != text
     assert tables.main(tables.parse_args([])) == 0
     assert page.read_text() == text
+
+
+def test_the_records_of_an_ablation_become_a_table(tables, copy):
+    """Rows are means over seeds, and cells that ran by the same command share a line of sources."""
+    records = copy / "benchmarks" / "results" / "ablation_glyphs"
+    shutil.rmtree(records, ignore_errors=True)
+    page = Path("docs/ablation.md")
+    assert tables.TABLES["ablation-glyphs"]().markdown(page) == "Nothing has been measured yet."
+
+    machine = {"cpu": "Test CPU", "cores": 2, "threads": 1, "torch": "2.0"}
+    cells = [("none", 0, 0.5, 400), ("none", 1, 0.5, 400), ("fast", 0, 0.7, 100)]
+    for variant, seed, accuracy, step in cells:
+        curve = {"step": [0, step, 400 + step], "accuracy": [0.0, 0.5, 0.5], "nll": [1.0] * 3, "distance": [1.0] * 3}
+        row = {"variant": variant, "seed": seed, "status": "done", "curve": curve, "checkpoint_curve": curve}
+        row["metrics"] = {"accuracy_gradient": accuracy + seed / 10}
+        (records / variant).mkdir(parents=True, exist_ok=True)
+        content = {"command": "python training/ablate.py", "commit": "abc", "machine": machine, "row": row}
+        (records / variant / f"seed-{seed}.json").write_text(json.dumps(content))
+    table = tables.TABLES["ablation-glyphs"]()
+    rows = {cells[0]: dict(zip(table.header, cells)) for cells in table.rows}
+    assert list(rows) == ["`none`", "`fast`"]
+    assert rows["`none`"]["seeds"] == "2" and rows["`none`"]["accuracy, one gradient, %"] == "55.0 ± 5.0"
+    assert rows["`fast`"]["× fewer steps, accuracy"] == "4.00"
+    assert table.markdown(page).count("\n- ") == 1
+    links = [f"[`ablation_glyphs/{variant}/seed-{seed}.json`]" for variant, seed, *_ in cells]
+    assert all(link in table.markdown(page) for link in links)
 
 
 def test_an_unknown_table_is_refused(tables):

@@ -13,6 +13,7 @@ from flowback_hf_cli import training
 
 def test_choices_are_those_of_the_package():
     assert training.STRATEGIES == objective.STRATEGIES
+    assert training.PROJECTOR_TYPES == objective.PROJECTOR_TYPES
     assert training.POSITION_EMBEDDINGS == transformer_tarflow.POSITION_EMBEDDINGS
     assert training.ACTIVATION_FNS == transformer_tarflow.ACTIVATION_FNS
     assert training.NOISE_TYPES == transformer_tarflow.NOISE_TYPES

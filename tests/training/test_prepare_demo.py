@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, Dinov2Model
 
-from flowback_hf.data.demo import icons, make, networks
+from flowback_hf.data.demo import glyphs, icons, make, networks
 
 from ..conftest import end_of_command, load_script
 
@@ -29,13 +30,19 @@ ARGUMENTS = {
         ]
         for kind in DRAWN_KINDS
     },
+    "glyphs": [
+        *["--kind", "glyphs", "--resolution", "16", "--num_train_images", "102", "--num_validation_images", "34"],
+        *["--seed", "3", "--teacher_epochs", "1", "--judge_epochs", "1"],
+    ],
 }
 KINDS = tuple(ARGUMENTS)
-RESOLUTIONS = {"digits": 8, "icons": 16, "shapes": 16}
+RESOLUTIONS = {"digits": 8, "icons": 16, "shapes": 16, "glyphs": 16}
 NUM_IMAGES = {
     "digits": {"train": 1500, "validation": 297},
     **dict.fromkeys(DRAWN_KINDS, {"train": 70, "validation": 20}),
+    "glyphs": {"train": 102, "validation": 34, "test": 34},
 }
+NUM_CLASSES = {"digits": 10, "icons": 10, "shapes": 10, "glyphs": 34}
 
 
 prepare_demo = load_script(SCRIPT)
@@ -47,25 +54,30 @@ def run(line: list[str]):
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory) -> dict[str, Path]:
-    """The folder the script made of each kind; that of the digits was there before, and empty."""
+    """The folder the script made of each kind. That of the digits was there before, and empty."""
     folder = tmp_path_factory.mktemp("demos")
     (folder / "digits").mkdir()
+    # One process is enough: starting Python takes seconds.
     environment = {**os.environ, "HF_HOME": str(tmp_path_factory.mktemp("huggingface")), "HF_HUB_OFFLINE": "1"}
-    for kind in KINDS:
-        command = [sys.executable, str(SCRIPT), *ARGUMENTS[kind], "--output_dir", str(folder / kind)]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert result.returncode == 0, result.stderr
-        assert "validation accuracy" in result.stdout
+    command = [sys.executable, str(SCRIPT), *ARGUMENTS["digits"], "--output_dir", str(folder / "digits")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "validation accuracy" in result.stdout
+    for kind in (*DRAWN_KINDS, "glyphs"):
+        run([*ARGUMENTS[kind], "--output_dir", str(folder / kind)])
     return {kind: folder / kind for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
 def image_folders(demos, tmp_path_factory) -> dict[str, datasets.DatasetDict]:
     cache_dir = str(tmp_path_factory.mktemp("datasets"))
-    return {
-        kind: datasets.load_dataset("imagefolder", data_dir=str(demos[kind] / "images"), cache_dir=cache_dir)
-        for kind in KINDS
+    folders = {kind: str(demos[kind] / "images") for kind in KINDS}
+    glyphs_folder = folders.pop("glyphs")
+    loaded = {
+        kind: datasets.load_dataset("imagefolder", data_dir=folder, cache_dir=cache_dir)
+        for kind, folder in folders.items()
     }
+    return loaded | {"glyphs": datasets.load_dataset(glyphs_folder, cache_dir=cache_dir)}
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -90,22 +102,22 @@ def test_nothing_but_the_finished_folders_is_left_behind(demos):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_images_load_as_an_image_folder(image_folders, demos, kind):
+def test_the_images_load_with_datasets(image_folders, demos, kind):
     splits = image_folders[kind]
     assert {split: len(images) for split, images in splits.items()} == NUM_IMAGES[kind]
     class_names = splits["train"].features["label"].names
-    assert len(class_names) == 10
+    assert len(class_names) == NUM_CLASSES[kind]
     assert class_names == read_report(demos[kind])["class_names"]
     for images in splits.values():
-        assert set(images["label"]) == set(range(10))
+        assert set(images["label"]) == set(range(NUM_CLASSES[kind]))
         sizes = {image.size for image in images["image"]}
         assert sizes == {(RESOLUTIONS[kind], RESOLUTIONS[kind])}
 
 
-@pytest.mark.parametrize("kind", DRAWN_KINDS)
+@pytest.mark.parametrize("kind", [*DRAWN_KINDS, "glyphs"])
 def test_the_classes_of_drawn_images_are_balanced(image_folders, kind):
     for images in image_folders[kind].values():
-        assert set(np.bincount(images["label"])) == {len(images) // 10}
+        assert set(np.bincount(images["label"])) == {len(images) // NUM_CLASSES[kind]}
 
 
 def test_the_digits_are_those_of_scikit_learn_each_once(image_folders):
@@ -128,7 +140,9 @@ def test_the_image_processor_only_rescales_and_makes_three_channels(image_folder
     assert larger.shape == pixel_values.shape
 
 
-@pytest.mark.parametrize("kind, num_patches", [("digits", 4 * 4), ("icons", 8 * 8), ("shapes", 8 * 8)])
+@pytest.mark.parametrize(
+    "kind, num_patches", [("digits", 4 * 4), ("icons", 8 * 8), ("shapes", 8 * 8), ("glyphs", 4 * 4)]
+)
 def test_the_teacher_is_a_dinov2_backbone_that_has_been_trained(demos, kind, num_patches):
     teacher = AutoModel.from_pretrained(demos[kind] / "teacher")
     assert type(teacher) is Dinov2Model
@@ -176,6 +190,82 @@ def test_the_same_seed_gives_the_same_images_and_weights_to_the_bit(demos, tmp_p
     assert first_report == second_report
 
 
+def test_glyphs_depend_on_seed_split_and_index_only(image_folders):
+    """Any row can be drawn alone; the judge's images are those of no other split."""
+    for split, images in image_folders["glyphs"].items():
+        for index in (0, 5, 33):
+            image = glyphs.draw_glyph_image(3, split, index, 16)
+            assert image.mode == "L"
+            assert images_are_equal(image, images[index]["image"])
+            assert images[index]["label"] == index
+    drawn = [glyphs.draw_glyph_image(*arguments, 16) for arguments in [(3, "judge", 0), (4, "train", 0)]]
+    drawn += [images[0]["image"] for images in image_folders["glyphs"].values()]
+    assert len({image.tobytes() for image in drawn}) == 5
+
+
+def test_a_glyph_has_another_shape_in_each_class_and_contrast_of_either_sign():
+    """Without clutter and at one size, the masks of a typeface tell all classes apart."""
+
+    def ink(character):
+        return glyphs.draw_mask(np.random.default_rng(7), character, 64)
+
+    masks = {name: ink(character) for name, character in glyphs.CHARACTERS.items()}
+    assert all(mask.max() > 0.99 and 0.02 < mask.mean() < 0.5 for mask in masks.values())
+    for first, second in itertools.combinations(masks.values(), 2):
+        assert np.abs(first - second).mean() > 0.01
+    signs = set()
+    for index in range(34 * 4):
+        image = np.asarray(glyphs.draw_glyph_image(0, "train", index, 16), dtype=float)
+        signs.add(np.sign(np.abs(image - image.min()).mean() - np.abs(image - image.max()).mean()))
+    assert signs == {-1.0, 1.0}
+
+
+def test_the_teacher_of_the_glyphs_classifies_by_its_patch_tokens_only():
+    teacher = networks.make_patch_teacher(16, 4, list(glyphs.CHARACTERS), seed=0).eval()
+    pixel_values = torch.randn(2, 3, 16, 16)
+    tokens = teacher.dinov2(pixel_values).last_hidden_state
+    expected = teacher.classifier(tokens[:, 1:].mean(dim=1))
+    torch.testing.assert_close(teacher(pixel_values).logits, expected)
+    assert tokens.shape == (2, 1 + 16, 64) and expected.shape == (2, 34)
+
+
+def test_the_judge_of_the_glyphs_is_trained_on_images_of_its_own(monkeypatch, tmp_path):
+    seen = {}
+
+    def fit(model, pixel_values, labels, num_epochs, quarter_turns, seed, description):
+        seen[description] = pixel_values["train"]
+        return 0.5
+
+    monkeypatch.setattr(make, "fit_and_measure", fit)
+    (tmp_path / "demo").mkdir()
+    make.make_demo(tmp_path / "demo", "glyphs", 3, 16, {"train": 70, "validation": 34}, 1, 1)
+    assert len(seen["teacher"]) == 70 and len(seen["judge"]) == 24
+    first = networks.make_image_processor(16)(glyphs.draw_glyph_image(3, "judge", 0, 16), return_tensors="pt")
+    assert torch.equal(seen["judge"][0], first.pixel_values[0])
+    assert {path.name for path in (tmp_path / "demo" / "images").iterdir()} == {
+        "train.parquet", "validation.parquet", "test.parquet"
+    }  # fmt: skip
+
+
+def test_a_missing_typeface_is_named_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(glyphs, "TYPEFACES", (*glyphs.TYPEFACES[:2], "Garamond", "Bodoni"))
+    line = [*ARGUMENTS["glyphs"], "--output_dir", str(tmp_path / "demo")]
+    assert "typefaces of matplotlib, but Garamond, Bodoni are not in" in end_of_command(SCRIPT, line, monkeypatch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_glyphs_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = [*ARGUMENTS["glyphs"], "--output_dir", str(tmp_path / "demo")]
+    assert 'come with matplotlib: pip install "flowback_hf[demo]"' in end_of_command(SCRIPT, line, monkeypatch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_script_knows_how_many_classes_each_kind_has():
+    assert prepare_demo.NUM_CLASSES == {kind: len(own.class_names) for kind, own in make.KINDS.items()}
+    assert set(prepare_demo.DEFAULTS) == set(make.KINDS)
+
+
 def make_splits(kind: str, seed: int, **num_images: int) -> dict[str, tuple[list[Image.Image], list[int]]]:
     return make.KINDS[kind].make_splits(seed, RESOLUTIONS[kind], num_images)
 
@@ -204,7 +294,7 @@ def test_a_drawn_image_does_not_depend_on_how_many_are_made(demos, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_classes_are_in_the_order_of_an_image_folder(kind):
     names = make.KINDS[kind].class_names
-    assert len(names) == 10
+    assert len(names) == NUM_CLASSES[kind]
     assert names == sorted(names)
 
 
@@ -235,6 +325,7 @@ def test_oklch_colors_are_those_of_css(lightness, chroma, hue, rgb):
         (["--kind", "shapes", "--resolution", "12"], "--resolution must be a positive multiple of 8, not 12"),
         (["--kind", "shapes", "--resolution", "0"], "argument --resolution: must be a whole number of at least 1"),
         (["--kind", "shapes", "--num_train_images", "9"], "--num_train_images must be at least 10"),
+        (["--kind", "glyphs", "--num_train_images", "33"], "--num_train_images must be at least 34"),
         (
             ["--kind", "shapes", "--num_validation_images", "0"],
             "argument --num_validation_images: must be a whole number",

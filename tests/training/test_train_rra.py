@@ -176,6 +176,29 @@ def test_options(train_rra, arguments, tmp_path, options, expected):
         assert metrics[1]["learning_rate"] == pytest.approx(1e-3 * 4)
 
 
+def test_projector_and_normalization_change_the_alignment_and_are_saved(train_rra, arguments, tmp_path):
+    options = {"plain": {}, "conv": {"projector_type": "conv"}, "normalized": {"normalize_teacher_features": True}}
+    alignments, projectors = {}, {}
+    for name, own in options.items():
+        line = arguments(output_dir=tmp_path / name, max_train_steps=2, **own)
+        train_rra.main(train_rra.parse_args(line))
+        alignments[name] = read_metrics(tmp_path / name)[1]["alignment"]
+        state = load_file(tmp_path / name / "checkpoint-2" / "model.safetensors")
+        projectors[name] = {
+            key: tuple(state[key].shape) for key in state if key.startswith("projectors.block2_layer2")
+        }
+        settings = json.loads((tmp_path / name / "training_args.json").read_text())
+        assert own.items() <= settings.items()
+        line = arguments(output_dir=tmp_path / name, resume_from_checkpoint="latest", **options["plain"])
+        if own:
+            with pytest.raises(ValueError, match=f"it differs in --{next(iter(own))}"):
+                train_rra.main(train_rra.parse_args(line))
+    assert len(set(alignments.values())) == 3
+    assert projectors["normalized"] == projectors["plain"] and len(projectors["plain"]) == 6
+    # a flow of width 8 and a teacher of dimension 16
+    assert projectors["conv"]["projectors.block2_layer2.conv.weight"] == (16, 8, 3, 3)
+
+
 def test_uniform_noise_trains_a_density_model_and_logs_bits(train_rra, arguments, tmp_path):
     line = arguments(output_dir=tmp_path / "run", noise_type="uniform", max_train_steps=2)
     train_rra.main(train_rra.parse_args(line))

@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,11 +61,22 @@ class Variant:
 
 @dataclass
 class Cell:
-    """A variant with a seed, in a folder of its own."""
+    """
+    A variant with a seed, in a folder of its own.
+
+    Args:
+        variant (`Variant`): What is trained.
+        seed (`int`): Its seed.
+        folder (`pathlib.Path`): Where it is trained and evaluated.
+        record_file (`pathlib.Path`, *optional*):
+            Where its results are kept once it is done, so that it never runs again, even without its folder. `None`
+            keeps no record.
+    """
 
     variant: Variant
     seed: int
     folder: Path
+    record_file: Path | None = None
 
     @property
     def flow_folder(self) -> Path:
@@ -84,11 +96,26 @@ class Cell:
         return {"train": self.variant.train, "evaluate": self.variant.evaluate}
 
     @property
+    def record(self) -> dict[str, Any] | None:
+        """Its config, commit, machine and results; `None` if there is no record of it."""
+        return None if self.record_file is None else read_json(self.record_file)
+
+    @property
+    def recorded_config(self) -> dict[str, dict[str, Any]]:
+        """What a record depends on. A folder can be sampled at another scale later, but a record cannot."""
+        return self.config | {"checkpoints": {"guidance_scale": self.variant.checkpoint_guidance_scale}}
+
+    @property
     def checkpoints(self) -> list[Path]:
-        """The checkpoints whose samples are evaluated: all but the last, whose flow the evaluation is of."""
+        """
+        The checkpoints that are evaluated: all but the last, whose flow the evaluation is of, and those that an
+        interruption left at other steps than other cells have.
+        """
         if self.variant.checkpoint_guidance_scale is None:
             return []
-        return list_checkpoints(self.flow_folder)[:-1]
+        interval = parse_train_options(self.variant.train).checkpointing_steps
+        earlier = list_checkpoints(self.flow_folder)[:-1]
+        return [folder for folder in earlier if int(folder.name.removeprefix("checkpoint-")) % interval == 0]
 
     def checkpoint_folder(self, checkpoint: Path) -> Path:
         return self.folder / "checkpoints" / checkpoint.name
@@ -96,6 +123,8 @@ class Cell:
     @property
     def state(self) -> dict[str, Any]:
         """`status` (done, failed, or `None` for neither), the `error` of a failed cell, and `seconds` by stage."""
+        if self.record is not None:
+            return {"status": "done", "seconds": self.record["row"]["seconds"]}
         return read_json(self.folder / "state.json") or {"status": None, "seconds": {}}
 
 
@@ -163,22 +192,46 @@ def check_keys(content: Any, what: str, keys: Iterable[str]):
 
 def read_grid(path: Path) -> Grid:
     """
-    Read a grid: lists of values for `alignment`, `seeds` and whatever else is varied.
+    Read a grid: lists of values for `alignment`, `seeds` and whatever else is varied, or `seeds` and `variants`, which
+    names variants one by one, each with its own arguments.
 
     Raises:
         ValueError: if the file is not a grid.
     """
-    grid = read_object(path, "grid", {*AXES, "seeds"})
+    grid = read_object(path, "grid", {*AXES, "seeds", "variants"})
+    named = grid.get("variants")
+    if named is not None:
+        check_named_variants(grid, path)
     for name in ("alignment", "seeds"):
-        if name not in grid:
+        if name not in grid and (name == "seeds" or named is None):
             raise ValueError(f"`--grid` {path} has no {name!r}, but every cell needs one.")
     for name, values in grid.items():
-        if not isinstance(values, list) or not values:
+        if name != "variants" and (not isinstance(values, list) or not values):
             raise ValueError(f"`--grid` {path} must have a list of values for {name!r}, but has {values!r}.")
-    unknown = [teacher for teacher in grid.get("teacher", []) if teacher not in TEACHERS]
+    teachers = grid.get("teacher", []) + [own["teacher"] for own in (named or {}).values() if "teacher" in own]
+    unknown = [teacher for teacher in teachers if teacher not in TEACHERS]
     if unknown:
         raise ValueError(f"`--grid` {path} names the teachers {unknown}, but they are {list(TEACHERS)}.")
     return grid
+
+
+def train_arguments() -> set[str]:
+    """Arguments of `training/train_rra.py` that an ablation does not decide itself."""
+    return vars(parse_train_options({"train_data_dir": "d"})).keys() - OWN_TRAIN_ARGUMENTS
+
+
+def check_named_variants(grid: Grid, path: Path):
+    """Raise ValueError unless `variants` of a grid are objects of arguments, by names that folders can have."""
+    others = sorted(set(grid) - {"variants", "seeds"})
+    if others:
+        raise ValueError(f"`--grid` {path} must have either 'variants' or lists of values, but also has {others}.")
+    check_keys(grid["variants"], f"'variants' of `--grid` {path}", grid["variants"])
+    for name, own in grid["variants"].items():
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise ValueError(f"`--grid` {path} names the variant {name!r}, but a folder has to have its name.")
+        check_keys(own, f"the variant {name!r} of `--grid` {path}", {*AXES, *train_arguments()})
+        if "alignment" not in own:
+            raise ValueError(f"The variant {name!r} of `--grid` {path} has no 'alignment', but every cell needs one.")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -191,8 +244,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     settings = {"train": {}, "evaluate": {}, "checkpoint_guidance_scale": None}
     settings |= read_object(path, "settings", settings)
-    known = vars(parse_train_options({"train_data_dir": "d"})).keys() - OWN_TRAIN_ARGUMENTS
-    check_keys(settings["train"], f"'train' of `--settings` {path}", known)
+    check_keys(settings["train"], f"'train' of `--settings` {path}", train_arguments())
     known = vars(parse_evaluate_options({"data_dir": "d"})).keys() - OWN_EVALUATE_ARGUMENTS
     check_keys(settings["evaluate"], f"'evaluate' of `--settings` {path}", known)
     scale, scales = settings["checkpoint_guidance_scale"], settings["evaluate"].get("guidance_scales", [])
@@ -276,6 +328,13 @@ def list_choices(grid: Grid) -> list[dict[str, Any]]:
     return choices
 
 
+def name_choices(grid: Grid) -> dict[str, dict[str, Any]]:
+    """The values of each variant, by its name."""
+    if "variants" in grid:
+        return grid["variants"]
+    return {name_variant(choice, grid): choice for choice in list_choices(grid)}
+
+
 def make_variants(
     grid: Grid, settings: dict[str, Any], source: DataSource, teacher: str, judge: str, output_dir: Path
 ) -> dict[str, Variant]:
@@ -299,7 +358,7 @@ def make_variants(
     flow = make_shapes(parse_train_options(shared))
     num_layers = [len(block.layers) for block in flow.blocks]
     variants, known_arguments = {}, []
-    for choice in list_choices(grid):
+    for variant_name, choice in name_choices(grid).items():
         own = dict(choice)
         if "alignment_blocks" in own:
             own["alignment_blocks"] = resolve_blocks(own["alignment_blocks"], len(num_layers))
@@ -312,7 +371,7 @@ def make_variants(
             continue
         known_arguments.append(own)
         scale = settings["checkpoint_guidance_scale"]
-        variant = Variant(name_variant(choice, grid), shared | own, evaluate, scale)
+        variant = Variant(variant_name, shared | own, evaluate, scale)
         variant.places = check_variant(variant, flow)
         variants[variant.name] = variant
     return variants
@@ -342,7 +401,11 @@ def check_variant(variant: Variant, flow: torch.nn.Module) -> list[Place]:
 
 
 def make_cells(
-    variants: dict[str, Variant], seeds: Iterable[int], output_dir: Path, names: Sequence[str] | None = None
+    variants: dict[str, Variant],
+    seeds: Iterable[int],
+    output_dir: Path,
+    names: Sequence[str] | None = None,
+    records_dir: Path | None = None,
 ) -> list[Cell]:
     """
     Make a cell of each variant with each seed.
@@ -354,6 +417,7 @@ def make_cells(
         seeds (iterable of `int`): The seeds.
         output_dir (`pathlib.Path`): Holds the folder of each cell.
         names (`Sequence[str]`, *optional*): Which of the variants. Default: all.
+        records_dir (`pathlib.Path`, *optional*): Holds the records of finished cells.
     Raises:
         ValueError: if a name is not a variant's.
     """
@@ -361,8 +425,12 @@ def make_cells(
     if unknown:
         raise ValueError(f"`--variants` must be of the grid's, {list(variants)}, but {unknown} are not.")
     chosen = [variant for name, variant in variants.items() if names is None or name in names]
+
+    def record_file(variant: Variant, seed: int) -> Path | None:
+        return None if records_dir is None else records_dir / variant.name / f"seed-{seed}.json"
+
     return [
-        Cell(variant, seed, output_dir / "cells" / variant.name / f"seed-{seed}")
+        Cell(variant, seed, output_dir / "cells" / variant.name / f"seed-{seed}", record_file(variant, seed))
         for seed in dict.fromkeys(seeds)
         for variant in chosen
     ]

@@ -1,7 +1,6 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """What an ablation shows: a table in Markdown, its numbers in JSON, and figures."""
 
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 import torch
 
 from flowback_hf.ablation.grids import BASELINE, Cell
-from flowback_hf.ablation.statistics import Row, mean_and_error, read_row, summarise
+from flowback_hf.ablation.runner import ablate_command
+from flowback_hf.ablation.statistics import Row, choose_curve, mean_and_error, read_row, summarise
 from flowback_hf.evaluation.report import ProbeCurve, by_prefix, draw_linear_probes
 from flowback_hf.files import write_json, write_text
 from flowback_hf.reporting import (
@@ -34,6 +34,7 @@ COLUMNS = (
     ("at scale", "best_guidance_scale", 1, 1),
     ("read as its label, %", "judge_reads_label", 100, 1),
     ("× fewer steps, accuracy", "times_fewer_steps_accuracy", 1, 2),
+    ("× fewer steps, nll", "times_fewer_steps_nll", 1, 2),
     ("× fewer steps, FD", "times_fewer_steps_distance", 1, 2),
     ("ms a step", "seconds_per_step", 1000, 0),
 )
@@ -62,7 +63,7 @@ def write_report(
     seconds = sum(sum(row["seconds"].values()) for row in rows)
     machine = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
     report = {
-        "command": shlex.join(["python", "training/ablate.py", *command]),
+        "command": ablate_command(command),
         "commit": current_commit(),
         "machine": machine | {"threads": threads, "jobs": jobs},
         "cell_hours": round(seconds / 3600, 3),
@@ -142,7 +143,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def explain_table(report: dict[str, Any]) -> str:
     """What the columns mean."""
-    accuracy, distance = (report["baseline_final"][name] for name in ("accuracy", "distance"))
+    accuracy, nll, distance = (report["baseline_final"][name] for name in ("accuracy", "nll", "distance"))
     text = (
         "Mean ± standard error over seeds. Do not read anything into differences smaller than their errors. nll: nats"
         " per dimension. Guided: at the scale with the lowest distance. Probe at its places: a linear classifier on"
@@ -150,14 +151,16 @@ def explain_table(report: dict[str, Any]) -> str:
     )
     if accuracy is not None:
         text += (
-            " × fewer steps: the step at which the baseline first reaches its own final accuracy"
-            f" ({100 * accuracy:.1f} %, the mean over seeds), divided by the step at which the variant does. This"
-            " accuracy is that of one gradient with one draw of noise at each validation, on straight lines between"
-            " validations. A seed that never reaches it is left out and counted."
+            " × fewer steps: the step at which the baseline first reaches its own final accuracy by one gradient"
+            f" ({100 * accuracy:.1f} %, the mean over seeds) and nll ({nll:.4f}), divided by the step at which the"
+            " variant does. A seed that never reaches it is left out and counted."
         )
     if distance is not None:
         scale = report["settings"]["checkpoint_guidance_scale"]
-        text += f" The same for its final FD, {distance:.3f} at guidance {scale}, over checkpoints."
+        text += f" The same for its final FD, {distance:.3f} at guidance {scale}."
+        text += " All are measured at checkpoints, as the final flow is, on straight lines between them."
+    elif accuracy is not None:
+        text += " They are measured at the validations of training with one draw of noise."
     return text
 
 
@@ -205,7 +208,7 @@ def mean_curves(rows: list[Row], curve: str, name: str) -> dict[str, tuple[list[
     curves = {}
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row[curve] for row in rows if row["variant"] == variant]
-        own = [points for points in own if points["step"] and None not in points[name]]
+        own = [points for points in own if points["step"] and None not in points.get(name, [None])]
         if own:
             points = [mean_and_error(list(values)) for values in zip(*(points[name] for points in own))]
             means, errors = [point["mean"] for point in points], [point["standard_error"] or 0.0 for point in points]
@@ -218,15 +221,15 @@ def draw_curves(rows: list[Row], summary: dict[str, Any], path: Path):
     plt = import_pyplot()
     colors = colors_of(summary["variants"])
     panels = {
-        "accuracy": ("curve", 100, "accuracy by one gradient, %"),
-        "distance": ("distance_curve", 1, "Fréchet distance"),
-        "nll": ("curve", 1, "validation nll, nats per dimension"),
+        "accuracy": (100, "accuracy by one gradient, %"),
+        "distance": (1, "Fréchet distance"),
+        "nll": (1, "nll, nats per dimension"),
     }
-    curves = {name: mean_curves(rows, curve, name) for name, (curve, *_) in panels.items()}
+    curves = {name: mean_curves(rows, choose_curve(rows), name) for name in panels}
     panels = {name: panel for name, panel in panels.items() if curves[name]}
     size = (4.6 * len(panels) + 1.5, 3.8)
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for axis, (name, (_, factor, label)) in zip(axes[0], panels.items()):
+    for axis, (name, (factor, label)) in zip(axes[0], panels.items()):
         for variant, (steps, means, errors) in curves[name].items():
             lower = [factor * (mean - error) for mean, error in zip(means, errors)]
             upper = [factor * (mean + error) for mean, error in zip(means, errors)]

@@ -7,9 +7,16 @@ from pathlib import Path
 from diffusers.utils.logging import disable_progress_bar
 
 from flowback_hf.ablation.estimate import print_estimate
-from flowback_hf.ablation.grids import RANDOM_TEACHER, make_cells, make_variants, read_grid, read_settings
+from flowback_hf.ablation.grids import (
+    RANDOM_TEACHER,
+    make_cells,
+    make_variants,
+    name_choices,
+    read_grid,
+    read_settings,
+)
 from flowback_hf.ablation.report import write_report
-from flowback_hf.ablation.runner import Runner, Scripts, check_output_dir, make_random_teacher
+from flowback_hf.ablation.runner import Runner, Scripts, check_output_dir, check_records, make_random_teacher
 from flowback_hf.data.splits import DataSource
 from flowback_hf.files import read_json, write_json
 
@@ -28,6 +35,7 @@ def run_ablation(
     threads: int = 1,
     dry_run: bool = False,
     command: Sequence[str] = (),
+    records_dir: Path | None = None,
 ):
     """
     Train and evaluate the cells of a grid, and compare them in one report.
@@ -47,6 +55,9 @@ def run_ablation(
         threads (`int`, defaults to 1): Threads of each cell.
         dry_run (`bool`, defaults to `False`): Only print the cells and how long they would take.
         command (`Sequence[str]`): The command line that the report says it came from.
+        records_dir (`pathlib.Path`, *optional*):
+            A small record of each finished cell is kept here. Cells with a record never run again, also where
+            `output_dir` is new.
     Raises:
         ValueError: if something in the arguments is impossible. Nothing has been written then.
     """
@@ -55,19 +66,21 @@ def run_ablation(
         raise ValueError(f"`{source.option}` must be an existing folder, but is {source.name!r}.")
     grid, settings = read_grid(grid_file), read_settings(settings_file)
     variants = make_variants(grid, settings, source, teacher, judge, output_dir)
-    cells = make_cells(variants, grid["seeds"] if seeds is None else seeds, output_dir, variant_names)
-    axes = {name: values for name, values in grid.items() if name != "seeds"}
+    cells = make_cells(variants, grid["seeds"] if seeds is None else seeds, output_dir, variant_names, records_dir)
+    # Variants that are named can be added later: each cell's folder says what it was.
+    axes = {name: values for name, values in grid.items() if name not in ("seeds", "variants")}
     check_output_dir(output_dir, axes, cells)
+    check_records(cells)
     for cell in cells:
         print(f"{cell.variant.name}, seed {cell.seed}: {cell.state['status'] or 'to be run'}")
-    runner = Runner(scripts, threads)
+    runner = Runner(scripts, threads, command)
     if dry_run:
         print_estimate(cells, runner, jobs, teacher)
         return
 
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "grid.json", axes)
-    if "random" in grid.get("teacher", []):
+    if any(choice.get("teacher") == "random" for choice in name_choices(grid).values()):
         make_random_teacher(teacher, output_dir / RANDOM_TEACHER)
 
     def report():

@@ -20,10 +20,11 @@ import torch
 from tqdm.auto import tqdm
 
 from flowback_hf.ablation.grids import Cell, command_line, parse_evaluate_options
-from flowback_hf.ablation.statistics import read_distance
+from flowback_hf.ablation.statistics import read_checkpoint, read_row
 from flowback_hf.data.splits import DataSource, HoldOut
 from flowback_hf.files import compare_settings, read_json, write_json, write_whole
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
+from flowback_hf.reporting import current_commit, describe_machine
 from flowback_hf.training.checkpoints import load_averaged_parameters
 
 
@@ -45,10 +46,10 @@ class Scripts:
         return [sys.executable, str(self.evaluate), *command_line(cell.variant.evaluate | own)]
 
     def checkpoint_command(self, cell: Cell, checkpoint: Path) -> list[str]:
-        """The command that evaluates only the samples of a checkpoint, against the reference of the whole flow."""
+        """The command that evaluates a checkpoint: likelihood, accuracy by one gradient, and samples at one scale."""
         folder = cell.checkpoint_folder(checkpoint)
         own = {"seed": cell.seed, "model": folder / "flow", "output_dir": folder / "evaluation"}
-        own |= {"methods": [], "linear_probe": False, "max_images": 2}
+        own |= {"methods": ["gradient"], "linear_probe": False}
         own |= {"guidance_scales": [cell.variant.checkpoint_guidance_scale]}
         own |= {"reference": cell.evaluation_file.with_name("reference.npz")}
         return [sys.executable, str(self.evaluate), *command_line(cell.variant.evaluate | own)]
@@ -59,11 +60,13 @@ class Scripts:
         yield Stage("train", self.train_command(cell), (cell.flow_folder / "model_index.json").exists())
         yield Stage("evaluate", self.evaluate_command(cell), cell.evaluation_file.exists())
         for checkpoint in cell.checkpoints:
-            command, done = self.checkpoint_command(cell, checkpoint), read_distance(cell, checkpoint) is not None
+            command, done = self.checkpoint_command(cell, checkpoint), read_checkpoint(cell, checkpoint) is not None
             yield Stage(f"evaluate {checkpoint.name}", command, done, checkpoint)
 
     def is_done(self, cell: Cell) -> bool:
         """Whether all stages are done: what is done at one guidance scale may be wanted at another."""
+        if cell.record_file is not None:
+            return cell.record is not None
         return cell.state["status"] == "done" and all(stage.done for stage in self.stages(cell))
 
 
@@ -103,10 +106,13 @@ class Runner:
     Args:
         scripts ([`Scripts`]): What the stages run.
         threads (`int`): Threads of each process.
+        command (`Sequence[str]`): The command line that records say they came from.
     """
 
-    def __init__(self, scripts: Scripts, threads: int):
+    def __init__(self, scripts: Scripts, threads: int, command: Sequence[str] = ()):
         self.scripts = scripts
+        self.threads = threads
+        self.command = command
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self.processes: set[subprocess.Popen] = set()
         self.stopped = False
@@ -133,6 +139,21 @@ class Runner:
         else:
             state["status"] = "done"
         write_json(cell.folder / "state.json", state)
+        if state["status"] == "done" and cell.record_file is not None:
+            self.write_record(cell)
+
+    def write_record(self, cell: Cell):
+        """Keep the results of a finished cell, and what they depend on."""
+        cell.record_file.parent.mkdir(parents=True, exist_ok=True)
+        machine = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
+        record = {
+            "config": cell.recorded_config,
+            "command": ablate_command(self.command),
+            "commit": current_commit(),
+            "machine": machine | {"threads": self.threads},
+            "row": read_row(cell),
+        }
+        write_json(cell.record_file, record)
 
     def run(self, command: list[str], cell: Cell) -> int:
         """Run a command, whose output goes to the cell's log. Returns its exit status."""
@@ -187,6 +208,11 @@ class Runner:
             process.terminate()
 
 
+def ablate_command(arguments: Sequence[str]) -> str:
+    """The command line of `training/ablate.py` for reports and records."""
+    return shlex.join(["python", "training/ablate.py", *arguments])
+
+
 def lock(log: Any, cell: Cell):
     """Lock a cell's open log. Raises ValueError if another process runs the cell."""
     try:
@@ -238,6 +264,22 @@ def check_output_dir(output_dir: Path, axes: dict[str, list], cells: Sequence[Ce
         if cell.log_file.exists():
             with cell.log_file.open("a") as log:
                 lock(log, cell)
+
+
+def check_records(cells: Sequence[Cell]):
+    """Raise ValueError if a cell's record is of another config."""
+    for cell in cells:
+        if cell.record is not None:
+            different = [
+                text
+                for stage in cell.recorded_config
+                for text in compare_settings(cell.record["config"][stage], cell.recorded_config[stage])
+            ]
+            if different:
+                raise ValueError(
+                    f"The record {cell.record_file} is of another config: {', '.join(different)}. Choose another"
+                    " --records_dir, or delete the record."
+                )
 
 
 def make_random_teacher(teacher: str, folder: Path):

@@ -26,6 +26,7 @@ METRICS = (
     "best_guidance_scale",
     "judge_reads_label",
     "times_fewer_steps_accuracy",
+    "times_fewer_steps_nll",
     "times_fewer_steps_distance",
     "seconds_per_step",
 )
@@ -35,7 +36,14 @@ METRICS = (
 
 
 def read_row(cell: Cell) -> Row:
-    """Everything that is known of a cell; of one that is not done, its status and error."""
+    """
+    Everything that is known of a cell; of one that is not done, its status and error.
+
+    Two curves show how it learned: `curve`, from the validations of training, and `checkpoint_curve`, from the
+    evaluations of its checkpoints, on the images and noise of the final one. The latter is empty without them.
+    """
+    if cell.record is not None:
+        return cell.record["row"]
     state = cell.state
     row = {"variant": cell.variant.name, "seed": cell.seed, "status": state["status"] or "not finished"}
     row |= {"error": state["error"]} if "error" in state else {}
@@ -49,7 +57,7 @@ def read_row(cell: Cell) -> Row:
         name: [record.get(f"validation_{name}") for record in validations] for name in ("nll", "accuracy")
     }
     evaluation = read_json(cell.evaluation_file)
-    row["distance_curve"] = read_distance_curve(cell, evaluation, row["curve"]["step"][-1])
+    row["checkpoint_curve"] = read_checkpoint_curve(cell, evaluation, row["curve"]["step"][-1])
     speed = statistics.median(record["images_per_second"] for record in records if "images_per_second" in record)
     training_args = read_json(cell.flow_folder / "training_args.json")
     images_per_step = training_args["train_batch_size"] * training_args["gradient_accumulation_steps"]
@@ -58,22 +66,28 @@ def read_row(cell: Cell) -> Row:
     return row
 
 
-def read_distance(cell: Cell, checkpoint: Path) -> float | None:
-    """The Fréchet distance of a checkpoint's samples at the guidance scale; `None` if it has not been measured."""
+def read_checkpoint(cell: Cell, checkpoint: Path) -> dict[str, Any] | None:
+    """The evaluation of a checkpoint; `None` if its samples have not been evaluated at the guidance scale."""
     results = read_json(cell.checkpoint_folder(checkpoint) / "evaluation" / "evaluation.json") or {}
-    return results.get(f"frechet_distance/guidance_{cell.variant.checkpoint_guidance_scale}")
+    return results if distance_name(cell) in results else None
 
 
-def read_distance_curve(cell: Cell, evaluation: dict[str, Any], last_step: int) -> dict[str, list]:
-    """Distances over steps, at one guidance scale; empty unless all were measured."""
-    distances = {
-        int(checkpoint.name.removeprefix("checkpoint-")): read_distance(cell, checkpoint)
+def distance_name(cell: Cell) -> str:
+    return f"frechet_distance/guidance_{cell.variant.checkpoint_guidance_scale}"
+
+
+def read_checkpoint_curve(cell: Cell, evaluation: dict[str, Any], last_step: int) -> dict[str, list]:
+    """Accuracy, nll and distance over checkpoints; empty unless all were evaluated."""
+    evaluations = {
+        int(checkpoint.name.removeprefix("checkpoint-")): read_checkpoint(cell, checkpoint)
         for checkpoint in cell.checkpoints
     }
-    if not distances or None in distances.values():
-        return {"step": [], "distance": []}
-    distances[last_step] = evaluation[f"frechet_distance/guidance_{cell.variant.checkpoint_guidance_scale}"]
-    return {"step": list(distances), "distance": list(distances.values())}
+    if not evaluations or None in evaluations.values():
+        return {"step": [], "accuracy": [], "nll": [], "distance": []}
+    evaluations[last_step] = evaluation
+    names = {"accuracy": "accuracy/gradient", "nll": "nll", "distance": distance_name(cell)}
+    curve = {name: [results.get(key) for results in evaluations.values()] for name, key in names.items()}
+    return {"step": list(evaluations), **curve}
 
 
 def read_metrics(evaluation: dict[str, Any], places: list[Place]) -> dict[str, float]:
@@ -137,6 +151,11 @@ def steps_to_reach(steps: list[int], values: list[float], target: float) -> floa
     return None
 
 
+def choose_curve(rows: list[Row]) -> str:
+    """Where steps are counted: over checkpoints if they were evaluated, else over the validations of training."""
+    return "checkpoint_curve" if any(row["checkpoint_curve"]["step"] for row in rows) else "curve"
+
+
 def add_speed_ups(rows: list[Row], curve: str, name: str, sign: int) -> float | None:
     """
     Add to the rows' metrics at which step each reaches the baseline's final value, and how many times fewer that is.
@@ -150,7 +169,7 @@ def add_speed_ups(rows: list[Row], curve: str, name: str, sign: int) -> float | 
     Returns:
         `float`: the final value; `None` without a baseline.
     """
-    rows = [row for row in rows if row[curve]["step"] and None not in row[curve][name]]
+    rows = [row for row in rows if row[curve]["step"] and None not in row[curve].get(name, [None])]
     baseline = [row for row in rows if row["variant"] == BASELINE]
     if not baseline:
         return None
@@ -176,13 +195,13 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     Args:
         rows (`list[dict]`): As [`read_row`] returns them. Speed-ups are added to the metrics of finished ones.
     Returns:
-        `dict`: `baseline_final`, the baseline's final accuracy and distance, and `variants`: by name the numbers of
-        cells, the mean and standard error of each metric, and those of its difference from the baseline.
+        `dict`: `baseline_final`, the baseline's final accuracy, nll and distance, and `variants`: by name the numbers
+        of cells, the mean and standard error of each metric, and those of its difference from the baseline.
     """
     done = [row for row in rows if row["status"] == "done"]
     baseline_final = {
-        "accuracy": add_speed_ups(done, "curve", "accuracy", sign=1),
-        "distance": add_speed_ups(done, "distance_curve", "distance", sign=-1),
+        name: add_speed_ups(done, choose_curve(done), name, sign)
+        for name, sign in {"accuracy": 1, "nll": -1, "distance": -1}.items()
     }
     variants = {}
     for name in dict.fromkeys(row["variant"] for row in rows):

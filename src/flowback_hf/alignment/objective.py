@@ -17,6 +17,9 @@ from flowback_hf_cli.numbers import check_number
 
 
 STRATEGIES = ("none", "forward", "detach", "reverse")
+PROJECTOR_TYPES = ("mlp", "conv")
+
+STANDARDIZE_EPSILON = 1e-6
 
 
 @dataclass
@@ -113,6 +116,53 @@ class FixedPoint:
         return (cotangent * (self.scaled_latents * self.log_scale + self.shift)).sum()
 
 
+class ConvProjector(nn.Module):
+    """
+    A convolution of 3x3 tokens, with zeros around the grid, as in iREPA.
+
+    Args:
+        width (`int`): Of the hidden states.
+        teacher_dim (`int`): Of the teacher's features.
+    """
+
+    def __init__(self, width: int, teacher_dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, teacher_dim, kernel_size=3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Turn `(batch_size, num_tokens, width)`, tokens of a square in raster order, into teacher_dim channels."""
+        grid_size = math.isqrt(hidden_states.shape[1])
+        grid = hidden_states.transpose(1, 2).unflatten(2, (grid_size, grid_size))
+        return self.conv(grid).flatten(2).transpose(1, 2)
+
+
+def make_projector(projector_type: str, width: int, projector_dim: int, teacher_dim: int) -> nn.Module:
+    """A module from hidden states `(batch_size, num_tokens, width)` to `(batch_size, num_tokens, teacher_dim)`."""
+    if projector_type == "conv":
+        return ConvProjector(width, teacher_dim)
+    return nn.Sequential(
+        nn.Linear(width, projector_dim),
+        nn.SiLU(),
+        nn.Linear(projector_dim, projector_dim),
+        nn.SiLU(),
+        nn.Linear(projector_dim, teacher_dim),
+    )
+
+
+def standardize_over_patches(teacher_features: torch.Tensor) -> torch.Tensor:
+    """
+    Give every channel mean 0 and standard deviation 1 over the patches of an image, as in iREPA.
+
+    What all patches of an image share is gone then; what is left says how they differ.
+
+    Args:
+        teacher_features (`torch.Tensor` of shape `(batch_size, num_tokens, teacher_dim)`): Patch features.
+    """
+    features = teacher_features.to(torch.promote_types(teacher_features.dtype, torch.float32))
+    mean, deviation = features.mean(dim=1, keepdim=True), features.std(dim=1, correction=0, keepdim=True)
+    return (features - mean) / (deviation + STANDARDIZE_EPSILON)
+
+
 class AlignedFlowObjective(nn.Module):
     r"""
     The likelihood of a flow, plus the alignment of its hidden states with a frozen teacher's patch features `v`:
@@ -157,11 +207,16 @@ class AlignedFlowObjective(nn.Module):
             `num_tokens - 1`. `None` is 0.
         weight (`float`, defaults to 0.1): lambda, the weight of the alignment.
         teacher_dim (`int`): Dimension of the teacher's features. Ignored for `"none"`.
-        projector_dim (`int`, defaults to 1024): Hidden dimension of the projectors, MLPs of three layers with SiLU.
+        projector_dim (`int`, defaults to 1024): Hidden dimension of the MLP projectors.
+        projector_type (`str`, defaults to `"mlp"`):
+            `"mlp"`, three linear layers with SiLU on each token, as in the paper, or `"conv"`, one convolution of 3x3
+            tokens, as in iREPA.
+        normalize_teacher_features (`bool`, defaults to `False`):
+            Whether to standardize the teacher's features over the patches of each image, as in iREPA.
 
     Raises:
-        ValueError: for an unknown strategy, a place outside the flow, an order that does not fit the strategy, or a
-            number that is out of its range.
+        ValueError: for an unknown strategy or projector, a place outside the flow, an order that does not fit the
+            strategy, or a number that is out of its range.
 
     Example:
         ```py
@@ -181,7 +236,7 @@ class AlignedFlowObjective(nn.Module):
 
     References: Flowing Backwards: Improving Normalizing Flows via Reverse Representation Alignment,
     https://arxiv.org/abs/2511.22345 (its section 3); implicit gradients as in Bai et al., Deep Equilibrium Models,
-    https://arxiv.org/abs/1909.01377
+    https://arxiv.org/abs/1909.01377; iREPA, https://arxiv.org/abs/2512.10794
     """
 
     def __init__(
@@ -193,16 +248,21 @@ class AlignedFlowObjective(nn.Module):
         weight: float = 0.1,
         teacher_dim: int | None = None,
         projector_dim: int = 1024,
+        projector_type: str = "mlp",
+        normalize_teacher_features: bool = False,
     ):
         super().__init__()
         if strategy not in STRATEGIES:
             raise ValueError(f"`strategy` must be one of {STRATEGIES}, but is {strategy!r}.")
         if strategy != "reverse" and order is not None:
             raise ValueError(f"`order` is for the strategy 'reverse' only, but is {order!r} for {strategy!r}.")
+        if projector_type not in PROJECTOR_TYPES:
+            raise ValueError(f"`projector_type` must be one of {PROJECTOR_TYPES}, but is {projector_type!r}.")
         check_number("weight", weight, float, at_least=0.0)
         self.flow = flow
         self.strategy = strategy
         self.weight = weight
+        self.normalize_teacher_features = normalize_teacher_features
         self.places: list[Place] = []
         # The blocks whose input is a leaf of the graph. Both gradients reach them, but only the likelihood's gradient
         # goes on to the blocks before.
@@ -228,13 +288,7 @@ class AlignedFlowObjective(nn.Module):
         self.teacher_dim = teacher_dim
         width = flow.config.num_attention_heads * flow.config.attention_head_dim
         for place in self.places:
-            self.projectors[place_name(place)] = nn.Sequential(
-                nn.Linear(width, projector_dim),
-                nn.SiLU(),
-                nn.Linear(projector_dim, projector_dim),
-                nn.SiLU(),
-                nn.Linear(projector_dim, teacher_dim),
-            )
+            self.projectors[place_name(place)] = make_projector(projector_type, width, projector_dim, teacher_dim)
 
     @property
     def model(self) -> TarFlowTransformer2DModel:
@@ -264,6 +318,8 @@ class AlignedFlowObjective(nn.Module):
         tokens = self.flow.patchify(noisy_sample)
         check_class_labels(class_labels, len(tokens), self.flow.config.num_classes)
         self._check_teacher_features(teacher_features, tokens)
+        if self.normalize_teacher_features and self.places:
+            teacher_features = standardize_over_patches(teacher_features)
 
         fixed_points: dict[int, FixedPoint] = {}
         log_scales, hidden_states = [], {}
@@ -308,7 +364,7 @@ class AlignedFlowObjective(nn.Module):
     def _cosine(self, place: Place, hidden_states: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
         """Return the cosine similarity of every patch, `(batch_size, num_tokens)`."""
         projector = self.projectors[place_name(place)]
-        projected = projector(hidden_states.to(projector[0].weight.dtype))
+        projected = projector(hidden_states.to(next(projector.parameters()).dtype))
         dtype = torch.promote_types(projected.dtype, torch.float32)
         return F.cosine_similarity(projected.to(dtype), teacher_features.to(dtype), dim=-1)
 

@@ -1735,8 +1735,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         Make variations of images: a part of their latents is drawn anew.
 
         The latents become `sqrt(1 - strength^2) z + strength noise`, which keeps the distribution of standard normal
-        latents. Where it was compared with drawing the latents of some tokens anew, more of the variations were read
-        as their class, at the same distance from the image (`docs/editing.md`).
+        latents. Drawing all latents of some tokens anew changes more at the same strength, and does about as well at
+        the same distance from the image (`docs/editing.md`).
 
         Args:
             images (a PIL image, array, tensor or path, or many of them):

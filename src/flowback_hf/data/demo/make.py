@@ -7,16 +7,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from PIL import Image
 
 from flowback_hf.data.demo.digits import DIGITS
+from flowback_hf.data.demo.glyphs import GLYPHS
 from flowback_hf.data.demo.icons import ICONS
-from flowback_hf.data.demo.networks import fit_and_measure, make_image_processor, make_judge, make_teacher
+from flowback_hf.data.demo.kind import JUDGE_SPLIT
+from flowback_hf.data.demo.networks import fit_and_measure, make_image_processor, make_judge
 from flowback_hf.data.demo.shapes import SHAPES
 
 
-KINDS = {"digits": DIGITS, "icons": ICONS, "shapes": SHAPES}
+KINDS = {"digits": DIGITS, "glyphs": GLYPHS, "icons": ICONS, "shapes": SHAPES}
 
 
 def save_image_folder(folder: Path, images: list[Image.Image], labels: list[int], class_names: list[str]) -> None:
@@ -24,6 +27,13 @@ def save_image_folder(folder: Path, images: list[Image.Image], labels: list[int]
         (folder / class_name).mkdir(parents=True)
     for index, (image, label) in enumerate(zip(images, labels)):
         image.save(folder / class_names[label] / f"{index:05d}.png")
+
+
+def save_parquet(file: Path, images: list[Image.Image], labels: list[int], class_names: list[str]) -> None:
+    """Write a split as a file that `datasets` and the Hub read, with the class names in it."""
+    file.parent.mkdir(exist_ok=True)
+    columns = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=class_names)})
+    datasets.Dataset.from_dict({"image": images, "label": labels}, columns).to_parquet(file)
 
 
 def make_demo(
@@ -57,13 +67,17 @@ def make_demo(
     image_processor = make_image_processor(resolution)
     pixel_values, labels = {}, {}
     for split, (images, split_labels) in splits.items():
-        save_image_folder(folder / "images" / split, images, split_labels, class_names)
+        if split != JUDGE_SPLIT and kind_of_images.is_parquet:
+            save_parquet(folder / "images" / f"{split}.parquet", images, split_labels, class_names)
+        elif split != JUDGE_SPLIT:
+            save_image_folder(folder / "images" / split, images, split_labels, class_names)
         pixel_values[split] = image_processor(images, return_tensors="pt").pixel_values
         labels[split] = torch.tensor(split_labels)
     images_done = time.perf_counter()
 
     data = {"pixel_values": pixel_values, "labels": labels, "quarter_turns": kind_of_images.quarter_turns}
-    teacher = make_teacher(resolution, resolution // kind_of_images.teacher_grid_size, class_names, seed)
+    patch_size = resolution // kind_of_images.teacher_grid_size
+    teacher = kind_of_images.make_teacher(resolution, patch_size, class_names, seed)
     teacher_accuracy = fit_and_measure(teacher, **data, num_epochs=teacher_epochs, seed=seed, description="teacher")
     teacher.dinov2.save_pretrained(folder / "teacher")
     image_processor.save_pretrained(folder / "teacher")
@@ -71,6 +85,8 @@ def make_demo(
 
     # The judge shares neither architecture nor seed with the teacher, so that it does not repeat its mistakes.
     judge = make_judge(class_names, seed + 1)
+    if JUDGE_SPLIT in splits:
+        data = data | {name: data[name] | {"train": data[name][JUDGE_SPLIT]} for name in ("pixel_values", "labels")}
     judge_accuracy = fit_and_measure(judge, **data, num_epochs=judge_epochs, seed=seed + 1, description="judge")
     judge.save_pretrained(folder / "judge")
     image_processor.save_pretrained(folder / "judge")

@@ -8,10 +8,12 @@ from transformers import (
     BitImageProcessorPil,
     Dinov2Config,
     Dinov2ForImageClassification,
+    Dinov2Model,
     ResNetConfig,
     ResNetForImageClassification,
     get_cosine_schedule_with_warmup,
 )
+from transformers.modeling_outputs import ImageClassifierOutput
 
 
 BATCH_SIZE = 64
@@ -30,6 +32,31 @@ def make_image_processor(resolution: int) -> BitImageProcessorPil:
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
+
+
+class PatchClassifier(torch.nn.Module):
+    """
+    A DINOv2 with a classification head on the mean of its patch tokens only, which must then carry the meaning.
+
+    Args:
+        dinov2 (`Dinov2Model`): The encoder.
+        num_classes (`int`): How many classes the head tells apart.
+    """
+
+    def __init__(self, dinov2: Dinov2Model, num_classes: int):
+        super().__init__()
+        self.dinov2 = dinov2
+        self.classifier = torch.nn.Linear(dinov2.config.hidden_size, num_classes)
+
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        patch_tokens = self.dinov2(pixel_values).last_hidden_state[:, 1:]
+        return ImageClassifierOutput(logits=self.classifier(patch_tokens.mean(dim=1)))
+
+
+def make_patch_teacher(resolution: int, patch_size: int, class_names: list[str], seed: int) -> PatchClassifier:
+    """The DINOv2 of [`make_teacher`] with a classification head on the mean of its patch tokens only."""
+    dinov2 = make_teacher(resolution, patch_size, class_names, seed).dinov2
+    return PatchClassifier(dinov2, len(class_names))
 
 
 def make_teacher(resolution: int, patch_size: int, class_names: list[str], seed: int) -> Dinov2ForImageClassification:
