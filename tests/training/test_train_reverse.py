@@ -248,7 +248,7 @@ def test_pairs_are_what_the_exact_sampler_draws(flow_folder, tmp_path):
     "options, message",
     [
         ({"validation_guidance_scale": 4.0}, "`guidance_scale` must be between 1.0 and 3.0, for which"),
-        ({"train_batch_size": 21}, "`--train_batch_size` 21 on 1 processes needs 21 images"),
+        ({"train_batch_size": 21}, "`--train_batch_size` 21 on 1 process with .* needs 21 images a step"),
         ({"patch_size": 3}, "`sample_size` must be divisible by `patch_size`"),
         (
             {"latents": "nowhere", "train_data_dir": None},

@@ -98,7 +98,8 @@ def test_the_host_reads_the_device_only_to_log(make_trainer, monkeypatch, accumu
         max_train_steps=8, logging_steps=4, validation_steps=100, checkpointing_steps=100,
         gradient_accumulation_steps=accumulation, train_batch_size=2 // accumulation, max_grad_norm=1.0,
     )  # fmt: skip
-    trainer.flow._check_class_labels = lambda *arguments: None  # looks at labels on the CPU, and on no other device
+    # It looks at labels on the CPU, and on no other device.
+    monkeypatch.setattr("flowback_hf.alignment.objective.check_class_labels", lambda *arguments: None)
     reads = []
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
         method = getattr(torch.Tensor, name)
