@@ -91,7 +91,11 @@ class Visit:
         self.tab.get_by_role("button", name=name, exact=True).click()
 
     def choose_example(self, number: int):
+        """Click an example, and wait until it is in the component that it belongs to, which was empty."""
+        filled = self.tab.locator("button[aria-label='Remove Image']:visible")
+        num_filled = filled.count()
         self.tab.locator(f"img[src*=example_{number}]:visible").last.click()
+        expect(filled).to_have_count(num_filled + 1)
 
     def upload(self, path):
         self.tab.locator("input[type=file]:visible, .picture:visible input[type=file]").first.set_input_files(path)
