@@ -397,7 +397,7 @@ def classification_accuracy(reports: list[str]) -> Table:
 
 # Editing
 
-EDITING_REPORTS = ["editing_digits"]
+EDITING_REPORTS = ["editing_digits", "editing_icons"]
 
 
 def editing_table(kind: str, columns: list[tuple[str, str, int, int]]) -> Table:
