@@ -75,7 +75,7 @@ class Run:
 
     def save(self):
         figures = {"nll": 0.0, "lowest_nll": 0.0}
-        save_checkpoint(self.accelerator, self.folder, 1, 1, figures, ema=self.ema)
+        save_checkpoint(self.accelerator, self.folder, 1, figures, ema=self.ema)
 
     @torch.no_grad()
     def measure_weights(self):

@@ -59,7 +59,6 @@ CHECKPOINT_FILES = (
     "model.safetensors",
     "ema.safetensors",
     "optimizer.bin",
-    "scheduler.bin",
     "random_states_0.pkl",
     "training_args.json",
     "metrics.jsonl",
@@ -99,7 +98,9 @@ def test_a_checkpoint(whole_run, line, tmp_path, drill, name, as_torch_saves):
     drill("Planted pickles", files=1, code_run=0)
 
 
-@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "name", ["custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "pytorch_model.bin", "scheduler.bin"]
+)
 @pytest.mark.drill
 def test_a_file_that_a_checkpoint_should_not_have(whole_run, line, tmp_path, drill, name):
     folder, proof = tmp_path / "run", tmp_path / "proof"

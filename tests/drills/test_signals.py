@@ -42,7 +42,7 @@ def test_a_second_signal_ends_at_once(line, tmp_path, drill):
 
 @pytest.mark.parametrize("number", [pytest.param(number, marks=pytest.mark.drill) for number in range(10)])
 def test_a_signal_to_all_processes(line, tmp_path, drill, number):
-    """As schedulers and Ctrl-C send it: the processes that load data end at once, but not the step."""
+    """As schedulers and Ctrl-C send it. The step, and what it loads, comes to its end."""
     folder = tmp_path / "run"
     process = start(
         tmp_path / "log", line(folder, dataloader_num_workers=1, max_train_steps=400, validation_steps=400)
