@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, Dinov2Model
 
 from flowback_hf.data.demo import glyphs, icons, make, networks
+from flowback_hf.data.demo.kind import image_generator
 
 from ..conftest import end_of_command, load_script
 
@@ -190,15 +191,20 @@ def test_the_same_seed_gives_the_same_images_and_weights_to_the_bit(demos, tmp_p
     assert first_report == second_report
 
 
+def draw_glyph_image(seed: int, split: str, index: int, resolution: int) -> Image.Image:
+    rng = image_generator(seed, split, index)
+    return glyphs.draw_glyph(rng, index % len(glyphs.CHARACTERS), resolution)
+
+
 def test_glyphs_depend_on_seed_split_and_index_only(image_folders):
     """Any row can be drawn alone; the judge's images are those of no other split."""
     for split, images in image_folders["glyphs"].items():
         for index in (0, 5, 33):
-            image = glyphs.draw_glyph_image(3, split, index, 16)
+            image = draw_glyph_image(3, split, index, 16)
             assert image.mode == "L"
             assert images_are_equal(image, images[index]["image"])
             assert images[index]["label"] == index
-    drawn = [glyphs.draw_glyph_image(*arguments, 16) for arguments in [(3, "judge", 0), (4, "train", 0)]]
+    drawn = [draw_glyph_image(*arguments, 16) for arguments in [(3, "judge", 0), (4, "train", 0)]]
     drawn += [images[0]["image"] for images in image_folders["glyphs"].values()]
     assert len({image.tobytes() for image in drawn}) == 5
 
@@ -215,7 +221,7 @@ def test_a_glyph_has_another_shape_in_each_class_and_contrast_of_either_sign():
         assert np.abs(first - second).mean() > 0.01
     signs = set()
     for index in range(34 * 4):
-        image = np.asarray(glyphs.draw_glyph_image(0, "train", index, 16), dtype=float)
+        image = np.asarray(draw_glyph_image(0, "train", index, 16), dtype=float)
         signs.add(np.sign(np.abs(image - image.min()).mean() - np.abs(image - image.max()).mean()))
     assert signs == {-1.0, 1.0}
 
@@ -240,7 +246,7 @@ def test_the_judge_of_the_glyphs_is_trained_on_images_of_its_own(monkeypatch, tm
     (tmp_path / "demo").mkdir()
     make.make_demo(tmp_path / "demo", "glyphs", 3, 16, {"train": 70, "validation": 34}, 1, 1)
     assert len(seen["teacher"]) == 70 and len(seen["judge"]) == 24
-    first = networks.make_image_processor(16)(glyphs.draw_glyph_image(3, "judge", 0, 16), return_tensors="pt")
+    first = networks.make_image_processor(16)(draw_glyph_image(3, "judge", 0, 16), return_tensors="pt")
     assert torch.equal(seen["judge"][0], first.pixel_values[0])
     assert {path.name for path in (tmp_path / "demo" / "images").iterdir()} == {
         "train.parquet", "validation.parquet", "test.parquet"

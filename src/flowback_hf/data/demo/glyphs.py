@@ -11,16 +11,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm.auto import tqdm
 
-from flowback_hf.data.demo.kind import JUDGE_SPLIT, DemoKind, Splits
+from flowback_hf.data.demo.kind import JUDGE_SPLIT, DemoKind, Splits, draw_splits
 from flowback_hf.data.demo.networks import make_patch_teacher
 
 
 SUPERSAMPLING = 4
-
-# Each split is drawn with random numbers of its own.
-GLYPH_SPLITS = ("train", "validation", "test", JUDGE_SPLIT)
 
 # Digits have words for names, because a name such as "2" could also be a class id. 0 and 1 are left out: in many
 # typefaces they are O and I.
@@ -90,18 +86,13 @@ def draw_mask(rng: np.random.Generator, character: str, size: int) -> np.ndarray
     return np.asarray(mask) / 255
 
 
-def draw_glyph_image(seed: int, split: str, index: int, resolution: int) -> Image.Image:
-    """
-    Draw image `index` of a split: it depends only on these arguments, never on how many images are made.
-
-    The glyph is lighter or darker than the background. The classes take turns.
-    """
-    rng = np.random.default_rng(np.random.SeedSequence([seed, GLYPH_SPLITS.index(split), index]))
+def draw_glyph(rng: np.random.Generator, label: int, resolution: int) -> Image.Image:
+    """Draw an image of a class. The glyph is lighter or darker than the background."""
     size = resolution * SUPERSAMPLING
     level = rng.uniform(0.2, 0.8)
     background = draw_background(rng, size, level)
     contrast = rng.uniform(0.4, 0.8) * (1 if level < 0.5 else -1)
-    mask = draw_mask(rng, list(CHARACTERS.values())[index % len(CHARACTERS)], size)
+    mask = draw_mask(rng, list(CHARACTERS.values())[label], size)
     pixels = background * (1 - mask) + (level + contrast) * mask
     return Image.fromarray(np.uint8(np.round(255 * pixels.clip(0, 1)))).reduce(SUPERSAMPLING)
 
@@ -118,13 +109,7 @@ def make_glyphs(seed: int, resolution: int, num_images: dict[str, int]) -> Split
     """
     find_typefaces()
     num_images = num_images | {"test": num_images["validation"], JUDGE_SPLIT: -(-num_images["train"] // 3)}
-    splits = {}
-    for split in GLYPH_SPLITS:
-        indices = range(num_images[split])
-        progress = tqdm(indices, desc=f"{split} images")
-        images = [draw_glyph_image(seed, split, index, resolution) for index in progress]
-        splits[split] = images, [index % len(CHARACTERS) for index in indices]
-    return splits
+    return draw_splits(draw_glyph, len(CHARACTERS), seed, resolution, num_images)
 
 
 # A turned Z is an N.

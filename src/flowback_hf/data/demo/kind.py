@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 from flowback_hf.data.demo.networks import make_teacher
 
 
-SPLITS = ("train", "validation")
 # A kind may draw images for the judge only. They are not saved, so that no flow sees them.
 JUDGE_SPLIT = "judge"
+# Every kind has the first two. An image's random numbers depend on the number of its split.
+SPLITS = ("train", "validation", "test", JUDGE_SPLIT)
 
 # The images and labels of each split.
 Splits = dict[str, tuple[list[Image.Image], list[int]]]
@@ -43,6 +44,11 @@ class DemoKind:
     is_parquet: bool = False
 
 
+def image_generator(seed: int, split: str, index: int) -> np.random.Generator:
+    """Make the generator that draws one image of a split, whatever other images are drawn."""
+    return np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
+
+
 def draw_splits(
     draw: Callable[[np.random.Generator, int, int], Image.Image],
     num_classes: int,
@@ -51,22 +57,22 @@ def draw_splits(
     num_images: dict[str, int],
 ) -> Splits:
     """
-    Draw the images of both splits. The classes take turns, so they are balanced.
+    Draw the images of some splits. The classes take turns, so they are balanced.
 
     An image depends only on the seed, its split, its number and the resolution, never on how many images are made.
 
     Args:
         draw (`Callable`): Takes a random generator, a label and the resolution in pixels, and returns an image.
         num_classes (`int`): How many labels there are.
-        seed (`int`), resolution (`int`), num_images (`dict`): As `DemoKind.make_splits` takes them.
+        seed (`int`), resolution (`int`): As `DemoKind.make_splits` takes them.
+        num_images (`dict`): Of each split.
     """
     splits = {}
-    for split_number, split in enumerate(SPLITS):
-        indices = range(num_images[split])
-        labels = [index % num_classes for index in indices]
-        images = []
-        for index, label in zip(tqdm(indices, desc=f"{split} images"), labels):
-            rng = np.random.default_rng(np.random.SeedSequence([seed, split_number, index]))
-            images.append(draw(rng, label, resolution))
+    for split, number in num_images.items():
+        labels = [index % num_classes for index in range(number)]
+        images = [
+            draw(image_generator(seed, split, index), label, resolution)
+            for index, label in enumerate(tqdm(labels, desc=f"{split} images"))
+        ]
         splits[split] = images, labels
     return splits
