@@ -1584,8 +1584,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         Turn images of one class into similar images of another class.
 
         The latents of an image under its own class describe what the class does not: the flow makes an image of the
-        other class from them. Only that second step is guided. With a guided inversion, fewer results were read as the
-        other class, and less was kept of the image (`docs/editing.md`).
+        other class from them. Only that second step is guided: a guided inversion kept less of the image
+        (`docs/editing.md`).
 
         Args:
             images (a PIL image, array, tensor or path, or many of them):
@@ -1630,7 +1630,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         sample, source, target = self._encode_labelled(images, source=source, target=target)
         latents = self.transformer(sample, source).sample
         options |= {"denoise": denoise, "return_dict": return_dict, "callback_on_step_end": callback_on_step_end}
-        return self(target, num_images_per_prompt=len(latents) if target is None else 1, latents=latents, **options)
+        return self._sample_from(latents, target, **options)
 
     @torch.no_grad()
     def interpolate(
@@ -1709,7 +1709,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             weights = torch.lerp(first, last, fractions.unsqueeze(1))
         latents = slerp(*latents, fractions)
         options |= {"denoise": denoise, "return_dict": return_dict, "callback_on_step_end": callback_on_step_end}
-        return self(weights, num_images_per_prompt=num_steps if weights is None else 1, latents=latents, **options)
+        return self._sample_from(latents, weights, **options)
 
     @torch.no_grad()
     def vary(
@@ -1776,22 +1776,26 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             "guidance_rule": guidance_rule,
             "guidance_schedule": guidance_schedule,
             "guidance_temperature": guidance_temperature,
-            "num_images_per_prompt": num_images_per_prompt,
             "solver": solver,
             "tolerance": tolerance,
             "on_overflow": on_overflow,
             "output_type": output_type,
         }
-        self.check_inputs(**options)
+        self.check_inputs(num_images_per_prompt=num_images_per_prompt, **options)
         check_number("strength", strength, float, at_least=0.0, at_most=1.0)
         sample, labels = self._encode_labelled(images, generator, num_images_per_prompt, class_labels=class_labels)
         latents = self.transformer(sample, labels).sample.repeat_interleave(num_images_per_prompt, dim=0)
         noise = self.prepare_latents(len(latents), generator).to(latents.device)
         latents = math.sqrt(1 - strength**2) * latents + strength * noise
-        if labels is None:
-            options["num_images_per_prompt"] = len(latents)
+        labels = None if labels is None else labels.repeat_interleave(num_images_per_prompt, dim=0)
         options |= {"denoise": denoise, "return_dict": return_dict, "callback_on_step_end": callback_on_step_end}
-        return self(labels, latents=latents, **options)
+        return self._sample_from(latents, labels, **options)
+
+    def _sample_from(
+        self, latents: torch.Tensor, labels: torch.Tensor | None, **options: Any
+    ) -> ImagePipelineOutput | tuple:
+        """Call the pipeline with latents and a label for each of them, or none at all."""
+        return self(labels, num_images_per_prompt=len(latents) if labels is None else 1, latents=latents, **options)
 
     def _encode_labelled(
         self,
