@@ -7,6 +7,7 @@ from flowback_hf_cli.data import add_data_arguments, check_data_arguments
 from flowback_hf_cli.numbers import COUNT, Number
 from flowback_hf_cli.training import (
     add_hub_arguments,
+    add_latents_argument,
     add_loading_arguments,
     add_optimization_arguments,
     add_run_arguments,
@@ -42,9 +43,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Folder or Hub id of the pipeline whose flow is inverted.")
     data = parser.add_argument_group("data")
     add_data_arguments(data)
-    data.add_argument(
-        "--latents", help="Train on a folder of latents, made by training/precompute_latents.py, instead of images."
-    )
+    add_latents_argument(data)
     add_pairs_arguments(parser.add_argument_group("pairs"))
     add_loading_arguments(parser.add_argument_group("augmentation and loading"))
     add_model_arguments(parser.add_argument_group("model"))

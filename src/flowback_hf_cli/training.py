@@ -129,10 +129,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def add_latents_arguments(group: argparse._ArgumentGroup):
+def add_latents_argument(group: argparse._ArgumentGroup):
     group.add_argument(
         "--latents", help="Train on a folder of latents, made by training/precompute_latents.py, instead of images."
     )
+
+
+def add_latents_arguments(group: argparse._ArgumentGroup):
+    add_latents_argument(group)
     group.add_argument(
         "--vae_model_name_or_path",
         help="The VAE to save with the pipeline: its id on the Hub or a folder. Default: the one that made the"

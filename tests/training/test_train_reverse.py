@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
 from flowback_hf.alignment import reverse_objective
-from flowback_hf.files import read_json_lines
 from flowback_hf.hub import write_repository
 from flowback_hf.models.transformer_reverse import HEADS_FILE
 from flowback_hf.training import TrainingArguments, reverse
 from flowback_hf_cli import reverse_training, training
 
 from ..conftest import REPOSITORY, command_line, load_script, randomise_weights
-from .test_train_rra import LAUNCH
+from .test_train_rra import LAUNCH, names, read_metrics
 
 
 SCRIPT = REPOSITORY / "training" / "train_reverse.py"
@@ -65,14 +64,6 @@ def line(images, flow_folder, tmp_path):
         return command_line(**(tiny | options))
 
     return build
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def read_metrics(folder):
-    return read_json_lines(folder / "metrics.jsonl")
 
 
 def state_of(folder):
