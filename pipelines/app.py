@@ -10,7 +10,9 @@ The page listens on this machine only, unless `--server_name` or `--share` says 
 """
 
 import argparse
+import os
 import socket
+import tempfile
 from pathlib import Path
 
 from flowback_hf_cli.command import add_debug_argument, run_command
@@ -68,7 +70,10 @@ def main(args: argparse.Namespace):
     model = args.model or str(QUICKSTART)
     pipeline = load_pipeline(FlowBackPipeline, model)
     page = FlowPage(pipeline, FlowBackClassificationPipeline.from_pipe(pipeline), title=model)
-    launch(page.build(), server_name=args.server_name, server_port=args.server_port, share=args.share)
+    # A page deletes its files when it ends. In the folder that Gradio shares, they might be another page's as well.
+    with tempfile.TemporaryDirectory(prefix="flowback_hf_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        launch(page.build(), server_name=args.server_name, server_port=args.server_port, share=args.share)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import contextlib
+import os
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ def page(randomised_model):
 
 
 @pytest.fixture(scope="package")
-def address(page):
+def address(page, tmp_path_factory):
     """Where the page is served."""
+    # As pipelines/app.py does: pages that share a folder delete each other's files.
+    os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
     blocks = page.build()
     for attempt in range(5):  # Gradio gives its server three seconds to answer, too few on a busy machine
         with contextlib.suppress(ValueError):
@@ -31,6 +34,7 @@ def address(page):
             break
     yield blocks.local_url
     blocks.close()
+    del os.environ["GRADIO_TEMP_DIR"]
 
 
 @pytest.fixture

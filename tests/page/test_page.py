@@ -16,7 +16,7 @@ from gradio_client.exceptions import AppError
 
 from flowback_hf import page as page_module
 
-from ..conftest import REPOSITORY, command_line, end_of_command
+from ..conftest import REPOSITORY, command_line, end_of_command, load_script
 from .conftest import make_page
 
 
@@ -335,3 +335,26 @@ def test_gradio_is_missing(monkeypatch, tmp_path, page):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "flowback_hf.page")
     assert 'pip install "flowback_hf[app]"' in end_of_app(monkeypatch, model=tmp_path / "flow")
+
+
+def test_a_page_keeps_its_files_to_itself(monkeypatch, tmp_path, page, image_file):
+    """Gradio deletes what a page has written when it ends, and names files by their content."""
+    page.pipeline.save_pretrained(tmp_path / "flow")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shared"))
+    served, launch = [], page_module.launch
+
+    def serve_a_request(blocks, **options):
+        launch(blocks, prevent_thread_lock=True, quiet=True, **options)
+        client = Client(blocks.local_url, verbose=False)
+        client.predict(handle_file(image_file), "read", api_name="/invert")
+        served.extend(tmp_path.glob("temporary/flowback_hf_*/*/*.png"))
+        client.close()
+        blocks.close()
+
+    monkeypatch.setattr("flowback_hf.page.launch", serve_a_request)
+    module = load_script(SCRIPT)
+    module.main(module.parse_args(command_line(model=tmp_path / "flow")))
+    assert served and not (tmp_path / "shared").exists()
+    assert not list(tmp_path.glob("temporary/flowback_hf_*"))
