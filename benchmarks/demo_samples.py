@@ -3,9 +3,7 @@ How a flow that was trained on a demo data set samples: the share of samples tha
 class, by guidance scale, and how far they are from the training images, with real images as the baseline. And how long
 the training took.
 
-    python benchmarks/demo_samples.py --model outputs/icons --data_dir data/icons --timed_model outputs/icons_timed
-
-`--timed_model` is what the first steps of the same training left, repeated while nothing else ran.
+    python benchmarks/demo_samples.py --model outputs/icons --data_dir data/icons
 """
 
 import argparse
@@ -29,9 +27,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="Output folder of training/train_rra.py.")
     parser.add_argument("--data_dir", type=Path, required=True, help="Output folder of training/prepare_demo.py.")
-    parser.add_argument(
-        "--timed_model", type=Path, help="Output folder of a run whose steps were timed. Default: that of --model."
-    )
     parser.add_argument(
         "--guidance_scales", type=float, nargs="+", default=[1, 1.5, 2, 3], help="Guidance scales. Default: 1 1.5 2 3."
     )
@@ -79,22 +74,17 @@ def describe(judge, images: list[Image.Image], labels: list[str], train_pixels: 
     }
 
 
-def describe_training(model: Path, timed_model: Path) -> dict:
-    """The steps, the seconds that the run spent in them, and those of one step in the timed run."""
+def describe_training(model: Path) -> dict:
+    """The steps of the run, by its log, the seconds spent in them, and those of a typical one."""
     batch_size = json.loads((model / "training_args.json").read_text())["train_batch_size"]
-
-    def seconds(folder: Path) -> list[tuple[int, float]]:
-        """Every logged step, and the seconds that each step since the one before took."""
-        records = [record for record in read_metrics_log(folder) if "images_per_second" in record]
-        return [(record["step"], batch_size / record["images_per_second"]) for record in records]
-
-    steps = seconds(model)
-    previous = [0, *(step for step, _ in steps)]
+    records = [record for record in read_metrics_log(model) if "images_per_second" in record]
+    steps = [record["step"] for record in records]
+    seconds = [batch_size / record["images_per_second"] for record in records]
     return {
-        "num_steps": steps[-1][0],
+        "num_steps": steps[-1],
         "batch_size": batch_size,
-        "wall_seconds": sum((step - before) * each for (step, each), before in zip(steps, previous)),
-        "seconds_per_step_timed": statistics.median(each for _, each in seconds(timed_model)),
+        "wall_seconds": sum((step - before) * each for step, before, each in zip(steps, [0, *steps], seconds)),
+        "seconds_per_step": statistics.median(seconds),
     }
 
 
@@ -125,7 +115,7 @@ def main(arguments: list[str] | None = None):
         images = sample(pipeline, labels, scale, args.batch_size)
         name = {"name": f"samples, guidance {scale:g}", "guidance_scale": scale}
         cases.append(name | describe(judge, images, labels, train_pixels))
-    results = {"training": describe_training(args.model, args.timed_model or args.model), "images": cases}
+    results = {"training": describe_training(args.model), "images": cases}
     table = make_table(results)
     print(table)
     write_report(args.output, arguments, "cpu", results, table)

@@ -151,8 +151,11 @@ class FlowPage:
         self.examples = self._draw_examples()
         # Typical images are those that the flow draws without guidance.
         typical = self._draw(NUM_REFERENCES, guidance_scale=1.0, output_type="pt")
-        self.reference_log_prob = classifier.log_prob(typical)
         labels = self._labels([], NUM_REFERENCES).get("class_labels")
+        # Now and then a flow draws an image that overflows.
+        finite = typical.flatten(1).isfinite().all(dim=1)
+        typical, labels = typical[finite], labels and torch.tensor(labels)[finite.cpu()].tolist()
+        self.reference_log_prob = classifier.log_prob(typical)
         self.reference_map = pipeline.likelihood_map(typical, labels).mean(dim=0)
         corners = typical[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
         self.draws_light_on_dark = bool(corners.mean() < 0.5)

@@ -278,6 +278,23 @@ def test_values_out_of_their_range(api_name, arguments, sentence, client, image_
     assert sentence in message_of(client, *arguments, api_name=api_name)
 
 
+def test_a_typical_image_that_overflows_is_left_out(monkeypatch, page, image_file):
+    """Now and then a flow draws one, which must not stop its page."""
+    draw = page_module.FlowPage._draw
+
+    def overflow(self, num_images, **options):
+        images = draw(self, num_images, **options)
+        if options.get("output_type") == "pt":
+            images[5] = torch.nan
+        return images
+
+    monkeypatch.setattr(page_module.FlowPage, "_draw", overflow)
+    other = make_page(page.pipeline.transformer)
+    assert len(other.reference_log_prob) == len(page.reference_log_prob) - 1
+    _, facts, _ = other.classify({"path": str(image_file)})
+    assert "nan" not in facts and other.reference_map.isfinite().all()
+
+
 # Files and addresses
 
 
