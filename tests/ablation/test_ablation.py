@@ -423,6 +423,7 @@ def test_finished_cells_leave_records_and_never_run_again(ablate, in_process, li
     record = json.loads(file.read_text())
     assert record["config"]["train"]["max_train_steps"] == 4 and record["commit"] and record["machine"]["threads"]
     assert record["command"] == results["command"]
+    assert record["checksums"].keys() == {"dataset", "teacher", "judge"} and len(set(record["checksums"].values())) > 1
     assert record["row"]["checkpoint_curve"]["step"] == [2, 4]
     assert "times_fewer_steps_accuracy" not in record["row"]["metrics"]  # depends on other cells
 
@@ -446,9 +447,13 @@ def test_finished_cells_leave_records_and_never_run_again(ablate, in_process, li
     assert again["cells"][0]["metrics"] == results["cells"][0]["metrics"]
 
     other = settings | {"train": SETTINGS["train"] | {"learning_rate": 0.5}}
-    message = r"record .*none/seed-0.json is of another config: learning_rate \(0.01 then, 0.5 now\)"
+    message = r"record .*none/seed-0.json is of another config or other files: learning_rate \(0.01 then, 0.5 now\)"
     with pytest.raises(ValueError, match=message):
         run(ablate, line(grid, other, records_dir=records_dir, output_dir=tmp_path / "elsewhere"))
+    (tmp_path / "teacher").mkdir()
+    with pytest.raises(ValueError, match=r"none/seed-0.json is of another config or other files: teacher \("):
+        elsewhere = {"output_dir": tmp_path / "elsewhere", "teacher": tmp_path / "teacher"}
+        run(ablate, line(grid, settings, records_dir=records_dir, **elsewhere))
     assert not (tmp_path / "elsewhere").exists()
 
 

@@ -16,7 +16,14 @@ from flowback_hf.ablation.grids import (
     read_settings,
 )
 from flowback_hf.ablation.report import write_report
-from flowback_hf.ablation.runner import Runner, Scripts, check_output_dir, check_records, make_random_teacher
+from flowback_hf.ablation.runner import (
+    Runner,
+    Scripts,
+    check_output_dir,
+    check_records,
+    checksum_of_path,
+    make_random_teacher,
+)
 from flowback_hf.data.splits import DataSource
 from flowback_hf.files import read_json, write_json
 
@@ -70,10 +77,13 @@ def run_ablation(
     # Variants that are named can be added later: each cell's folder says what it was.
     axes = {name: values for name, values in grid.items() if name not in ("seeds", "variants")}
     check_output_dir(output_dir, axes, cells)
-    check_records(cells)
+    inputs = {"dataset": source.name, "teacher": teacher, "judge": judge}
+    local = {name: Path(path) for name, path in inputs.items() if records_dir is not None and Path(path).exists()}
+    checksums = {name: checksum_of_path(path) for name, path in local.items()}
+    check_records(cells, checksums)
     for cell in cells:
         print(f"{cell.variant.name}, seed {cell.seed}: {cell.state['status'] or 'to be run'}")
-    runner = Runner(scripts, threads, command)
+    runner = Runner(scripts, threads, command, checksums)
     if dry_run:
         print_estimate(cells, runner, jobs, teacher)
         return

@@ -4,16 +4,18 @@ Running the cells of a grid: each trains a flow and evaluates it, as processes w
 """
 
 import fcntl
+import hashlib
 import os
 import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ from flowback_hf.data.splits import DataSource, HoldOut
 from flowback_hf.files import compare_settings, read_json, write_json, write_whole
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
 from flowback_hf.reporting import current_commit, describe_machine
-from flowback_hf.training.checkpoints import load_averaged_parameters
+from flowback_hf.training.checkpoints import checksum_of_file, load_averaged_parameters
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,20 @@ class Runner:
         scripts ([`Scripts`]): What the stages run.
         threads (`int`): Threads of each process.
         command (`Sequence[str]`): The command line that records say they came from.
+        checksums (`dict` of `str` to `str`): Those of the files that cells depend on, for their records.
     """
 
-    def __init__(self, scripts: Scripts, threads: int, command: Sequence[str] = ()):
+    def __init__(
+        self,
+        scripts: Scripts,
+        threads: int,
+        command: Sequence[str] = (),
+        checksums: Mapping[str, str] = MappingProxyType({}),
+    ):
         self.scripts = scripts
         self.threads = threads
         self.command = command
+        self.checksums = checksums
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self.processes: set[subprocess.Popen] = set()
         self.stopped = False
@@ -148,6 +158,7 @@ class Runner:
         machine = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
         record = {
             "config": cell.recorded_config,
+            "checksums": dict(self.checksums),
             "command": ablate_command(self.command),
             "commit": current_commit(),
             "machine": machine | {"threads": self.threads},
@@ -266,20 +277,36 @@ def check_output_dir(output_dir: Path, axes: dict[str, list], cells: Sequence[Ce
                 lock(log, cell)
 
 
-def check_records(cells: Sequence[Cell]):
-    """Raise ValueError if a cell's record is of another config."""
+def checksum_of_path(path: Path) -> str:
+    """The SHA-256 of a file, or of the names and contents of all files of a folder."""
+    if path.is_file():
+        return checksum_of_file(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{checksum_of_file(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def check_records(cells: Sequence[Cell], checksums: Mapping[str, str]):
+    """
+    Raise ValueError if a cell's record is of another config or of other files.
+
+    Args:
+        cells (`Sequence[Cell]`): The cells.
+        checksums (`dict` of `str` to `str`): Those of the data set and networks that are here, by name.
+    """
     for cell in cells:
-        if cell.record is not None:
-            different = [
-                text
-                for stage in cell.recorded_config
-                for text in compare_settings(cell.record["config"][stage], cell.recorded_config[stage])
-            ]
-            if different:
-                raise ValueError(
-                    f"The record {cell.record_file} is of another config: {', '.join(different)}. Choose another"
-                    " --records_dir, or delete the record."
-                )
+        if cell.record is None:
+            continue
+        earlier = cell.record["config"] | {"checksums": cell.record["checksums"]}
+        now = cell.recorded_config | {"checksums": checksums}
+        # A table can be written where the data set is not.
+        missing = earlier["checksums"].keys() - checksums.keys()
+        different = [text for part in now for text in compare_settings(earlier[part], now[part], may_differ=missing)]
+        if different:
+            raise ValueError(
+                f"The record {cell.record_file} is of another config or other files: {', '.join(different)}. Choose"
+                " another --records_dir, or delete the record."
+            )
 
 
 def make_random_teacher(teacher: str, folder: Path):
