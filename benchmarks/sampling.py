@@ -1,12 +1,13 @@
 """
 Times sampling from a trained flow: the package's solvers, plain and compiled, against the published token loop and the
 two published Jacobi recipes, alternately and in one run; refuses to report times of wrong results. Draws how far each
-is from what the hardware allows. With --cold, times the first call instead: each sampler starts in a new process.
-Written as it goes.
+is from what the hardware allows. With --cold, times the first call instead: each sampler starts in a new process. With
+--learned, times the learned inverse against them, from noise to finished images. Written as it goes.
 
     python benchmarks/prepare_flow.py
     python benchmarks/sampling.py --compile
     python benchmarks/sampling.py --cold --guidance_scales 2 --batch_sizes 1 16 4
+    python benchmarks/sampling.py --learned --guidance_scales 2 --batch_sizes 1 16
 """
 
 import argparse
@@ -27,7 +28,7 @@ from baselines import calibrate_gs_jacobi, gs_jacobi, published_token_loop, sele
 from reporting import add_run_arguments, peak_memory_of, seconds_of, write_report
 from tqdm.auto import tqdm
 
-from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+from flowback_hf import FlowBackPipeline, TarFlowReverseTransformer2DModel, TarFlowTransformer2DModel
 from flowback_hf.models.transformer_tarflow import Guidance, measure_residual
 from flowback_hf.reporting import markdown_table
 
@@ -87,15 +88,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="The dtype of the weights. Default: %(default)s.",
     )
     parser.add_argument("--compile", action="store_true", help="Also time the solvers with compiled steps.")
-    parser.add_argument(
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
         "--cold",
         action="store_true",
         help="Time each sampler's first call in a new process, and later calls. Default output: sampling_cold.json.",
     )
+    mode.add_argument(
+        "--learned",
+        action="store_true",
+        help="Time the pipeline's learned inverse, or an untrained one of the default size, which takes as long. The"
+        " others denoise their samples. Default output: sampling_learned.json.",
+    )
     add_run_arguments(parser, "sampling.json")
     args = parser.parse_args(arguments)
-    if args.cold and args.output == parser.get_default("output"):
-        args.output = args.output.with_name("sampling_cold.json")
+    if args.output == parser.get_default("output"):
+        suffix = "_cold" if args.cold else "_learned" if args.learned else ""
+        args.output = args.output.with_stem(args.output.stem + suffix)
     if min(args.repeats, *args.batch_sizes) < 1:
         parser.error("--repeats and --batch_sizes must be at least 1")
     if not (args.model / "model_index.json").exists():
@@ -163,6 +172,22 @@ def sample(
     return model(latents, class_labels, inverse=True, **options).sample
 
 
+def time_alternately(
+    samplers: dict[str, Sampler], inputs: tuple[torch.Tensor, torch.Tensor], args: argparse.Namespace
+) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+    """Samples and seconds by sampler. Whatever else the machine does meets all samplers."""
+    samples, seconds = {}, {}
+    for name, sampler in samplers.items():
+        # Warms up, and compiles.
+        first_seconds = seconds_of(lambda: samples.update({name: sampler(*inputs)}), args.device)
+        seconds[name] = [first_seconds] if name in BASELINES and first_seconds > REPEATED_SECONDS else []
+    repeated = [name for name in samplers if not seconds[name]]
+    for _ in range(args.repeats):
+        for name in repeated:
+            seconds[name].append(seconds_of(lambda: samplers[name](*inputs), args.device))
+    return samples, seconds
+
+
 def measure(
     samplers: dict[str, Sampler],
     model: TarFlowTransformer2DModel,
@@ -171,22 +196,14 @@ def measure(
     guidance_scale: float,
 ) -> dict:
     inputs = draw_noise_and_labels(model, args, batch_size)
-    samples, seconds, residuals = {}, {}, {}
-    for name, sampler in samplers.items():
-        # Warms up, and compiles.
-        first_seconds = seconds_of(lambda: samples.update({name: sampler(*inputs)}), args.device)
-        residuals[name] = residual(model, samples[name], *inputs, guidance_scale)
-        if not residuals[name] <= args.largest_residual:  # NaN is refused too
+    samples, seconds = time_alternately(samplers, inputs, args)
+    residuals = {name: residual(model, sample, *inputs, guidance_scale) for name, sample in samples.items()}
+    for name, worst in residuals.items():
+        if not worst <= args.largest_residual:  # NaN is refused too
             sys.exit(
-                f"The residual of {name}'s samples is {residuals[name]:.2e} at batch size {batch_size}, more than"
+                f"The residual of {name}'s samples is {worst:.2e} at batch size {batch_size}, more than"
                 f" {args.largest_residual:.0e}: times of wrong results are not compared."
             )
-        seconds[name] = [first_seconds] if name in BASELINES and first_seconds > REPEATED_SECONDS else []
-    repeated = [name for name in samplers if not seconds[name]]
-    for _ in range(args.repeats):
-        # Alternately, so that whatever else the machine does meets all of them.
-        for name in repeated:
-            seconds[name].append(seconds_of(lambda: samplers[name](*inputs), args.device))
     baseline, baseline_seconds = samples["published loop"], statistics.median(seconds["published loop"])
     return {
         name: {
@@ -416,10 +433,76 @@ def report_cold_starts(args: argparse.Namespace, arguments: list[str] | None):
     print(cold_table(results))
 
 
+def build_finished_samplers(
+    pipe: FlowBackPipeline, compiled_pipe: FlowBackPipeline, args: argparse.Namespace, scale: float
+) -> dict[str, Sampler]:
+    """From noise to finished images: exact samplers, the learned inverse, and one forward pass of the flow."""
+
+    def finish(sampler: Sampler) -> Sampler:
+        return lambda latents, class_labels: pipe.denoise(sampler(latents, class_labels), class_labels)
+
+    samplers = {"published loop": finish(partial(published_token_loop, pipe.transformer, guidance_scale=scale))}
+    profile = pipe.transformer.profile_inverse(*draw_noise_and_labels(pipe.transformer, args, 4), guidance_scale=scale)
+    pipes = {"": pipe, ", compiled": compiled_pipe}
+    for suffix, each in pipes.items():
+        each.transformer.register_to_config(inverse_profile=profile)
+        samplers[f"auto{suffix}"] = finish(partial(sample, each.transformer, args, scale, "auto"))
+    for suffix, each in pipes.items():
+        samplers[f"learned{suffix}"] = partial(each.apply_reverse_transformer, guidance_scale=scale, denoise=True)
+    samplers["forward pass"] = lambda latents, class_labels: pipe.transformer(latents, class_labels).sample
+    return samplers
+
+
+def learned_table(results: list[dict]) -> str:
+    """Seconds for the batch, and how many times faster the compiled learned inverse is."""
+    rows = []
+    for result in results:
+        seconds = {name: timing["median_seconds"] for name, timing in result["samplers"].items()}
+        learned = seconds["learned, compiled"]
+        cells = [f"{each:.3f} ({each / learned:.1f})" for each in seconds.values()]
+        rows.append([str(result["batch_size"]), f"{result['guidance_scale']:g}", *cells])
+    return markdown_table(["batch", "guidance", *results[0]["samplers"]], rows)
+
+
+def report_learned(args: argparse.Namespace, arguments: list[str] | None):
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    pipe = load_pipeline(args)
+    if pipe.reverse_transformer is None:
+        highest = max(args.guidance_scales)
+        reverse_transformer = TarFlowReverseTransformer2DModel.for_flow(pipe.transformer, max_guidance_scale=highest)
+        pipe.register_modules(reverse_transformer=reverse_transformer.to(args.device, pipe.transformer.dtype))
+    pipe.reverse_transformer.eval().requires_grad_(False)
+    compiled_pipe = FlowBackPipeline(
+        copy.deepcopy(pipe.transformer), reverse_transformer=copy.deepcopy(pipe.reverse_transformer)
+    )
+    compiled_pipe.compile()
+    parameters = {"flow": pipe.transformer.num_parameters(), "learned": pipe.reverse_transformer.num_parameters()}
+    settings = [(scale, batch_size) for scale in args.guidance_scales for batch_size in args.batch_sizes]
+    results = []
+    for scale, batch_size in tqdm(settings, desc="Timing"):
+        samplers = build_finished_samplers(pipe, compiled_pipe, args, scale)
+        inputs = draw_noise_and_labels(pipe.transformer, args, batch_size)
+        with torch.no_grad():
+            samples, seconds = time_alternately(samplers, inputs, args)
+        difference = (samples["auto"] - samples["published loop"]).abs().max().item()
+        if not difference <= args.largest_residual:  # NaN is refused too
+            sys.exit(f"The samples of auto and the published loop differ by {difference:.2e}.")
+        baseline_seconds = statistics.median(seconds["published loop"])
+        timings = {name: summarise(each, baseline_seconds) for name, each in seconds.items()}
+        results.append({"batch_size": batch_size, "guidance_scale": scale, "samplers": timings})
+        record = {"num_parameters": parameters, "sampling": results}
+        write_report(args.output, arguments, args.device, record, learned_table(results))
+    print(learned_table(results))
+
+
 def main(arguments: list[str] | None = None):
     args = parse_args(arguments)
     if args.cold:
         report_cold_starts(args, arguments)
+        return
+    if args.learned:
+        report_learned(args, arguments)
         return
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -205,3 +205,20 @@ def test_cold_starts_are_timed_in_new_processes(benchmark_script, monkeypatch, t
         assert result["residual"] < 1e-2
     assert {result["times_faster_than_published_loop"] for result in results[:2]} == {1.0}
     assert capsys.readouterr().out.count("| plain |") == 2
+
+
+def test_the_learned_inverse_is_timed_against_finished_samples(benchmark_script, monkeypatch, tiny_options, capsys):
+    sampling = benchmark_script("sampling")
+    options, output = tiny_options
+    compiled = []
+    monkeypatch.setattr(sampling.FlowBackPipeline, "compile", lambda pipe: compiled.append(pipe))  # takes long
+    sampling.main([*options, "--learned", "--guidance_scales", "2", "--batch_sizes", "1", "3"])
+    results = json.loads(output.read_text())["results"]
+    assert results["num_parameters"]["learned"] == compiled[0].reverse_transformer.num_parameters()
+    names = ["published loop", "auto", "auto, compiled", "learned", "learned, compiled", "forward pass"]
+    assert [list(result["samplers"]) for result in results["sampling"]] == [names, names]
+    for result in results["sampling"]:
+        assert all(0 < timing["min_seconds"] <= timing["median_seconds"] for timing in result["samplers"].values())
+    assert capsys.readouterr().out.count("| batch | guidance | published loop | auto |") == 1
+    default = sampling.parse_args([*options[:-2], "--learned"]).output
+    assert default.name == "sampling_learned.json"
