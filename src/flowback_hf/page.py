@@ -144,6 +144,7 @@ class FlowPage:
         for each in (pipeline, classifier):
             each.set_progress_bar_config(disable=True)
         pipeline.transformer.requires_grad_(False)
+        self.solvers = SOLVERS if pipeline.reverse_transformer is None else (*SOLVERS, "learned")
         self.num_classes = pipeline.transformer.config.num_classes
         id2label = {int(label_id): name for label_id, name in (pipeline.config.id2label or {}).items()}
         self.classes = [(id2label.get(k, str(k)), k) for k in range(self.num_classes or 0)]
@@ -394,7 +395,7 @@ class FlowPage:
                 num_images = gr.Slider(1, MAX_IMAGES, value=8, step=1, precision=0, label="Images")
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=100)
-                    solver = gr.Dropdown(SOLVERS, value="auto", label="Solver", min_width=100)
+                    solver = gr.Dropdown(self.solvers, value="auto", label="Solver", min_width=100)
                 button = gr.Button("Sample", variant="primary")
             with gr.Column(scale=2, min_width=300):
                 images = gr.Gallery(

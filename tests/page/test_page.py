@@ -14,6 +14,7 @@ import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
+from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline, TarFlowReverseTransformer2DModel
 from flowback_hf import page as page_module
 
 from ..conftest import REPOSITORY, command_line, end_of_command, load_script
@@ -44,6 +45,22 @@ def test_sample_shows_every_block_and_ends_with_the_images_of_the_pipeline(page,
     shown = [read_gallery(gallery) for gallery in job.outputs()]
     assert len(shown) == page.pipeline.transformer.config.num_blocks + 1
     assert all(not torch.equal(one, other) for one, other in zip(shown, shown[1:]))
+
+
+def test_a_learned_inverse_is_one_of_the_solvers(page):
+    flow = page.pipeline.transformer
+    other = make_page(flow)
+    assert other.solvers == page.solvers and "learned" not in page.solvers
+    learned = TarFlowReverseTransformer2DModel.for_flow(flow, max_guidance_scale=2.0)
+    pipeline = FlowBackPipeline(flow, reverse_transformer=learned)
+    other = page_module.FlowPage(pipeline, FlowBackClassificationPipeline.from_pipe(pipeline), "Two networks")
+    assert other.solvers[-1] == "learned"
+    *_, images = other.sample([1, 3], 1.5, 7, 3, "learned", progress=lambda *args, **options: None)
+    generator = torch.Generator().manual_seed(7)
+    expected = pipeline([1, 3, 1], guidance_scale=1.5, generator=generator, solver="learned").images
+    assert torch.equal(pixels(images), pixels(expected))
+    (menu,) = [component for component in other.build().blocks.values() if getattr(component, "label", "") == "Solver"]
+    assert [value for _, value in menu.choices] == list(other.solvers)
 
 
 def test_classify(page, client, image_file):
