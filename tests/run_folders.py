@@ -62,9 +62,14 @@ PUBLISHED_RUNS = {
     "demo_icons": {
         "names": ICONS,
         "demo": {"kind": "icons", "num_train_images": 16000, "num_validation_images": 1000},
-        "arguments": {"max_train_steps": 1200, "train_batch_size": 64, "learning_rate": 1.5e-3},
-        "validation_nll": [1.1588, -0.7613],
-        "cosine_similarity": {"block7_layer2": 0.8933, "block8_layer2": 0.8785},
+        "arguments": {
+            "max_train_steps": 1200,
+            "train_batch_size": 64,
+            "learning_rate": 1.5e-3,
+            "validation_guidance_scale": 1.5,
+        },
+        "validation_nll": [1.1588, -0.7573],
+        "cosine_similarity": {"block7_layer2": 0.8894, "block8_layer2": 0.8750},
     },
     "demo_shapes": {
         "names": SHAPES,
@@ -84,7 +89,8 @@ def write_published_run(name: str, folder: Path) -> tuple[FlowBackPipeline, Path
         path.mkdir(parents=True)
     (data_dir / "demo.json").write_text(json.dumps(run["demo"]))
     places = {"train_data_dir": str(data_dir / "images"), "teacher_model_name_or_path": str(data_dir / "teacher")}
-    (run_dir / "training_args.json").write_text(json.dumps({**PUBLISHED_ARGUMENTS, **run["arguments"], **places}))
+    arguments = {**PUBLISHED_ARGUMENTS, **run["arguments"], **places}
+    (run_dir / "training_args.json").write_text(json.dumps(arguments))
     steps = run["arguments"]["max_train_steps"]
     first, last = run["validation_nll"]
     metrics = [
@@ -100,6 +106,8 @@ def write_published_run(name: str, folder: Path) -> tuple[FlowBackPipeline, Path
     PIL.Image.new("RGB", (8, 8)).save(run_dir / "samples" / f"step-{steps:07d}.png")
     config = json.loads((REPOSITORY / "training" / "configs" / f"{name}.json").read_text())
     pipeline = FlowBackPipeline(
-        TarFlowTransformer2DModel(**config), id2label=dict(enumerate(run["names"])), guidance_scale=2.0
+        TarFlowTransformer2DModel(**config),
+        id2label=dict(enumerate(run["names"])),
+        guidance_scale=arguments["validation_guidance_scale"],
     )
     return pipeline, run_dir
