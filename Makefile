@@ -8,6 +8,7 @@ INSTALLED := $(VENV)/installed
 
 $(INSTALLED): setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'flowback_hf needs Python 3.11 or later, and this is ' + sys.version.split()[0] + '. Try: make PYTHON=python3.12')"
+	@echo "Installing into $(VENV): this takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	@# torch comes first and by itself: what is installed next would otherwise choose one, with gigabytes of CUDA.
 	$(BIN)/pip install --quiet torch==2.13.0

@@ -51,9 +51,10 @@ def check_address(server_name: str, server_port: int | None):
     try:
         socket.create_server((server_name, server_port or 0)).close()
     except OSError as error:
+        address = f"`--server_name` {server_name}" + (f" and `--server_port` {server_port}" if server_port else "")
+        reason = error.strerror.partition(" (")[0]  # without the address
         raise ValueError(
-            f"`--server_name` {server_name} and `--server_port` {server_port or 'by default'} must be an address to"
-            f" listen on, but this is not possible: {error.strerror}."
+            f"{address} must be an address to listen on, but this is not possible: {reason}. Choose another."
         ) from error
 
 

@@ -73,7 +73,7 @@ def errors_on_the_page() -> Iterator[None]:
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def read_image(upload: dict[str, Any] | None) -> PIL.Image.Image:
+def read_image(upload: dict[str, Any] | None, name: str = "image") -> PIL.Image.Image:
     """
     Read an uploaded image, and say on the page what is not taken from it.
 
@@ -81,13 +81,14 @@ def read_image(upload: dict[str, Any] | None) -> PIL.Image.Image:
         upload (`dict`, *optional*):
             What Gradio knows of the file, such as its `"path"`. Events that take it have `preprocess=False`: Gradio
             would read the image itself, with errors of its own.
+        name (`str`, defaults to `"image"`): What to call it in a message.
     Returns:
         `PIL.Image.Image`: the image, or the first one of an animation.
     Raises:
         ValueError: if there is no file, or it is no image, damaged or too large.
     """
     if upload is None:
-        raise ValueError("There is no image yet: upload one or choose an example.")
+        raise ValueError(f"There is no {name} yet: upload one or choose an example.")
     try:
         with PIL.Image.open(upload["path"]) as image:  # reads the size only
             if image.width * image.height > MAX_PIXELS:
@@ -97,6 +98,8 @@ def read_image(upload: dict[str, Any] | None) -> PIL.Image.Image:
             if getattr(image, "n_frames", 1) > 1:
                 gr.Info(f"Only the first of the {image.n_frames} images of this animation is used.")
             image.load()
+            if image.has_transparency_data:
+                gr.Info("The flow knows no transparency: transparent parts have the color that the file gives them.")
             return image.copy()  # without the file's name, which error messages would show
     except PIL.UnidentifiedImageError:
         raise ValueError("The file cannot be read: it is not an image.") from None
@@ -245,11 +248,13 @@ class FlowPage:
         (distance,) = self.classifier.out_of_distribution_score(image, self.reference_log_prob).tolist()
         verdict = "typical" if distance < 2 else "unusual" if distance < 4 else "nothing like what the flow draws"
         facts = (
-            f"**log p(image) = {log_prob:.1f} nats**, {log_prob / self._num_values:.2f} for each of {self._num_values}"
-            f" values. Images that the flow draws have {self.reference_log_prob.mean():.1f} ±"
+            f"**log p(image) = {log_prob:.1f} nats**, with the noise of training. Images that the flow draws have"
+            f" {self.reference_log_prob.mean():.1f} on average, with a standard deviation of"
             f" {self.reference_log_prob.std():.1f}. This one is {distance:.1f} standard deviations away:"
             f" **{verdict}**."
         )
+        if distance >= 2 and scores is not None:
+            facts += " Do not rely on p(class): it compares the classes of the flow, and none of them may fit."
         return scores, facts, self._as_seen(image)
 
     def invert(
@@ -264,7 +269,7 @@ class FlowPage:
             restored = self.pipeline(label, latents=noise, **options).images
             facts = (
                 f"The image was read as {name}. Its noise has a mean of {noise.mean():.2f} and a standard deviation of"
-                f" {noise.std():.2f}. The image made of it again differs by at most"
+                f" {noise.std():.2f}. The image made from it again differs by at most"
                 f" **{(restored - data).abs().max():.1e}**, on a scale from -1 to 1."
             )
             return self._as_seen(image), noise_picture(noise[0]), self.pipeline.decode(restored)[0], facts
@@ -296,7 +301,7 @@ class FlowPage:
     ) -> tuple[list[PIL.Image.Image], list[PIL.Image.Image]]:
         """Return the images between two images: to show, and for the slider."""
         with errors_on_the_page():
-            images = [self._read(upload), self._read(other)]
+            images = [self._read(upload), self._read(other, "other image")]
             labels = [self._class_of(images[0], label)[0], self._class_of(images[1], READ)[0]]
             options = {"class_labels": None if self.num_classes is None else labels, "on_overflow": "raise"}
             images = self.pipeline.interpolate(*images, NUM_FRAMES, **options).images
@@ -327,17 +332,11 @@ class FlowPage:
             )
             return *maps, facts
 
-    @property
-    def _num_values(self) -> int:
-        config = self.pipeline.transformer.config
-        return config.in_channels * config.sample_size**2
-
-    def _read(self, upload: dict[str, Any] | None) -> PIL.Image.Image:
-        image, size = read_image(upload), self.pipeline.image_size
+    def _read(self, upload: dict[str, Any] | None, name: str = "image") -> PIL.Image.Image:
+        image, size = read_image(upload, name), self.pipeline.image_size
         if image.size != (size, size):
-            gr.Info(
-                f"The middle of the image, which has {image.width}x{image.height} pixels, is resized to {size}x{size}."
-            )
+            part = "image" if image.width == image.height else "middle of the image"
+            gr.Info(f"The {part}, which has {image.width}x{image.height} pixels, is resized to {size}x{size}.")
         return image
 
     def _class_of(self, image: PIL.Image.Image, label: int | str) -> tuple[int | None, str]:
@@ -419,6 +418,8 @@ class FlowPage:
                     self._examples(picture)
                 with gr.Tab("Draw"):
                     drawing = gr.Sketchpad(
+                        # An image to draw on: without one, nothing can be drawn before the brush is chosen.
+                        PIL.Image.new("RGB", (CANVAS_SIZE, CANVAS_SIZE), "white"),
                         type="pil",
                         image_mode="RGB",
                         label="Drawing",
@@ -440,7 +441,8 @@ class FlowPage:
     def _build_edit(self):
         has_classes = self.num_classes is not None
         gr.Markdown(
-            "The flow turns an image into noise and back without loss. To edit an image, change what is between."
+            "The flow turns an image into noise and back without loss. An edit changes the noise, or the class"
+            " that the image is made again in."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -451,7 +453,7 @@ class FlowPage:
                     button = gr.Button("Invert", variant="primary")
                     with gr.Row():
                         results = [
-                            self._result(name) for name in ("What the flow sees", "Its noise", "Made of the noise")
+                            self._result(name) for name in ("What the flow sees", "Its noise", "Made from the noise")
                         ]
                     facts = gr.Markdown()
                     self._on_click(button, self.invert, [picture, label], [*results, facts], preprocess=False)
@@ -463,7 +465,9 @@ class FlowPage:
                     self._on_click(button, self.swap_class, [picture, label, target], results, preprocess=False)
                 with gr.Tab("Vary"):
                     with gr.Row():
-                        strength = gr.Slider(0, 1, value=0.5, step=0.05, label="Strength", info="1 draws a new image.")
+                        strength = gr.Slider(
+                            0, 1, value=0.5, step=0.05, label="Strength", info="0 keeps the image, 1 draws a new one."
+                        )
                         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
                     button = gr.Button("Vary", variant="primary")
                     results = gr.Gallery(show_label=False, columns=4, format="png", elem_classes="picture")
@@ -488,8 +492,9 @@ class FlowPage:
 
     def _build_map(self):
         gr.Markdown(
-            "The likelihood of an image is a product over its tokens, which are squares. Yellow tokens are likelier"
-            " than violet ones. Blue tokens are likelier than those of typical images there, and red ones are less so."
+            "The flow divides an image into squares, its tokens, and each adds to the log-likelihood. In the first"
+            " map, yellow tokens add more than violet ones. In the second, blue tokens add more than the same tokens"
+            " of typical images do, and red ones add less. The image shines through."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -514,7 +519,7 @@ class FlowPage:
         )
 
     def _label(self) -> gr.Dropdown:
-        choices = [("read by the flow", READ), ("none", NO_CLASS), *self.classes]
+        choices = [("recognized by the flow", READ), ("none", NO_CLASS), *self.classes]
         return gr.Dropdown(choices, value=READ, label="Class of the image", visible=self.num_classes is not None)
 
     def _result(self, label: str) -> gr.Image:

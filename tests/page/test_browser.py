@@ -148,7 +148,6 @@ def test_draw_and_classify(visit):
     visit.open("Classify", "Draw")
     visit.press("Classify the drawing")
     visit.see("The canvas is empty")
-    visit.tab.get_by_label("Brush").first.click()
     canvas = visit.tab.locator("canvas").first.bounding_box()
     x, y = canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2
     visit.tab.mouse.move(x, y - 60)
@@ -165,7 +164,7 @@ def test_invert_and_edit(visit):
     visit.choose_example(1)
     visit.press("Invert")
     visit.see("differs by at most")
-    expect(visit.image("Made of the noise")).to_be_visible()
+    expect(visit.image("Made from the noise")).to_be_visible()
     visit.open("Swap class")
     visit.press("Swap the class")
     expect(visit.image("As the other class")).to_be_visible()

@@ -243,6 +243,11 @@ def test_no_image_and_no_image_file(api_name, client, tmp_path):
     assert message_of(client, upload, *others, api_name=api_name) == "The file cannot be read: it is not an image."
 
 
+def test_the_image_that_is_missing_is_named(client, image_file):
+    message = message_of(client, handle_file(image_file), 1, None, api_name="/interpolate")
+    assert message.startswith("There is no other image yet")
+
+
 @pytest.mark.parametrize("colour", ["white", (0, 0, 0, 0), None], ids=["white", "transparent", "nothing"])
 def test_an_empty_canvas(client, colour, tmp_path):
     PIL.Image.new("RGBA", (320, 320), colour or 0).save(tmp_path / "canvas.png")
@@ -269,6 +274,18 @@ def test_an_animation_and_another_size_are_used_with_a_notice(page, image_file, 
     notices = notices_of(monkeypatch, page.classify, {"path": str(tmp_path / "photo.jpg")})
     assert notices == ["The middle of the image, which has 640x427 pixels, is resized to 8x8."]
     assert notices_of(monkeypatch, page.classify, {"path": str(image_file)}) == []
+
+    PIL.Image.new("RGBA", (100, 100), (255, 0, 0, 0)).save(tmp_path / "transparent.png")
+    transparency, size = notices_of(monkeypatch, page.classify, {"path": str(tmp_path / "transparent.png")})
+    assert "transparent parts" in transparency
+    assert size == "The image, which has 100x100 pixels, is resized to 8x8."
+
+
+def test_classes_of_an_unusual_image_mean_nothing(monkeypatch, page, image_file):
+    assert "typical" in page.classify({"path": str(image_file)})[1]
+    monkeypatch.setattr(page, "reference_log_prob", page.reference_log_prob + 1000)
+    facts = page.classify({"path": str(image_file)})[1]
+    assert "nothing like what the flow draws" in facts and "Do not rely on p(class)" in facts
 
 
 NUMBERS = {
