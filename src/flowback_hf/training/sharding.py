@@ -1,0 +1,200 @@
+# Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
+"""Sharding: each process holds and updates a share of every weight (FSDP2, torch's `fully_shard`)."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ParallelismConfig,
+    broadcast,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from flowback_hf import AlignedFlowObjective
+
+
+# What `accelerate launch` sets if its config asks for more than copies of the flow.
+FSDP_VARIABLE = "ACCELERATE_USE_FSDP"
+MESH_VARIABLE = "ACCELERATE_USE_PARALLELISM_CONFIG"
+UNSUPPORTED_VARIABLES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+UNSUPPORTED_TYPES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+# The classes whose modules may be gathered one at a time.
+UNIT_CLASSES = ("TarFlowBlock", "TarFlowLayer")
+
+CURE = "Take training/configs/accelerate/fsdp2.yaml as a model, or ddp.yaml, which shards nothing."
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """
+    How a run's weights are divided.
+
+    Args:
+        unit_classes (`tuple[str]`): Classes of [`UNIT_CLASSES`] whose modules are gathered one at a time. With none,
+            the whole objective is gathered at once.
+        reshard_after_forward (`bool`): Whether a module's weights are freed between forward and backward pass.
+        num_replicas (`int`): How many groups of processes hold all of the weights (HSDP). 1 is FSDP.
+    """
+
+    unit_classes: tuple[str, ...] = ("TarFlowBlock",)
+    reshard_after_forward: bool = True
+    num_replicas: int = 1
+
+    def units(self, objective: AlignedFlowObjective) -> list[torch.nn.Module]:
+        """
+        The modules that are gathered one at a time, inner ones first.
+
+        The objective takes gradients while it is called, and torch frees the weights of the whole objective after the
+        first of them. All weights must therefore belong to a module that gathers them again when it is used: where
+        there are units, every block and every projector is one.
+        """
+        if not self.unit_classes:
+            return []
+        units = {*objective.flow.blocks, *objective.projectors.values()}
+        if "TarFlowLayer" in self.unit_classes:
+            units |= {layer for block in objective.flow.blocks for layer in block.layers}
+        return [module for module in reversed(list(objective.modules())) if module in units]
+
+    def make_mesh(self, accelerator: Accelerator) -> DeviceMesh:
+        """The processes: `(num_replicas, processes that share the weights)`, or the latter only."""
+        num_processes, device_type = accelerator.num_processes, accelerator.device.type
+        if self.num_replicas == 1:
+            return init_device_mesh(device_type, (num_processes,), mesh_dim_names=("shard",))
+        shape = (self.num_replicas, num_processes // self.num_replicas)
+        return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+    @torch.no_grad()
+    def shard(self, objective: AlignedFlowObjective, accelerator: Accelerator):
+        """
+        Shard an objective in place. Its parameters become new ones: an optimizer must be made afterwards.
+
+        All processes start with the weights of the main one. Nothing is cast: gradients are summed in the dtype of the
+        weights, and a flow's inputs stay in float32. Mixed precision is autocast's.
+        """
+        for tensor in [*objective.parameters(), *objective.buffers()]:
+            tensor.copy_(broadcast(tensor.to(accelerator.device)))
+        options = {
+            "mesh": self.make_mesh(accelerator),
+            "reshard_after_forward": self.reshard_after_forward,
+            "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
+        }
+        for module in self.units(objective):
+            fully_shard(module, **options)
+        fully_shard(objective, **options)
+
+
+def read_sharding() -> Sharding | None:
+    """
+    Read what the accelerate config asks for, and hide it from Accelerate, which ignores it on a CPU and otherwise
+    casts the inputs of the flow. transformers would load the teacher in the main process only.
+
+    Returns:
+        [`Sharding`]: `None` if each process is to hold all weights.
+    Raises:
+        ValueError: if the config asks for something else than FSDP2, or for an option that is not supported.
+    """
+    for variable, name in UNSUPPORTED_VARIABLES.items():
+        if is_on(variable):
+            raise ValueError(f"The accelerate config must not use {name}, which is not supported. {CURE}")
+    if not is_on(FSDP_VARIABLE):
+        return None
+    plugin = FullyShardedDataParallelPlugin()
+    mesh = ParallelismConfig() if is_on(MESH_VARIABLE) else ParallelismConfig(1, 1, 1, 1, sp_size=1)
+    check_options(plugin, mesh)
+    unit_classes = ()
+    if plugin.auto_wrap_policy is not None:
+        unit_classes = tuple(plugin.transformer_cls_names_to_wrap or ["TarFlowBlock"])
+        if not set(unit_classes) <= set(UNIT_CLASSES):
+            raise ValueError(
+                f"`fsdp_transformer_layer_cls_to_wrap` must be among {', '.join(UNIT_CLASSES)}, but is"
+                f" {', '.join(unit_classes)}."
+            )
+    for variable in (FSDP_VARIABLE, MESH_VARIABLE):
+        os.environ.pop(variable, None)
+    return Sharding(unit_classes, plugin.reshard_after_forward, mesh.dp_replicate_size)
+
+
+def is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def check_options(plugin: FullyShardedDataParallelPlugin, mesh: ParallelismConfig):
+    """Raise ValueError for what a config asks for and is not supported."""
+    size_based = plugin.auto_wrap_policy is not None and plugin.min_num_params is not None
+    unsupported = {
+        "fsdp_version: 1": plugin.fsdp_version != 2,
+        "fsdp_auto_wrap_policy: SIZE_BASED_WRAP": size_based,
+        "fsdp_offload_params: true": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "fsdp_activation_checkpointing: true (--gradient_checkpointing does it)": plugin.activation_checkpointing,
+        "fsdp_ignored_modules": plugin.ignored_modules is not None,
+        "tensor, context or sequence parallelism": mesh.non_data_parallel_size > 1,
+    }
+    found = [name for name, is_used in unsupported.items() if is_used]
+    if found:
+        raise ValueError(f"The accelerate config has `{'`, `'.join(found)}`, which is not supported. {CURE}")
+
+
+class ShardingAccelerator(Accelerator):
+    """
+    An accelerator that shards what it prepares, if its sharding says so.
+
+    Args:
+        sharding ([`Sharding`], *optional*): `None` gives every process a copy of the weights (DDP).
+        kwargs: Of [`~accelerate.Accelerator`].
+    Raises:
+        ValueError: if the processes cannot be divided so.
+    """
+
+    def __init__(self, sharding: Sharding | None, kwargs_handlers: list[Any], **kwargs):
+        self.sharding = sharding
+        if sharding is not None:
+            # The cache would keep a copy of all gathered weights until the end of the forward pass.
+            kwargs_handlers = [*kwargs_handlers, AutocastKwargs(cache_enabled=False)]
+        super().__init__(kwargs_handlers=kwargs_handlers, **kwargs)
+        if sharding is not None:
+            self._check_processes()
+
+    def _check_processes(self):
+        if not torch.distributed.is_initialized():
+            raise ValueError(
+                "The accelerate config asks for FSDP, but this process was started alone: start the script with"
+                " `accelerate launch` or `torchrun`."
+            )
+        if self.num_processes % self.sharding.num_replicas:
+            raise ValueError(
+                f"`parallelism_config_dp_replicate_size` must divide the number of processes, {self.num_processes}, but"
+                f" is {self.sharding.num_replicas}."
+            )
+        if self.scaler is not None:
+            raise ValueError("`--mixed_precision` fp16 is not supported with FSDP: choose bf16.")
+
+    def prepare_model(self, model: torch.nn.Module, *args, **kwargs) -> torch.nn.Module:
+        """Prepare an objective, before an optimizer of its parameters is made. Takes the arguments of Accelerate's."""
+        if self.sharding is None:
+            return super().prepare_model(model, *args, **kwargs)
+        self.sharding.shard(model, self)
+        # Autocast and nothing else, as for a model that is not trained.
+        return super().prepare_model(model, evaluation_mode=True)
+
+    def clip_grad_norm_(self, *args, **kwargs) -> torch.Tensor:
+        """Clip gradients, and return the norm of them all. Takes the arguments of Accelerate's."""
+        return whole(super().clip_grad_norm_(*args, **kwargs))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor whose shares several processes have, who must all call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shares(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's share of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
