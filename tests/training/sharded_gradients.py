@@ -23,7 +23,7 @@ STRATEGIES = {
 }
 PLACES = [(2, 1), (2, 2), (3, 1)]
 TEACHER_DIM = 5
-NUM_IMAGES = 12
+NUM_IMAGES = 24
 
 
 def make_objective(strategy: str, checkpointing: bool) -> AlignedFlowObjective:

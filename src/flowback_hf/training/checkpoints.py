@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from flowback_hf.files import METRICS_FILE, partial_path, read_json, write_json, write_whole
+from flowback_hf.training.sharding import describe_state, has_shards, load_shards, save_shards, sharding_of
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -83,10 +84,13 @@ def save_checkpoint(
     is_main = accelerator.is_main_process
     with write_whole(checkpoint) if is_main else contextlib.nullcontext(partial_path(checkpoint)) as partial:
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
+        if sharding_of(accelerator) is not None:
+            save_shards(describe_state(accelerator, ema), partial)
+        else:
+            accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if is_main:
-            if ema is not None:
+            if ema is not None and not has_shards(partial):
                 save_ema(ema, partial / EMA_FILE)
             for name in COPIED_FILES:
                 shutil.copyfile(output_dir / name, partial / name)
@@ -297,6 +301,11 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMAModel | 
     Raises:
         ValueError: if a file holds something else than it should. Says which, if it is one that could run code.
     """
+    if sharding_of(accelerator) is not None:
+        load_shards(describe_state(accelerator, ema), checkpoint)
+        if ema is not None:
+            ema.optimization_step = read_progress(checkpoint)["global_step"]
+        return
     random_states = checkpoint / f"random_states_{accelerator.process_index}.pkl"
     try:
         # Accelerate trains on without the random states if it cannot read them.

@@ -33,6 +33,7 @@ from flowback_hf.data import (
 from flowback_hf.files import write_whole
 from flowback_hf.models.transformer_tarflow import Guidance
 from flowback_hf.training.flow import add_classes, check_vae_of_latents
+from flowback_hf.training.sharding import sharding_of
 from flowback_hf.training.trainer import Trainer
 from flowback_hf.training.validation import draw_samples, validate_learned_inverse
 from flowback_hf_cli.numbers import check_number
@@ -268,6 +269,11 @@ class ReverseTrainer(Trainer):
     ):
         if pairs not in SAMPLED_SHARE:
             raise ValueError(f"`pairs` must be one of {tuple(SAMPLED_SHARE)}, but is {pairs!r}.")
+        if accelerator is not None and sharding_of(accelerator) is not None:
+            raise ValueError(
+                "A learned inverse and its flow are trained without FSDP, but the accelerate config asks for it: take"
+                " training/configs/accelerate/ddp.yaml."
+            )
         check_number("num_sampled_pairs", num_sampled_pairs, int, at_least=1)
         check_number("sampled_guidance_scale", sampled_guidance_scale, float, at_least=1.0)
         if data_guidance_scale is not None:

@@ -1,8 +1,11 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """Sharding: each process holds and updates a share of every weight (FSDP2, torch's `fully_shard`)."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,10 @@ from accelerate.utils import (
     ParallelismConfig,
     broadcast,
 )
+from diffusers.training_utils import EMAModel
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, load, save
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -143,6 +150,20 @@ def check_options(plugin: FullyShardedDataParallelPlugin, mesh: ParallelismConfi
         raise ValueError(f"The accelerate config has `{'`, `'.join(found)}`, which is not supported. {CURE}")
 
 
+def sharding_of(accelerator: Accelerator) -> Sharding | None:
+    """How an accelerator shards; `None` if it does not."""
+    return getattr(accelerator, "sharding", None)
+
+
+def check_accelerator(accelerator: Accelerator):
+    """Raise ValueError for an accelerator that shards in a way of its own."""
+    if accelerator.distributed_type in UNSUPPORTED_TYPES:
+        raise ValueError(
+            "`accelerator` must come from `flowback_hf.training.make_accelerator`, which reads the accelerate config, but"
+            f" this one uses {accelerator.distributed_type.value}."
+        )
+
+
 class ShardingAccelerator(Accelerator):
     """
     An accelerator that shards what it prepares, if its sharding says so.
@@ -195,6 +216,58 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shares(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's share of a tensor."""
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# Checkpoints
+
+
+def describe_state(accelerator: Accelerator, ema: EMAModel | None) -> dict[str, torch.Tensor]:
+    """
+    All that a sharded run resumes from, by name: weights, the optimizer's averages and the averaged weights.
+
+    Tensors are those in use, so that loading into them loads the run. The optimizer's are made if there are none yet.
+    """
+    (objective,), (optimizer,) = accelerator._models, accelerator._optimizers
+    options = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
+    weights, averages = get_state_dict(objective, optimizer.optimizer, options=options)
+    state = {f"objective.{name}": weight for name, weight in weights.items()}
+    # Others are the arguments of the optimizer, which a run sets by itself.
+    state |= {f"optimizer.{name}": value for name, value in averages.items() if torch.is_tensor(value)}
+    if ema is not None:
+        state |= {ema_name(number): average for number, average in enumerate(ema.shadow_params)}
+    return state
+
+
+def ema_name(number: int) -> str:
+    """The name of the average of the n-th trained parameter."""
+    return f"ema.{number:05d}"
+
+
+def save_shards(state: dict[str, torch.Tensor], folder: Path):
+    """Write each process's part of a state to a safetensors file of its own. Called by every process."""
+    with plain_errors():
+        save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+def load_shards(state: dict[str, torch.Tensor], folder: Path):
+    """Load a state in place, however many processes saved it. Nothing is unpickled. Called by every process."""
+    with plain_errors():
+        load(state, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise, in every process, what one of them raised. torch's own is no `Exception`, and passes by `except`."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
+
+
+def has_shards(folder: Path) -> bool:
+    """Whether a checkpoint is one of a sharded run."""
+    return any(folder.glob("shard-*.safetensors"))
