@@ -1,5 +1,5 @@
 """
-Compares gradients of sharded objectives with those of one process, in float64. Started in every process of a group.
+Compares gradients and optimizer steps of sharded objectives with those of one process, in float64. Started in every process of a group.
 
     sharded_gradients.py [--unit_classes TarFlowBlock TarFlowLayer] [--checkpointing] [--strategies reverse-exact ...]
 """
@@ -7,6 +7,7 @@ Compares gradients of sharded objectives with those of one process, in float64. 
 import argparse
 
 import torch
+from diffusers.training_utils import EMAModel
 
 from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
 from flowback_hf.training.sharding import Sharding, ShardingAccelerator, whole
@@ -90,11 +91,39 @@ def check_gradients(accelerator: ShardingAccelerator, strategy: str, checkpointi
             torch.testing.assert_close(value, expected(**first).nll, rtol=0, atol=1e-12)
 
 
+def check_steps(accelerator: ShardingAccelerator, strategy: str):
+    """A step of the optimizer is that of one process, and a failed one changes nothing."""
+    batch, max_norm = make_batch(), 0.5
+    expected = make_objective(strategy, checkpointing=False)
+    objective = accelerator.prepare_model(make_objective(strategy, checkpointing=False))
+    norms, averages = [], []
+    for module in (expected, objective):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True, eps=1e-3)
+        average = EMAModel(module.parameters(), decay=0.5, foreach=True)
+        for has_failed in (0.0, 0.0, 1.0):
+            optimizer.found_inf = torch.tensor(has_failed)
+            optimizer.zero_grad()
+            module(**batch).loss.backward()
+            norms.append(accelerator.clip_grad_norm_(module.parameters(), max_norm))
+            before = [whole(parameter).clone() for parameter in module.parameters()]
+            optimizer.step()
+            average.step(module.parameters())
+            unchanged = [torch.equal(*pair) for pair in zip(before, map(whole, module.parameters()))]
+            assert all(unchanged) if has_failed else not all(unchanged)
+        averages.append([whole(parameter) for parameter in average.shadow_params])
+    torch.testing.assert_close(torch.stack(norms[:3]), torch.stack(norms[3:]), rtol=1e-12, atol=0)
+    assert min(norms) > max_norm
+    for (name, parameter), reference in zip(objective.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(whole(parameter), reference, rtol=0, atol=1e-11, msg=name)
+    torch.testing.assert_close(averages[1], averages[0], rtol=0, atol=1e-11)
+
+
 def main(args: argparse.Namespace):
     sharding = Sharding(tuple(args.unit_classes), num_replicas=args.num_replicas)
     accelerator = ShardingAccelerator(sharding, [])
     for strategy in args.strategies:
         check_gradients(accelerator, strategy, args.checkpointing)
+    check_steps(accelerator, args.strategies[-1])
     accelerator.end_training()
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flowback_hf import FlowBackPipeline
 from flowback_hf.files import read_metrics_log
-from flowback_hf.training import list_checkpoints
+from flowback_hf.training import list_checkpoints, load_averaged_parameters
 
 from ..conftest import REPOSITORY
 from ..drills.runs import Process, start_group
@@ -64,7 +65,58 @@ def run(arguments, tmp_path):
     return start_run
 
 
-def test_a_sharded_run_is_that_of_one_process_and_goes_on_with_another_number(run, tmp_path):
+# Gradients
+
+
+def check_gradients(tmp_path: Path, num_processes: int, *line: str):
+    end(start_group(tmp_path, [list(line)] * num_processes, script=GRADIENTS))
+
+
+def test_gradients_are_those_of_one_process(tmp_path):
+    """Of all strategies, with accumulation, and the optimizer's steps."""
+    check_gradients(tmp_path, 2)
+
+
+@pytest.mark.parametrize("unit_classes", [[], ["TarFlowLayer"]], ids=["root", "layers"])
+def test_gradients_with_other_units(tmp_path, unit_classes):
+    line = ["--unit_classes", *unit_classes, "--strategies", "detach", "reverse-exact", "--checkpointing"]
+    check_gradients(tmp_path, 2, *line)
+
+
+# The whole matrix. Two groups of two processes are HSDP.
+@pytest.mark.drill
+@pytest.mark.parametrize("checkpointing", [[], ["--checkpointing"]], ids=["", "checkpointing"])
+@pytest.mark.parametrize("unit_classes", [[], ["TarFlowBlock"], ["TarFlowLayer"]], ids=["root", "blocks", "layers"])
+@pytest.mark.parametrize("num_processes, num_replicas", [(2, 1), (3, 1), (4, 2)])
+def test_all_gradients(drill, tmp_path, num_processes, num_replicas, unit_classes, checkpointing):
+    line = ["--unit_classes", *unit_classes, "--num_replicas", str(num_replicas), *checkpointing]
+    check_gradients(tmp_path, num_processes, *line)
+    drill("Gradients of sharded flows", settings=1, strategies=6, wrong=0)
+
+
+# Runs
+
+
+def test_a_sharded_run_goes_on_with_another_number_of_processes(run, tmp_path):
+    """It trains as one process does. Of four processes, some have no row of the class tables."""
     end(run("whole", 1, variables={}))
+    folder = tmp_path / "run"
     end(run("run", 2))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(folder, tmp_path / "whole")
+    first, second, third = list_checkpoints(folder)
+    names = sorted(path.name for path in third.iterdir())
+    shards = [f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)]
+    assert names == ["metrics.jsonl", "progress.json", *shards, "training_args.json"]
+    kept = pipeline_of(folder)
+    shutil.rmtree(second)
+    shutil.rmtree(third)
+    end(run("run", 4, resume_from_checkpoint="latest"))
+    assert_same_run(folder, tmp_path / "whole")
+    assert not all(torch.equal(tensor, kept[name]) for name, tensor in pipeline_of(folder).items())
+    assert len(list(list_checkpoints(folder)[-1].glob("shard-*"))) == 4
+    flow = FlowBackPipeline.from_pretrained(folder).transformer
+    load_averaged_parameters(first, flow.parameters())
+    load_averaged_parameters(list_checkpoints(folder)[-1], flow.parameters())
+    assert all(torch.equal(tensor, pipeline_of(folder)[name]) for name, tensor in flow.state_dict().items())
+
+    end(run("run", 2, variables={}, resume_from_checkpoint="latest"), 2)

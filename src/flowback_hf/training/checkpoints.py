@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from flowback_hf.files import METRICS_FILE, partial_path, read_json, write_json, write_whole
-from flowback_hf.training.sharding import describe_state, has_shards, load_shards, save_shards, sharding_of
+from flowback_hf.training.sharding import describe_state, ema_name, has_shards, load_shards, save_shards, sharding_of
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -390,5 +390,9 @@ def load_averaged_parameters(checkpoint: Path, parameters: Iterable[torch.nn.Par
         ValueError: if the checkpoint is damaged, or as [`read_ema`].
     """
     check_files(checkpoint, read_progress(checkpoint))
+    if has_shards(checkpoint):
+        state = {ema_name(number): parameter.data for number, parameter in enumerate(parameters)}
+        load_shards(state, checkpoint, by_one_process=True)
+        return
     for parameter, average in zip(parameters, read_ema(checkpoint)["shadow_params"], strict=True):
         parameter.copy_(average)

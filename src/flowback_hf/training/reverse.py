@@ -269,11 +269,6 @@ class ReverseTrainer(Trainer):
     ):
         if pairs not in SAMPLED_SHARE:
             raise ValueError(f"`pairs` must be one of {tuple(SAMPLED_SHARE)}, but is {pairs!r}.")
-        if accelerator is not None and sharding_of(accelerator) is not None:
-            raise ValueError(
-                "A learned inverse and its flow are trained without FSDP, but the accelerate config asks for it: take"
-                " training/configs/accelerate/ddp.yaml."
-            )
         check_number("num_sampled_pairs", num_sampled_pairs, int, at_least=1)
         check_number("sampled_guidance_scale", sampled_guidance_scale, float, at_least=1.0)
         if data_guidance_scale is not None:
@@ -303,6 +298,11 @@ class ReverseTrainer(Trainer):
         return pipeline
 
     def _prepare(self, objective: ReverseFlowObjective):
+        if sharding_of(self.accelerator) is not None:
+            raise ValueError(
+                "A learned inverse is trained without FSDP, but the accelerate config asks for it: take"
+                " training/configs/accelerate/ddp.yaml."
+            )
         objective.to(self.accelerator.device)
         objective.measure_statistics(self._statistics_batches())
         super()._prepare(objective)

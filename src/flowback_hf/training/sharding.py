@@ -252,10 +252,14 @@ def save_shards(state: dict[str, torch.Tensor], folder: Path):
         save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
-def load_shards(state: dict[str, torch.Tensor], folder: Path):
-    """Load a state in place, however many processes saved it. Nothing is unpickled. Called by every process."""
+def load_shards(state: dict[str, torch.Tensor], folder: Path, by_one_process: bool = False):
+    """
+    Load a state in place, however many processes saved it. Nothing is unpickled.
+
+    Called by every process, unless `by_one_process` says that the state is whole and that this one loads it alone.
+    """
     with plain_errors():
-        load(state, storage_reader=HuggingFaceStorageReader(str(folder)))
+        load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=by_one_process)
 
 
 @contextlib.contextmanager
