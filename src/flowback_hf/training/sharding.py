@@ -114,6 +114,8 @@ def read_sharding() -> Sharding | None:
             raise ValueError(f"The accelerate config must not use {name}, which is not supported. {CURE}")
     if not is_on(FSDP_VARIABLE):
         return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(f"The accelerate config must have `fsdp_version: 2`: the first one is not supported. {CURE}")
     plugin = FullyShardedDataParallelPlugin()
     mesh = ParallelismConfig() if is_on(MESH_VARIABLE) else ParallelismConfig(1, 1, 1, 1, sp_size=1)
     check_options(plugin, mesh)
@@ -135,10 +137,9 @@ def is_on(variable: str) -> bool:
 
 
 def check_options(plugin: FullyShardedDataParallelPlugin, mesh: ParallelismConfig):
-    """Raise ValueError for what a config asks for and is not supported."""
+    """Raise ValueError for what a config asks for and is not supported, or for numbers that contradict each other."""
     size_based = plugin.auto_wrap_policy is not None and plugin.min_num_params is not None
     unsupported = {
-        "fsdp_version: 1": plugin.fsdp_version != 2,
         "fsdp_auto_wrap_policy: SIZE_BASED_WRAP": size_based,
         "fsdp_offload_params: true": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "fsdp_activation_checkpointing: true (--gradient_checkpointing does it)": plugin.activation_checkpointing,
@@ -148,6 +149,12 @@ def check_options(plugin: FullyShardedDataParallelPlugin, mesh: ParallelismConfi
     found = [name for name, is_used in unsupported.items() if is_used]
     if found:
         raise ValueError(f"The accelerate config has `{'`, `'.join(found)}`, which is not supported. {CURE}")
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if is_on(MESH_VARIABLE) and mesh.total_size != num_processes:
+        raise ValueError(
+            "`parallelism_config_dp_replicate_size` times `parallelism_config_dp_shard_size` must be the number of"
+            f" processes, {num_processes}, but is {mesh.dp_replicate_size} times {mesh.dp_shard_size}."
+        )
 
 
 def sharding_of(accelerator: Accelerator) -> Sharding | None:
@@ -172,7 +179,7 @@ class ShardingAccelerator(Accelerator):
         sharding ([`Sharding`], *optional*): `None` gives every process a copy of the weights (DDP).
         kwargs: Of [`~accelerate.Accelerator`].
     Raises:
-        ValueError: if the processes cannot be divided so.
+        ValueError: if there is only one process, without a group, or the precision is fp16.
     """
 
     def __init__(self, sharding: Sharding | None, kwargs_handlers: list[Any], **kwargs):
@@ -190,12 +197,7 @@ class ShardingAccelerator(Accelerator):
                 "The accelerate config asks for FSDP, but this process was started alone: start the script with"
                 " `accelerate launch` or `torchrun`."
             )
-        if self.num_processes % self.sharding.num_replicas:
-            raise ValueError(
-                f"`parallelism_config_dp_replicate_size` must divide the number of processes, {self.num_processes}, but"
-                f" is {self.sharding.num_replicas}."
-            )
-        if self.scaler is not None:
+        if self.mixed_precision == "fp16":
             raise ValueError("`--mixed_precision` fp16 is not supported with FSDP: choose bf16.")
 
     def prepare_model(self, model: torch.nn.Module, *args, **kwargs) -> torch.nn.Module:
