@@ -1,5 +1,6 @@
 """
-Compares gradients and optimizer steps of sharded objectives with those of one process, in float64. Started in every process of a group.
+Compares gradients and optimizer steps of sharded objectives with those of one process, in float64. Every process of a
+group runs it.
 
     sharded_gradients.py [--unit_classes TarFlowBlock TarFlowLayer] [--checkpointing] [--strategies reverse-exact ...]
 """

@@ -113,7 +113,6 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(run, tmp_path):
     assert all(torch.equal(tensor, pipeline_of(folder)[name]) for name, tensor in flow.state_dict().items())
 
 
-
 def test_checkpoints_of_the_other_kind_are_refused(run, tmp_path):
     """In one sentence, on the main process alone."""
     short = {"max_train_steps": 2, "alignment": "none"}
@@ -209,7 +208,12 @@ def test_configs_that_are_not_supported(launch, config, line, message):
 @pytest.mark.parametrize(
     "num_processes, variables, options, message",
     [
-        (2, {"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "The accelerate config must not use DeepSpeed, which is not sup"),
+        (
+            2,
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            {},
+            "must not use DeepSpeed, which is not supported",
+        ),
         (2, {"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "must not use Megatron-LM, which is not supported"),
         (2, FSDP | {"FSDP_VERSION": "1"}, {}, "must have `fsdp_version: 2`: the first one is not supported"),
         (2, FSDP, {"mixed_precision": "fp16"}, "`--mixed_precision` fp16 is not supported with FSDP: choose bf16"),

@@ -46,6 +46,7 @@ OWNER_FILE = ".lock.json"
 
 # What a resumed run may change: how it is run and watched, and how long, which stretches the learning rate's schedule.
 RESUMABLE_SETTINGS = {
+    "async_checkpointing",
     "cache_dir",
     "checkpointing_steps",
     "checkpoints_total_limit",

@@ -166,8 +166,8 @@ def check_accelerator(accelerator: Accelerator):
     """Raise ValueError for an accelerator that shards in a way of its own."""
     if accelerator.distributed_type in UNSUPPORTED_TYPES:
         raise ValueError(
-            "`accelerator` must come from `flowback_hf.training.make_accelerator`, which reads the accelerate config, but"
-            f" this one uses {accelerator.distributed_type.value}."
+            "`accelerator` must come from `flowback_hf.training.make_accelerator`, which reads the accelerate config,"
+            f" but this one uses {accelerator.distributed_type.value}."
         )
 
 
@@ -226,7 +226,7 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 # Checkpoints
 
 
-def describe_state(accelerator: Accelerator, ema: EMAModel | None) -> dict[str, torch.Tensor]:
+def describe_shards(accelerator: Accelerator, ema: EMAModel | None) -> dict[str, torch.Tensor]:
     """
     All that a sharded run resumes from, by name: weights, the optimizer's averages and the averaged weights.
 
@@ -248,10 +248,18 @@ def ema_name(number: int) -> str:
     return f"ema.{number:05d}"
 
 
-def save_shards(state: dict[str, torch.Tensor], folder: Path):
-    """Write each process's part of a state to a safetensors file of its own. Called by every process."""
+def save_shards(state: dict[str, torch.Tensor], folder: Path, group: torch.distributed.ProcessGroup | None = None):
+    """
+    Write each process's part of a state to a safetensors file of its own. Called by every process.
+
+    Args:
+        state (`dict`): What [`describe_shards`] returned, or a copy of it.
+        folder (`pathlib.Path`): Where to.
+        group (`torch.distributed.ProcessGroup`, *optional*): The processes. Default: the group that trains.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with plain_errors():
-        save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        save(state, storage_writer=writer, process_group=group)
 
 
 def load_shards(state: dict[str, torch.Tensor], folder: Path, by_one_process: bool = False):

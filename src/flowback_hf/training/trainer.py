@@ -37,6 +37,7 @@ from flowback_hf.reporting import import_pyplot
 from flowback_hf.training.adapters import save_adapter, trained_parameters, trains_class_tables
 from flowback_hf.training.checkpoints import (
     SETTINGS_FILE,
+    BackgroundWriter,
     find_checkpoint,
     find_sane_checkpoint,
     is_sane,
@@ -235,6 +236,7 @@ class Trainer:
         names = ["SIGTERM", "SIGINT", arguments.save_on_signal]
         self._stop_signals = StopSignals(signal.Signals[name] for name in names if name is not None)
         self._shared_signal = SharedSignal(self.accelerator)
+        self._background = BackgroundWriter(self.accelerator) if arguments.async_checkpointing else None
 
     def fit(self) -> FlowBackPipeline:
         """
@@ -255,6 +257,8 @@ class Trainer:
         with contextlib.ExitStack() as lock:
             decide(self.accelerator, lambda: lock.enter_context(lock_run_folder(self.folder)))
             check_shared(self.accelerator, self.folder / OWNER_FILE, "--output_dir")
+            if self._background is not None:
+                lock.callback(self._background.finish)
             self._open_folder()
             with self._stop_signals:
                 self._train()
@@ -550,6 +554,8 @@ class Trainer:
         logs, validates, saves = (step % interval == 0 or step == self.max_train_steps for interval in intervals)
         if not (logs or validates or saves):
             return
+        if self._background is not None:
+            self._background.check()
         values = self._read_step()
         progress_bar.set_postfix(loss=f"{values['loss']:.4f}")
         if logs:
@@ -576,7 +582,7 @@ class Trainer:
             figures[f"lowest_{self.measure}"] = self.metrics_log.lowest(self.measure)
             self.metrics_log.flush()
         limit = self.arguments.checkpoints_total_limit
-        save_checkpoint(self.accelerator, self.folder, self.global_step, figures, limit, self.ema)
+        save_checkpoint(self.accelerator, self.folder, self.global_step, figures, limit, self.ema, self._background)
         self._saved_step = self.global_step
 
     @torch.no_grad()
@@ -605,6 +611,8 @@ class Trainer:
         if self.global_step != self._saved_step:
             self._read_step()
             self._save_checkpoint()
+        if self._background is not None:
+            self._background.finish()
         name = signal.Signals(received).name
         logger.warning(f"{name}: saved up to step {self.global_step}. Resume with the same command.")
         self.accelerator.end_training()
