@@ -12,7 +12,7 @@ import pytest
 
 from flowback_hf.training import list_checkpoints
 
-from ..drills.runs import assert_same_run, start, start_group
+from ..drills.runs import Process, assert_same_run, start, start_group
 from .test_sharding import FSDP, set_environment
 
 
@@ -101,7 +101,7 @@ def test_shards_are_written_while_training_goes_on(arguments, tmp_path):
     """One of two processes is killed in the middle of it, and later keeps the other one waiting."""
     (tmp_path / "logs").mkdir()
 
-    def run(name: str, action, *action_arguments, **options) -> list[int]:
+    def run(name: str, action, *action_arguments, **options) -> list[Process]:
         line = arguments(output_dir=tmp_path / name, train_batch_size=2, **(OPTIONS | options))
         prepare = functools.partial(prepare_shards, tmp_path / name, action, action_arguments)
         return start_group(tmp_path / "logs", [line] * 2, prepare)
