@@ -19,6 +19,7 @@ from flowback_hf.training.sharding import Sharding, ShardingAccelerator, check_a
 
 from ..conftest import REPOSITORY
 from ..drills.runs import Process, start_group
+from ..drills.test_planted_pickles import plant
 
 
 GRADIENTS = Path(__file__).with_name("sharded_gradients.py")
@@ -101,16 +102,28 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(run, tmp_path):
     shards = [f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)]
     assert names == ["metrics.jsonl", "progress.json", *shards, "training_args.json"]
     kept = pipeline_of(folder)
+    for name in (".metadata", "optimizer.bin", "random_states_0.pkl"):
+        plant(first / name, tmp_path / "proof")
     shutil.rmtree(second)
     shutil.rmtree(third)
     end(run("run", 4, resume_from_checkpoint="latest"))
     assert_same_run(folder, tmp_path / "whole")
     assert not all(torch.equal(tensor, kept[name]) for name, tensor in pipeline_of(folder).items())
+    assert not (tmp_path / "proof").exists()
     assert len(list(list_checkpoints(folder)[-1].glob("shard-*"))) == 4
     flow = FlowBackPipeline.from_pretrained(folder).transformer
     load_averaged_parameters(first, flow.parameters())
     load_averaged_parameters(list_checkpoints(folder)[-1], flow.parameters())
     assert all(torch.equal(tensor, pipeline_of(folder)[name]) for name, tensor in flow.state_dict().items())
+
+
+def test_mixed_precision_is_that_without_sharding(run, tmp_path):
+    options = {"mixed_precision": "bf16", "gradient_checkpointing": True, "max_train_steps": 3}
+    end(run("copies", 2, variables={}, **options))
+    end(run("run", 2, **options))
+    assert_same_run(tmp_path / "run", tmp_path / "copies")
+    losses = [record["loss"] for record in losses_of(tmp_path / "run").values()]
+    assert losses == pytest.approx([record["loss"] for record in losses_of(tmp_path / "copies").values()], rel=1e-6)
 
 
 def test_checkpoints_of_the_other_kind_are_refused(run, tmp_path):

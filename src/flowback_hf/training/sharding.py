@@ -3,12 +3,14 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import (
     AutocastKwargs,
@@ -18,7 +20,6 @@ from accelerate.utils import (
     broadcast,
 )
 from diffusers.training_utils import EMAModel
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, load, save
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -87,6 +88,8 @@ class Sharding:
         All processes start with the weights of the main one. Nothing is cast: gradients are summed in the dtype of the
         weights, and a flow's inputs stay in float32. Mixed precision is autocast's.
         """
+        # No output of a module is changed in place here.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for tensor in [*objective.parameters(), *objective.buffers()]:
             tensor.copy_(broadcast(tensor.to(accelerator.device)))
         options = {
@@ -179,7 +182,7 @@ class ShardingAccelerator(Accelerator):
         sharding ([`Sharding`], *optional*): `None` gives every process a copy of the weights (DDP).
         kwargs: Of [`~accelerate.Accelerator`].
     Raises:
-        ValueError: if there is only one process, without a group, or the precision is fp16.
+        ValueError: if there is only one process, without a group, or the precision is fp16; or if torch is too old.
     """
 
     def __init__(self, sharding: Sharding | None, kwargs_handlers: list[Any], **kwargs):
@@ -197,6 +200,9 @@ class ShardingAccelerator(Accelerator):
                 "The accelerate config asks for FSDP, but this process was started alone: start the script with"
                 " `accelerate launch` or `torchrun`."
             )
+        self.wait_for_everyone()  # none may end while another one still connects to it
+        if not hasattr(dcp, "HuggingFaceStorageWriter"):
+            raise ValueError(f"FSDP needs a newer torch than {torch.__version__}, one that shards safetensors files.")
         if self.mixed_precision == "fp16":
             raise ValueError("`--mixed_precision` fp16 is not supported with FSDP: choose bf16.")
 
@@ -257,9 +263,9 @@ def save_shards(state: dict[str, torch.Tensor], folder: Path, group: torch.distr
         folder (`pathlib.Path`): Where to.
         group (`torch.distributed.ProcessGroup`, *optional*): The processes. Default: the group that trains.
     """
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with plain_errors():
-        save(state, storage_writer=writer, process_group=group)
+        dcp.save(state, storage_writer=writer, process_group=group)
 
 
 def load_shards(state: dict[str, torch.Tensor], folder: Path, by_one_process: bool = False):
@@ -269,7 +275,7 @@ def load_shards(state: dict[str, torch.Tensor], folder: Path, by_one_process: bo
     Called by every process, unless `by_one_process` says that the state is whole and that this one loads it alone.
     """
     with plain_errors():
-        load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=by_one_process)
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=by_one_process)
 
 
 @contextlib.contextmanager
