@@ -90,9 +90,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(arguments, whole, tmp_pa
     """The checkpoint is that of its step nonetheless. The next checkpoint waits for it."""
     folder = tmp_path / "run"
     line = arguments(output_dir=folder, async_checkpointing=True, **OPTIONS)
-    before = functools.partial(
-        act_when_opened, wait_for_line, folder, ".partial-checkpoint-2/optimizer.bin", folder, 3
-    )
+    before = functools.partial(act_before, "save_whole_state", 1, wait_for_line, folder, 3)
     process = start(tmp_path / "log", line, before)
     assert process.wait() == 0, process.log
     assert_same_checkpoints(folder, whole)
