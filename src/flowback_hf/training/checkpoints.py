@@ -176,7 +176,8 @@ def write_checkpoint(
 
 def describe_state(accelerator: Accelerator, ema: EMAModel | None, folder: Path) -> dict[str, Any]:
     """
-    All that a run resumes from, as references to what it uses. Called by every process.
+    All that a run resumes from, as references to what it uses: this process's share of it or, without sharding, all of
+    it in the main process. Called by every process.
 
     What Accelerate's hooks save, they write into the folder.
     """
@@ -186,6 +187,8 @@ def describe_state(accelerator: Accelerator, ema: EMAModel | None, folder: Path)
         hook(models, weights, str(folder))
     if is_sharded:
         return {"shards": describe_shards(accelerator, ema)}
+    if not accelerator.is_main_process:
+        return {}
     return {
         "weights": weights,
         "optimizers": [optimizer.state_dict() for optimizer in accelerator._optimizers],

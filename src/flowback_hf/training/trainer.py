@@ -258,7 +258,7 @@ class Trainer:
             decide(self.accelerator, lambda: lock.enter_context(lock_run_folder(self.folder)))
             check_shared(self.accelerator, self.folder / OWNER_FILE, "--output_dir")
             if self._background is not None:
-                lock.callback(self._background.finish)
+                lock.callback(self._background.finish)  # before the folder is given free
             self._open_folder()
             with self._stop_signals:
                 self._train()
