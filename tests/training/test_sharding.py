@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from safetensors.torch import load_file
 from flowback_hf import FlowBackPipeline
 from flowback_hf.files import read_metrics_log
 from flowback_hf.training import list_checkpoints, load_averaged_parameters
+from flowback_hf.training.checkpoints import check_files, read_progress
 from flowback_hf.training.sharding import Sharding, ShardingAccelerator, check_accelerator, read_sharding
 
 from ..conftest import REPOSITORY
-from ..drills.runs import Process, start_group
+from ..drills.runs import Process, send_at_line, start_group
 from ..drills.test_planted_pickles import plant
 
 
@@ -142,6 +144,25 @@ def test_a_step_that_is_not_finite_ends_a_sharded_run(run, tmp_path):
     end(processes, 1)
     assert "Step 2: the loss is nan" in processes[0].log
     assert not list_checkpoints(tmp_path / "run")
+
+
+def signal_main(folder: Path, variables: dict[str, str], rank: int):
+    set_environment(variables, rank)
+    if rank == 0:
+        send_at_line(folder, 3, "SIGTERM")
+
+
+def test_a_signal_saves_shards(arguments, tmp_path):
+    """In the background or not, they are whole when the processes end."""
+    (tmp_path / "logs").mkdir()
+    for name, options in (("run", {}), ("background", {"async_checkpointing": True})):
+        folder = tmp_path / name
+        line = arguments(output_dir=folder, train_batch_size=2, max_train_steps=6, checkpointing_steps=100, **options)
+        processes = start_group(tmp_path / "logs", [line] * 2, functools.partial(signal_main, folder, FSDP))
+        end(processes, 128 + signal.SIGTERM)
+        (checkpoint,) = list_checkpoints(folder)
+        check_files(checkpoint, read_progress(checkpoint))
+        assert "SIGTERM: saved up to step 3" in processes[0].log and "Traceback" not in processes[1].log
 
 
 def test_a_sharded_adapter_is_that_of_one_process(run, tmp_path):
