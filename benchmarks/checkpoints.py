@@ -68,7 +68,7 @@ class Run:
         """The same files, and how long they are."""
         checkpoint, partial = self.folder / "plain", self.folder / ".partial-plain"
         self.accelerator.save_state(str(partial))
-        save_ema(self.ema, partial / EMA_FILE)
+        save_ema(self.ema.state_dict(), partial / EMA_FILE)
         sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
         (partial / "progress.json").write_text(str(sizes))
         replace(partial, checkpoint)

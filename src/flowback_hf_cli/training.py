@@ -87,6 +87,7 @@ class TrainingArguments:
     logging_steps: int = number_field(10, COUNT)
     checkpointing_steps: int = number_field(500, COUNT)
     checkpoints_total_limit: int | None = number_field(None, COUNT)
+    async_checkpointing: bool = False
     ddp_timeout: int = number_field(1800, COUNT)
     resume_from_checkpoint: str | None = None
     save_on_signal: str | None = None
@@ -395,6 +396,12 @@ def add_run_arguments(group: argparse._ArgumentGroup):
         type=number_of(TrainingArguments, "checkpoints_total_limit"),
         help="Keep this many checkpoints, and the last one whose weights were good; older ones are deleted once a new"
         " one is safe. Default: keep all.",
+    )
+    group.add_argument(
+        "--async_checkpointing",
+        action="store_true",
+        help="Write checkpoints while training goes on, from a copy in the memory of the host: 16 bytes per parameter,"
+        " all of them in the main process or, with FSDP, each process its share. Default: training waits.",
     )
     group.add_argument(
         "--resume_from_checkpoint",

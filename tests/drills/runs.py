@@ -90,7 +90,9 @@ def start(log_file: Path, line: list[str], before: Callable[[], None] | None = N
     return Process(process, log_file)
 
 
-def start_group(folder: Path, lines: list[list[str]], prepare: Callable[[int], None] | None = None) -> list[Process]:
+def start_group(
+    folder: Path, lines: list[list[str]], prepare: Callable[[int], None] | None = None, script: Path = SCRIPT
+) -> list[Process]:
     """
     Start one run of several processes on the CPU, as a launcher does.
 
@@ -98,12 +100,13 @@ def start_group(folder: Path, lines: list[list[str]], prepare: Callable[[int], N
         folder (`pathlib.Path`): Where to write what each prints.
         lines (`list[list[str]]`): The command line of each process.
         prepare (`Callable`, *optional*): Called in each process first, with its number.
+        script (`pathlib.Path`): What to run. Default: the script of training.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
-        start(folder / f"log-{rank}", line, functools.partial(join_group, rank, len(lines), port, prepare))
+        start(folder / f"log-{rank}", line, functools.partial(join_group, rank, len(lines), port, prepare), script)
         for rank, line in enumerate(lines)
     ]
 

@@ -1,5 +1,6 @@
 """Training the learned inverse of a flow, as its users do."""
 
+import functools
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from flowback_hf.training import TrainingArguments, reverse
 from flowback_hf_cli import reverse_training, training
 
 from ..conftest import REPOSITORY, command_line, load_script, randomise_weights
+from ..drills.runs import start_group
+from .test_sharding import FSDP, set_environment
 from .test_train_rra import LAUNCH, names, read_metrics
 
 
@@ -292,3 +295,11 @@ def test_flags_are_those_of_the_package():
     # What both have means the same in both; sizes are the flow's by default.
     different = [name for name, value in vars(args).items() if name in shared and shared[name] != value]
     assert different == []
+
+
+def test_sharding_is_refused(line, tmp_path):
+    prepare = functools.partial(set_environment, FSDP)
+    processes = start_group(tmp_path, [line(output_dir=tmp_path / "run")] * 2, prepare, SCRIPT)
+    assert [process.wait() for process in processes] == [2, 2]
+    assert "A learned inverse is trained without FSDP, but the accelerate config asks for it" in processes[0].sentence
+    assert "error: " not in processes[1].log and not (tmp_path / "run").exists()

@@ -2,12 +2,13 @@
 """
 Checkpoints of a run: folders named `checkpoint-<step>` that are whole or absent.
 
-A checkpoint holds what Accelerate saves (weights, optimizer, scheduler, random states), the averaged weights in
-`ema.safetensors`, copies of the run's settings and log, and `progress.json`: how far the run was, how good its weights
-were, and the size and checksum of each file.
+A checkpoint holds what Accelerate loads (weights, optimizer, random states) and the averaged weights in
+`ema.safetensors` or, of a sharded run, each process's share of these; copies of the run's settings and log; and
+`progress.json`: how far the run was, how good its weights were, and the size and checksum of each file.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -15,19 +16,24 @@ import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.checkpointing import save_accelerator_state
 from accelerate.logging import get_logger
 from accelerate.utils import load as load_plain_data
+from accelerate.utils import recursively_apply
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from flowback_hf.files import METRICS_FILE, partial_path, read_json, write_json, write_whole
+from flowback_hf.training.sharding import describe_shards, ema_name, has_shards, load_shards, save_shards, sharding_of
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -59,6 +65,35 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 # Saving
 
 
+class BackgroundWriter:
+    """
+    Writes checkpoints in a thread, one after another, while training goes on.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): Knows the processes, all of which must make one of these.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.running: Future | None = None
+
+    def start(self, write: Callable[[], None]):
+        """Start to write a checkpoint. The one before must be finished."""
+        self.running = self.executor.submit(write)
+
+    def finish(self):
+        """Wait until everything is written. Raises what went wrong."""
+        if self.running is not None:
+            running, self.running = self.running, None
+            running.result()
+
+    def check(self):
+        """Raise what went wrong so far."""
+        if self.running is not None and self.running.done():
+            self.finish()
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
@@ -66,6 +101,7 @@ def save_checkpoint(
     figures: dict[str, float],
     limit: int | None = None,
     ema: EMAModel | None = None,
+    background: BackgroundWriter | None = None,
 ):
     """
     Save a checkpoint and then delete older ones, but not the last one with sane figures. Called by every process.
@@ -78,30 +114,111 @@ def save_checkpoint(
             dimension; of a learned inverse, `reconstruction` and `lowest_reconstruction`.
         limit (`int`, *optional*): How many checkpoints to keep, this one included. Default: all.
         ema ([`~diffusers.training_utils.EMAModel`], *optional*): The averaged weights.
+        background ([`BackgroundWriter`], *optional*):
+            It writes a copy of everything in the memory of the host, after the checkpoint before is finished. Default:
+            write now.
     """
-    checkpoint = output_dir / f"checkpoint-{global_step}"
-    is_main = accelerator.is_main_process
-    with write_whole(checkpoint) if is_main else contextlib.nullcontext(partial_path(checkpoint)) as partial:
+    if background is not None:
+        background.finish()
+    checkpoint, is_main = output_dir / f"checkpoint-{global_step}", accelerator.is_main_process
+    with contextlib.ExitStack() as opened:
+        partial = opened.enter_context(write_whole(checkpoint)) if is_main else partial_path(checkpoint)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
+        partial.mkdir(exist_ok=True)
+        state = describe_state(accelerator, ema, partial)
         if is_main:
-            if ema is not None:
-                save_ema(ema, partial / EMA_FILE)
             for name in COPIED_FILES:
                 shutil.copyfile(output_dir / name, partial / name)
-            progress = {"global_step": global_step, "figures": figures}
-            write_progress(partial, progress)
-    if is_main and limit is not None:
-        delete_old_checkpoints(output_dir, limit)
+        accelerator.wait_for_everyone()
+        if background is not None:
+            state = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), state)
+        progress = {"global_step": global_step, "figures": figures}
+        write = functools.partial(
+            write_checkpoint, opened.pop_all(), state, partial, progress, limit, background and background.group
+        )
+    if background is not None:
+        background.start(write)
+        return
+    write()
     accelerator.wait_for_everyone()
 
 
-def save_ema(ema: EMAModel, path: Path):
+def write_checkpoint(
+    opened: contextlib.ExitStack,
+    state: dict[str, Any],
+    partial: Path,
+    progress: dict[str, Any],
+    limit: int | None,
+    group: torch.distributed.ProcessGroup | None,
+):
+    """
+    Write a state into a temporary folder and give it its name. Called by every process.
+
+    Args:
+        opened (`contextlib.ExitStack`): In the main process, what renames the folder when it is closed.
+        state (`dict`): What [`describe_state`] returned, or a copy of it.
+        partial (`pathlib.Path`): The folder.
+        progress (`dict`): What `progress.json` is to hold, except for sizes and checksums.
+        limit (`int`, *optional*): How many checkpoints to keep.
+        group (`torch.distributed.ProcessGroup`, *optional*): The processes, for sharded states. Default: all.
+    """
+    is_main = PartialState().is_main_process
+    with opened:
+        if "shards" in state:
+            save_shards(state["shards"], partial, group)
+        elif is_main:
+            save_whole_state(state, partial)
+        if is_main:
+            write_progress(partial, progress)
+    if is_main and limit is not None:
+        delete_old_checkpoints(partial.parent, limit)
+
+
+def describe_state(accelerator: Accelerator, ema: EMAModel | None, folder: Path) -> dict[str, Any]:
+    """
+    All that a run resumes from, as references to what it uses: this process's share of it or, without sharding, all of
+    it in the main process. Called by every process.
+
+    What Accelerate's hooks save, they write into the folder.
+    """
+    models, is_sharded = accelerator._models, sharding_of(accelerator) is not None
+    weights = [] if is_sharded else [accelerator.get_state_dict(model, unwrap=False) for model in models]
+    for hook in accelerator._save_model_state_pre_hook.values():
+        hook(models, weights, str(folder))
+    if is_sharded:
+        return {"shards": describe_shards(accelerator, ema)}
+    if not accelerator.is_main_process:
+        return {}
+    return {
+        "weights": weights,
+        "optimizers": [optimizer.state_dict() for optimizer in accelerator._optimizers],
+        "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+        "ema": None if ema is None else ema.state_dict(),
+    }
+
+
+def save_whole_state(state: dict[str, Any], folder: Path):
+    """Write what [`describe_state`] returned, in files that Accelerate loads, and the averaged weights."""
+    optimizers, scaler = state["optimizers"], state["scaler"]
+    save_accelerator_state(
+        str(folder),
+        state["weights"],
+        [SimpleNamespace(state_dict=lambda saved=saved: saved) for saved in optimizers],
+        schedulers=[],
+        dataloaders=[],
+        process_index=0,
+        step=0,
+        scaler=None if scaler is None else SimpleNamespace(state_dict=lambda: scaler),
+    )
+    if state["ema"] is not None:
+        save_ema(state["ema"], folder / EMA_FILE)
+
+
+def save_ema(state: dict[str, Any], path: Path):
     """Write averaged weights, in the order of the flow's parameters, and the counters of the average."""
-    state = ema.state_dict()
-    weights = {f"{number:05d}": weight.contiguous() for number, weight in enumerate(state.pop("shadow_params"))}
-    save_file(weights, path, metadata={"state": json.dumps(state)})
+    weights = {f"{number:05d}": weight.contiguous() for number, weight in enumerate(state["shadow_params"])}
+    counters = {name: value for name, value in state.items() if name != "shadow_params"}
+    save_file(weights, path, metadata={"state": json.dumps(counters)})
 
 
 def leave_out_frozen_parameters(models: list[torch.nn.Module], state_dicts: list[dict[str, Any]], _: str):
@@ -297,6 +414,13 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMAModel | 
     Raises:
         ValueError: if a file holds something else than it should. Says which, if it is one that could run code.
     """
+    if sharding_of(accelerator) is not None:
+        for hook in accelerator._load_model_state_pre_hook.values():
+            hook(accelerator._models, str(checkpoint))
+        load_shards(describe_shards(accelerator, ema), checkpoint)
+        if ema is not None:
+            ema.optimization_step = read_progress(checkpoint)["global_step"]
+        return
     random_states = checkpoint / f"random_states_{accelerator.process_index}.pkl"
     try:
         # Accelerate trains on without the random states if it cannot read them.
@@ -381,5 +505,9 @@ def load_averaged_parameters(checkpoint: Path, parameters: Iterable[torch.nn.Par
         ValueError: if the checkpoint is damaged, or as [`read_ema`].
     """
     check_files(checkpoint, read_progress(checkpoint))
+    if has_shards(checkpoint):
+        state = {ema_name(number): parameter.data for number, parameter in enumerate(parameters)}
+        load_shards(state, checkpoint, by_one_process=True)
+        return
     for parameter, average in zip(parameters, read_ema(checkpoint)["shadow_params"], strict=True):
         parameter.copy_(average)

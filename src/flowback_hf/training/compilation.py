@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from flowback_hf import AlignedFlowObjective
+from flowback_hf.training.sharding import sharding_of
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -21,19 +22,21 @@ def compile_layers(accelerator: Accelerator, objective: AlignedFlowObjective, ba
 
     In the blocks where the gradients of likelihood and alignment part, several gradients are taken of one graph, and a
     compiled layer computes its parameters' gradients each time. Which is faster depends on the device: a few steps of
-    each are timed, and the main process decides for all.
+    each are timed, and the main process decides for all. With FSDP nothing is timed, and every layer is compiled.
 
     Args:
         accelerator (`accelerate.Accelerator`): Its device and precision.
-        objective ([`AlignedFlowObjective`]): What is trained, on that device.
+        objective ([`AlignedFlowObjective`]): What is trained. It is moved to that device to be timed.
         batch_size (`int`): Images in the timed steps.
     """
     # Several gradients of one graph need its buffers to be kept.
     torch._functorch.config.donated_buffer = False
     flow = objective.flow
     flow.compile_repeated_blocks()
-    if not objective.leaf_blocks:
+    # A flow that will be sharded may be too large to be timed whole.
+    if not objective.leaf_blocks or sharding_of(accelerator) is not None:
         return
+    objective.to(accelerator.device)
     every_layer = seconds_per_step(accelerator, objective, batch_size)
     leaf_layers = [layer for number in objective.leaf_blocks for layer in flow.blocks[number - 1].layers]
     for layer in leaf_layers:

@@ -33,6 +33,7 @@ from flowback_hf.data import (
 from flowback_hf.files import write_whole
 from flowback_hf.models.transformer_tarflow import Guidance
 from flowback_hf.training.flow import add_classes, check_vae_of_latents
+from flowback_hf.training.sharding import sharding_of
 from flowback_hf.training.trainer import Trainer
 from flowback_hf.training.validation import draw_samples, validate_learned_inverse
 from flowback_hf_cli.numbers import check_number
@@ -297,6 +298,11 @@ class ReverseTrainer(Trainer):
         return pipeline
 
     def _prepare(self, objective: ReverseFlowObjective):
+        if sharding_of(self.accelerator) is not None:
+            raise ValueError(
+                "A learned inverse is trained without FSDP, but the accelerate config asks for it: take"
+                " training/configs/accelerate/ddp.yaml."
+            )
         objective.to(self.accelerator.device)
         objective.measure_statistics(self._statistics_batches())
         super()._prepare(objective)

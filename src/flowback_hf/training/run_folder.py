@@ -34,6 +34,7 @@ from flowback_hf.files import (
 from flowback_hf.reporting import import_pyplot, save_figure
 from flowback_hf.training.adapters import ADAPTER_FILE
 from flowback_hf.training.checkpoints import SETTINGS_FILE, checkpoints_to_try, list_checkpoints, read_copy
+from flowback_hf.training.sharding import sharding_of
 from flowback_hf_cli.training import TrainingArguments
 
 
@@ -45,6 +46,7 @@ OWNER_FILE = ".lock.json"
 
 # What a resumed run may change: how it is run and watched, and how long, which stretches the learning rate's schedule.
 RESUMABLE_SETTINGS = {
+    "async_checkpointing",
     "cache_dir",
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -78,11 +80,15 @@ BRANCH_SETTINGS = ("learning_rate", "lr_warmup_steps", "max_grad_norm")
 BRANCHES = "branches"
 
 
-def describe_processes(arguments: TrainingArguments, accelerator: Accelerator) -> dict[str, int]:
-    """How a run's steps are divided: `num_processes`, and `total_batch_size`, the images that a step takes."""
+def describe_processes(arguments: TrainingArguments, accelerator: Accelerator) -> dict[str, Any]:
+    """
+    How a run is divided: `num_processes`, `total_batch_size`, the images that a step takes, and `sharding`, `"fsdp"`
+    or `None`.
+    """
     num_processes = accelerator.num_processes
     total = arguments.train_batch_size * num_processes * arguments.gradient_accumulation_steps
-    return {"num_processes": num_processes, "total_batch_size": total}
+    sharding = None if sharding_of(accelerator) is None else "fsdp"
+    return {"num_processes": num_processes, "total_batch_size": total, "sharding": sharding}
 
 
 def describe_total_batch_size(settings: dict[str, Any]) -> str:
@@ -110,6 +116,17 @@ def check_total_batch_size(earlier: dict[str, Any], settings: dict[str, Any]):
             f" {settings['total_batch_size']} images, but the run to resume takes {total}"
             f" ({describe_total_batch_size(earlier)}): choose them so that their product is the same."
         )
+
+
+def check_sharding(earlier: dict[str, Any], settings: dict[str, Any]):
+    """Raise ValueError unless a resumed run and its checkpoints are both sharded, or both not."""
+    if earlier.get("sharding") == settings["sharding"]:
+        return
+    was, cure = ("not sharded", "without FSDP") if settings["sharding"] else ("sharded by FSDP", "with FSDP")
+    raise ValueError(
+        f"`--resume_from_checkpoint` cannot be combined with this accelerate config: the run to resume was {was}, and"
+        f" so are its checkpoints. Go on {cure}, as in training/configs/accelerate."
+    )
 
 
 def check_run_folder(
@@ -140,11 +157,12 @@ def check_run_folder(
             raise ValueError(f"`--output_dir` {folder} already holds another model: choose another folder.")
         return None
     different = compare_settings(
-        earlier, settings, {*RESUMABLE_SETTINGS, *DIVISION_SETTINGS, *BRANCH_SETTINGS, BRANCHES}
+        earlier, settings, {*RESUMABLE_SETTINGS, *DIVISION_SETTINGS, *BRANCH_SETTINGS, "sharding", BRANCHES}
     )
     if different:
         flags = ", ".join(f"--{difference}" for difference in different)
         raise ValueError(f"`--output_dir` {folder} holds a different run; it differs in {flags}.")
+    check_sharding(earlier, settings)
     check_total_batch_size(earlier, settings)
     return earlier
 

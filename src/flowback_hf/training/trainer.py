@@ -37,6 +37,7 @@ from flowback_hf.reporting import import_pyplot
 from flowback_hf.training.adapters import save_adapter, trained_parameters, trains_class_tables
 from flowback_hf.training.checkpoints import (
     SETTINGS_FILE,
+    BackgroundWriter,
     find_checkpoint,
     find_sane_checkpoint,
     is_sane,
@@ -61,6 +62,7 @@ from flowback_hf.training.run_folder import (
     set_aside_later_checkpoints,
 )
 from flowback_hf.training.sampler import EpochSampler
+from flowback_hf.training.sharding import ShardingAccelerator, check_accelerator, own_part, read_sharding, whole
 from flowback_hf.training.signals import StopSignals, leave_process_group
 from flowback_hf.training.step_values import StepValues
 from flowback_hf.training.validation import draw_samples, validate
@@ -100,16 +102,17 @@ def check_tracker(name: str | None):
     )
 
 
-def make_accelerator(arguments: TrainingArguments) -> Accelerator:
+def make_accelerator(arguments: TrainingArguments) -> ShardingAccelerator:
     """
     Make the accelerator of a run, set up its logging, and seed the global generators.
 
     Raises:
-        ValueError, ImportError: as [`check_tracker`].
+        ValueError, ImportError: as [`check_tracker`], [`read_sharding`] and [`ShardingAccelerator`].
     """
     check_tracker(arguments.report_to)
     folder = Path(arguments.output_dir)
-    accelerator = Accelerator(
+    accelerator = ShardingAccelerator(
+        read_sharding(),
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         mixed_precision=arguments.mixed_precision,
         log_with=arguments.report_to,
@@ -196,6 +199,7 @@ class Trainer:
         self.source = source
         self.teacher = teacher
         self.accelerator = make_accelerator(arguments) if accelerator is None else accelerator
+        check_accelerator(self.accelerator)
         self.folder = Path(arguments.output_dir)
         settings = self._describe(objective) if settings is None else settings
         self.settings = settings | describe_processes(arguments, self.accelerator)
@@ -232,6 +236,7 @@ class Trainer:
         names = ["SIGTERM", "SIGINT", arguments.save_on_signal]
         self._stop_signals = StopSignals(signal.Signals[name] for name in names if name is not None)
         self._shared_signal = SharedSignal(self.accelerator)
+        self._background = BackgroundWriter(self.accelerator) if arguments.async_checkpointing else None
 
     def fit(self) -> FlowBackPipeline:
         """
@@ -252,6 +257,8 @@ class Trainer:
         with contextlib.ExitStack() as lock:
             decide(self.accelerator, lambda: lock.enter_context(lock_run_folder(self.folder)))
             check_shared(self.accelerator, self.folder / OWNER_FILE, "--output_dir")
+            if self._background is not None:
+                lock.callback(self._background.finish)  # before the folder is given free
             self._open_folder()
             with self._stop_signals:
                 self._train()
@@ -287,7 +294,7 @@ class Trainer:
         return FlowBackPipeline(self.evaluated_model, self.source.vae, id2label, guidance_scale)
 
     def _compile(self, objective: AlignedFlowObjective):
-        compile_layers(self.accelerator, objective.to(self.accelerator.device), self.arguments.train_batch_size)
+        compile_layers(self.accelerator, objective, self.arguments.train_batch_size)
 
     def _compute(self, batch: dict[str, Any], generator: RowGenerator) -> tuple[torch.Tensor, dict[str, Any]]:
         """The loss of a batch, and a flat table of scalars for the log."""
@@ -295,14 +302,13 @@ class Trainer:
         clean_sample = self.source.clean_sample(batch, generator)
         noisy_sample = add_noise(clean_sample, self.flow.config, generator)
         class_labels = None if self.flow.config.num_classes is None else batch["class_labels"]
-        self._last_batch = (noisy_sample, class_labels)
-        output = self.objective(noisy_sample, class_labels, teacher_features)
+        self._last_batch = (noisy_sample, class_labels, teacher_features)
+        output = self.objective(*self._last_batch)
         return output.loss, scalars_of(output)
 
     def _measure(self) -> torch.Tensor:
         """The nll of the trained weights as they are now, on the last batch, in nats per dimension."""
-        noisy_sample, class_labels = self._last_batch
-        return -self.flow.log_prob(noisy_sample, class_labels).mean() / noisy_sample[0].numel()
+        return self.objective(*self._last_batch).nll  # through what was prepared, which gathers sharded weights
 
     def _validate(self) -> dict[str, float]:
         """Figures of the averaged weights on the validation data; one of them is `validation_<measure>`."""
@@ -337,6 +343,8 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         if arguments.torch_compile:
             self._compile(objective)
+        # Before the optimizer is made, because sharding makes new parameters.
+        self.objective = accelerator.prepare_model(objective)
         learning_rate = arguments.learning_rate
         if arguments.scale_lr:
             learning_rate *= self.images_per_step
@@ -376,8 +384,8 @@ class Trainer:
         validation_dataloader = torch.utils.data.DataLoader(
             self.source.validation_dataset, arguments.eval_batch_size, **options
         )
-        self.objective, self.optimizer, self.train_dataloader, self.validation_dataloader = accelerator.prepare(
-            objective, optimizer, train_dataloader, validation_dataloader
+        self.optimizer, self.train_dataloader, self.validation_dataloader = accelerator.prepare(
+            optimizer, train_dataloader, validation_dataloader
         )
         accelerator.register_save_state_pre_hook(leave_out_frozen_parameters)
         self.ema = None
@@ -513,7 +521,8 @@ class Trainer:
             raise FloatingPointError(f"{error} {self._advise()}") from None
 
     def _check_finite_weights(self, parameters: list[torch.Tensor], what: str):
-        if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
+        is_finite = torch.stack([own_part(parameter).isfinite().all() for parameter in parameters]).all()
+        if not self.accelerator.gather(is_finite[None]).all():
             raise FloatingPointError(
                 f"Step {self.global_step}: the {what} are not finite, and were not saved. {self._advise()}"
             )
@@ -545,6 +554,8 @@ class Trainer:
         logs, validates, saves = (step % interval == 0 or step == self.max_train_steps for interval in intervals)
         if not (logs or validates or saves):
             return
+        if self._background is not None:
+            self._background.check()
         values = self._read_step()
         progress_bar.set_postfix(loss=f"{values['loss']:.4f}")
         if logs:
@@ -571,7 +582,7 @@ class Trainer:
             figures[f"lowest_{self.measure}"] = self.metrics_log.lowest(self.measure)
             self.metrics_log.flush()
         limit = self.arguments.checkpoints_total_limit
-        save_checkpoint(self.accelerator, self.folder, self.global_step, figures, limit, self.ema)
+        save_checkpoint(self.accelerator, self.folder, self.global_step, figures, limit, self.ema, self._background)
         self._saved_step = self.global_step
 
     @torch.no_grad()
@@ -600,6 +611,8 @@ class Trainer:
         if self.global_step != self._saved_step:
             self._read_step()
             self._save_checkpoint()
+        if self._background is not None:
+            self._background.finish()
         name = signal.Signals(received).name
         logger.warning(f"{name}: saved up to step {self.global_step}. Resume with the same command.")
         self.accelerator.end_training()
@@ -632,7 +645,7 @@ class Trainer:
         pairs = zip(self.model.parameters(), self.evaluated_model.parameters())
         evaluated = [evaluated for trained, evaluated in pairs if trained.requires_grad]
         for parameter, average in zip(evaluated, averaged, strict=True):
-            parameter.copy_(average)
+            parameter.copy_(whole(average))
         for evaluated_buffer, buffer in zip(self.evaluated_model.buffers(), self.model.buffers()):
             evaluated_buffer.copy_(buffer)
 
