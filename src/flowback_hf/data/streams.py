@@ -22,6 +22,8 @@ from flowback_hf.data.noise import make_generator
 DEFAULT_BUFFER_SIZE = 1000
 # Rows that are taken out of a file at a time
 ROWS_PER_READ = 64
+# Chance may deal nothing but empty files to a lane, but not so often in a row.
+MAX_EMPTY_EPOCHS = 10
 
 
 @dataclass(frozen=True)
@@ -146,13 +148,12 @@ class Stream(torch.utils.data.IterableDataset):
 
     def _items_from(self, place: Place) -> Iterator[tuple[Place, dict[str, Any]]]:
         """The items of a lane, each with the place after it."""
-        skipped = []
+        skipped, num_empty = [], 0
         while place.last_epoch is None or place.epoch <= place.last_epoch:
-            begin, num_read, num_items = replace(place, shard=0, row=0, num_read=0), place.num_read, 0
+            num_read, num_empty = place.num_read, num_empty + 1
             for start, buffer in self._buffers(replace(place, num_read=0)):
-                order = torch.randperm(
-                    len(buffer), generator=self._generator(start.epoch, start.lane, start.shard, start.row)
-                )
+                generator = self._generator(start.epoch, start.lane, start.shard, start.row)
+                order = torch.randperm(len(buffer), generator=generator)
                 for number in range(num_read, len(buffer)):
                     try:
                         item = self.read(*buffer[order[number]])
@@ -160,12 +161,12 @@ class Stream(torch.utils.data.IterableDataset):
                         skipped.append(str(error))
                         continue
                     yield replace(start, num_read=number + 1), item | {"skipped": skipped}
-                    skipped, num_items = [], num_items + 1
+                    skipped, num_empty = [], 0
                 num_read = 0
-            if num_items == 0 and place == begin:
-                reason = f" The first: {skipped[0]}." if skipped else ""
-                raise ValueError(f"None of the rows that one loader reads in an epoch can be used.{reason}")
-            place = replace(begin, epoch=place.epoch + 1)
+            if num_empty == MAX_EMPTY_EPOCHS:
+                reason = f": {skipped[0]}, for example" if skipped else ""
+                raise ValueError(f"One loader has found nothing that it can use in {num_empty} epochs{reason}.")
+            place = Place(place.lane, place.num_lanes, place.epoch + 1, place.last_epoch)
 
     def _buffers(self, place: Place) -> Iterator[tuple[Place, list[tuple[dict[str, Any], str]]]]:
         """What fills the shuffle buffer, one after another, to the end of the epoch, each with where it begins."""
