@@ -71,6 +71,7 @@ class StreamLoader:
             num_processes=1,
             process_index=0,
             put_on_device=True,
+            dispatch_batches=False,
             non_blocking=True,
         )
         accelerator.register_save_state_pre_hook(self._save)
@@ -82,8 +83,8 @@ class StreamLoader:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next batch begins in."""
-        return self.stream.itineraries[0][0].epoch
+        """The epoch that all loaders of this process have reached."""
+        return min(itinerary[0].epoch for itinerary in self.stream.itineraries)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Batches, from where the stream is. The workers take turns."""
