@@ -132,9 +132,8 @@ class LatentSource:
             self.train_dataset = Stream(reader.prepare(train_rows), reader)
         else:
             self.train_dataset = LatentDataset(train_rows, label_column, label_ids)
-        self.validation_dataset = LatentDataset(
-            splits.validation.remove_columns(for_alignment), label_column, label_ids
-        )
+        needed = ["moments"] if label_column is None else ["moments", label_column]
+        self.validation_dataset = LatentDataset(splits.validation.select_columns(needed), label_column, label_ids)
 
     def mirror(self, batch: Batch, mirrored: torch.Tensor) -> Batch:
         """As [`ImageSource.mirror`]: the moments of some images are replaced by those of their mirror images."""

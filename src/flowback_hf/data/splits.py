@@ -14,6 +14,7 @@ import numpy as np
 
 from flowback_hf.data.images import decode_image, name_of_file
 from flowback_hf.data.latents import load_latents, read_latents_settings
+from flowback_hf.data.streams import Stream
 from flowback_hf.files import read_json, write_json
 
 
@@ -287,16 +288,22 @@ def load_streams(args: argparse.Namespace) -> Splits:
             f"`--streaming` needs a split to validate with, one of {', '.join(HELD_OUT_SPLITS)}, but the data set has"
             f" {list(streams)}: none can be held out of a stream. Leave --streaming out, or add one."
         )
-    rows = {
-        split: select_columns(streams[split], args.image_column, label_column, latents) for split in ("train", name)
-    }
+    train, held_out = streams["train"], streams[name]
     if latents is None:
-        for split, stream in rows.items():
-            check_usable(split, stream, args.image_column)
-    class_names = None if label_column is None else features[label_column].names
-    return Splits(
-        rows["train"], first_streamed_rows(rows[name], args.max_validation_samples), class_names, None, latents
+        columns = [args.image_column] if label_column is None else [args.image_column, label_column]
+        as_files = datasets.Image(decode=False)
+        train, held_out = (
+            rows.select_columns(columns).cast_column(args.image_column, as_files) for rows in (train, held_out)
+        )
+        check_usable("train", train, args.image_column)
+        check_usable(name, held_out, args.image_column)
+    else:
+        held_out = held_out.select_columns(["moments"] if label_column is None else ["moments", label_column])
+    validation = datasets.Dataset.from_list(
+        Stream(held_out.with_format("numpy"), read=None).first_rows(args.max_validation_samples), held_out.features
     )
+    class_names = None if label_column is None else features[label_column].names
+    return Splits(train, validation, class_names, None, latents)
 
 
 def check_streamed_labels(features: datasets.Features, label_column: str):
@@ -313,28 +320,13 @@ def check_streamed_labels(features: datasets.Features, label_column: str):
 def check_usable(name: str, rows: datasets.IterableDataset, image_column: str):
     """Raise ValueError if no image of a split can be used. It looks no further than the first that can."""
     reason = "there are none"
-    for number, row in enumerate(rows.cast_column(image_column, datasets.Image(decode=False))):
+    for number, row in enumerate(rows):
         try:
             decode_image(row[image_column], "RGB")
             return
         except ValueError as error:
             reason = f"{name_of_file(row[image_column], f'row {number}')} {error}"
     raise ValueError(f"None of the images of the split {name!r} can be used. The last: {reason}.")
-
-
-def select_columns(
-    rows: datasets.IterableDataset, image_column: str, label_column: str | None, latents: dict[str, Any] | None
-) -> datasets.IterableDataset:
-    """A stream of images without the columns that are not needed; of latents, all are."""
-    if latents is not None:
-        return rows
-    return rows.select_columns([image_column] if label_column is None else [image_column, label_column])
-
-
-def first_streamed_rows(rows: datasets.IterableDataset, max_rows: int) -> datasets.Dataset:
-    """As [`first_rows`], of a stream: shuffled as far as a buffer of as many rows goes, and kept in memory."""
-    chosen = rows.shuffle(seed=0, buffer_size=max_rows).take(max_rows)
-    return datasets.Dataset.from_list(list(chosen), rows.features)
 
 
 def check_train_split(splits: datasets.DatasetDict | datasets.IterableDatasetDict):

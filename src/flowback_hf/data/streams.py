@@ -8,6 +8,7 @@ an epoch, it goes on with its share of the next. No process waits for another wh
 full, and each row is read once in every epoch, by some lane.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -137,6 +138,11 @@ class Stream(torch.utils.data.IterableDataset):
     def num_shards(self) -> int:
         return self.rows.num_shards
 
+    def first_rows(self, num_rows: int) -> list[dict[str, Any]]:
+        """At most so many rows of the first shards, as they are. The shards are shuffled, always in the same way."""
+        rows = (row for shard in self._shuffled_shards(epoch=0) for row in self._read_shard(shard, 0))
+        return list(itertools.islice(rows, num_rows))
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
         fsspec.asyn.reset_lock()  # a forked process would wait forever for what its parent held
@@ -170,8 +176,8 @@ class Stream(torch.utils.data.IterableDataset):
 
     def _buffers(self, place: Place) -> Iterator[tuple[Place, list[tuple[dict[str, Any], str]]]]:
         """What fills the shuffle buffer, one after another, to the end of the epoch, each with where it begins."""
-        order = torch.randperm(self.num_shards, generator=self._generator(place.epoch)).tolist()
-        own, buffer, start = order[place.lane :: place.num_lanes], [], place
+        own = self._shuffled_shards(place.epoch)[place.lane :: place.num_lanes]
+        buffer, start = [], place
         for shard in range(place.shard, len(own)):
             first = place.row if shard == place.shard else 0
             for row, values in enumerate(self._read_shard(own[shard], first), first):
@@ -183,6 +189,9 @@ class Stream(torch.utils.data.IterableDataset):
                     buffer = []
         if buffer:
             yield start, buffer
+
+    def _shuffled_shards(self, epoch: int) -> list[int]:
+        return torch.randperm(self.num_shards, generator=self._generator(epoch)).tolist()
 
     def _read_shard(self, shard: int, first_row: int) -> Iterator[dict[str, Any]]:
         # Not `for row in rows`: in a loader worker, `datasets` would deal the shards out again.
