@@ -4,6 +4,7 @@ import functools
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from flowback_hf.files import read_metrics_log
 from flowback_hf.training import list_checkpoints
 from flowback_hf.training.run_folder import OWNER_FILE
 
-from .runs import assert_same_run, send_at_line, start, wait_until
+from ..conftest import start_two_processes
+from .runs import SCRIPT, assert_same_run, send_at_line, start, wait_until
 
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -119,3 +121,37 @@ def test_signals_at_random_moments(whole_run, line, tmp_path, drill, seed):
             (folder / extra).rename(tmp_path / extra)
     assert_same_run(folder, whole_run.folder)
     drill("Signals", signals=num_signals, steps_lost=lost, failed_restarts=0)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("how", ["handed on", "to all", "ended"])
+def test_a_signal_that_its_launcher_does_not_expect(line, tmp_path, monkeypatch, drill, how):
+    """
+    torchrun with two processes: told to hand SIGUSR1 on, as the SLURM script tells it; ignoring it, while its
+    processes get it, too; and ended by it.
+    """
+    if how == "handed on":
+        monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "SIGUSR1,SIGTERM")
+    folder, log_file = tmp_path / "run", tmp_path / "log"
+    command = line(folder, save_on_signal="SIGUSR1", max_train_steps=4000, validation_steps=4000, train_batch_size=2)
+    ignore = functools.partial(signal.signal, signal.SIGUSR1, signal.SIG_IGN) if how == "to all" else None
+    with log_file.open("w") as log:
+        launcher = start_two_processes(SCRIPT, command, stdout=log, stderr=log, preexec_fn=ignore)
+        deadline = time.monotonic() + 120
+        while len(read_metrics_log(folder)) < 5:
+            assert launcher.poll() is None and time.monotonic() < deadline, log_file.read_text()
+            time.sleep(0.05)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True)
+    processes = [int(pid) for pid in children.stdout.split()]
+    assert len(processes) == 2
+    for pid in [launcher.pid, *(processes if how == "to all" else [])]:
+        os.kill(pid, signal.SIGUSR1)
+    assert launcher.wait(60) == (-signal.SIGUSR1 if how == "ended" else 1)
+    while (folder / OWNER_FILE).exists():
+        assert time.monotonic() < deadline, log_file.read_text()
+        time.sleep(0.05)
+    name = "SIGHUP" if how == "ended" else "SIGUSR1"
+    assert f"{name}: saved up to step {last_step(folder)}" in log_file.read_text()
+    (checkpoint,) = list_checkpoints(folder)[-1:]
+    assert checkpoint.name == f"checkpoint-{last_step(folder)}"
+    drill("SIGUSR1 to a real launcher", signals=1, steps_lost=0, orphans=0)
