@@ -37,7 +37,7 @@ NUM_SHARDS = 4
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_images", type=int, default=512, help="Images in a pass. Default: %(default)s.")
+    parser.add_argument("--num_images", type=int, default=384, help="Images in a pass. Default: %(default)s.")
     parser.add_argument("--size", type=int, default=256, help="Height and width of the files. Default: %(default)s.")
     parser.add_argument(
         "--sample_size", type=int, default=64, help="Height and width that they get. Default: %(default)s."
