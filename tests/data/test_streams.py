@@ -95,7 +95,7 @@ def test_a_stream_goes_on_at_any_row(rows):
 @pytest.mark.parametrize("divisions", [(4, 3, 2), (2, 5), (3, 1, 7)])
 def test_another_division_leaves_no_row_out_and_reads_none_twice(rows, divisions):
     """Lanes stop at different places, and some of them have begun the next epoch."""
-    itineraries, seen, last_epoch = first_itineraries(divisions[0]), [], 3
+    itineraries, seen, last_epoch = first_itineraries(divisions[0]), [], 6
     for num_lanes in divisions[1:]:
         left = []
         for lane, itinerary in enumerate(itineraries):
@@ -104,7 +104,7 @@ def test_another_division_leaves_no_row_out_and_reads_none_twice(rows, divisions
             left.append(itinerary_from_json(items[-1]["itinerary"]))
         itineraries = divide_anew(left, num_lanes)
     for itinerary in itineraries:
-        for place in itinerary:  # one after another: an old lane ends with an earlier epoch than the next one begins
+        for place in itinerary:
             seen += read_epochs(make_stream(rows, [[place]]), last_epoch)
     assert {epoch: sorted(numbers) for epoch, numbers in numbers_by_epoch(seen).items()} == {
         epoch: list(range(NUM_ROWS)) for epoch in range(last_epoch + 1)

@@ -4,8 +4,6 @@ import shutil
 from pathlib import Path
 
 import datasets
-import numpy as np
-import PIL.Image
 import pytest
 
 from flowback_hf.data import Stream
@@ -14,6 +12,7 @@ from flowback_hf.training import list_checkpoints
 from flowback_hf.training.streaming import check_num_shards
 from flowback_hf_cli.training import parse_args
 
+from ..conftest import write_parquet_files
 from ..drills.runs import assert_same_run, start_group
 
 
@@ -23,17 +22,15 @@ SHARDS = {"train": [5, 3, 4, 6], "validation": [3]}
 
 @pytest.fixture(scope="module")
 def parquet_folder(tmp_path_factory) -> Path:
-    """Two classes of noise, in several files, with one image that is damaged."""
-    folder, rng = tmp_path_factory.mktemp("parquet"), np.random.default_rng(0)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    for split, sizes in SHARDS.items():
-        for shard, size in enumerate(sizes):
-            pixels = rng.integers(0, 256, (size, 8, 8, 3), dtype=np.uint8)
-            images = [PIL.Image.fromarray(each) for each in pixels]
-            if (split, shard) == ("train", 2):
-                images[0] = {"path": "damaged.png", "bytes": b"damaged"}
-            rows = datasets.Dataset.from_dict({"image": images, "label": [n % 2 for n in range(size)]}, features)
-            rows.to_parquet(folder / f"{split}-{shard:05d}-of-{len(sizes):05d}.parquet")
+    """Files in which one image is damaged."""
+    folder = tmp_path_factory.mktemp("parquet")
+    write_parquet_files(folder, SHARDS)
+    (third,) = folder.glob("train-00002-*")
+    rows = datasets.Dataset.from_parquet(str(third), cache_dir=str(folder / "cache"))
+    files = rows.cast_column("image", datasets.Image(decode=False)).to_list()
+    files[0]["image"] = {"path": "damaged.png", "bytes": b"damaged"}
+    datasets.Dataset.from_list(files, rows.features).to_parquet(third)
+    shutil.rmtree(folder / "cache")
     return folder
 
 

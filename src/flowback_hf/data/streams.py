@@ -64,7 +64,7 @@ def divide_anew(itineraries: list[Itinerary], num_lanes: int) -> list[Itinerary]
     Divide what is left to read among another number of lanes.
 
     The old lanes are read to the end of the latest epoch that one of them has begun, so that no row is left out or
-    read twice. New lanes share the epochs after that.
+    read twice. New lanes share the epochs after that. Loaders that get no old lane begin with them.
 
     Example:
         ```py
@@ -78,8 +78,8 @@ def divide_anew(itineraries: list[Itinerary], num_lanes: int) -> list[Itinerary]
     """
     if len(itineraries) == num_lanes:
         return itineraries
-    places = [place for itinerary in itineraries for place in itinerary]
-    last_epoch = max(place.epoch for place in places)
+    places = sorted((place for itinerary in itineraries for place in itinerary), key=lambda place: place.epoch)
+    last_epoch = places[-1].epoch
     rests = [replace(place, last_epoch=last_epoch) if place.last_epoch is None else place for place in places]
     return [[*rests[lane::num_lanes], Place(lane, num_lanes, epoch=last_epoch + 1)] for lane in range(num_lanes)]
 
