@@ -35,7 +35,7 @@ class ImageSource:
         vae: `None`: images are modelled as they are.
         teacher_dim (`int`, *optional*): Dimension of stored features; `None` if a teacher has to run.
     Raises:
-        ValueError: if the flow's samples are not images.
+        ValueError: if the flow's samples are not images, or stored features are given with a stream.
 
     Example:
         ```py
@@ -69,8 +69,13 @@ class ImageSource:
     ):
         if config.in_channels not in (1, 3):
             raise ValueError(f"`in_channels` must be 1 or 3 to train on images, but is {config.in_channels}.")
+        is_stream = isinstance(splits.train, datasets.IterableDataset)
+        if is_stream and teacher_features is not None:
+            raise ValueError(
+                "`teacher_features` belong to rows that have numbers, but the training rows are a stream."
+            )
         columns = (image_column, label_column, label_ids, config.sample_size, config.in_channels)
-        if isinstance(splits.train, datasets.IterableDataset):
+        if is_stream:
             reader = ImageReader(*columns)
             self.train_dataset = Stream(reader.prepare(splits.train), reader)
         else:
