@@ -6,13 +6,14 @@ from pathlib import Path
 import datasets
 import pytest
 
-from flowback_hf.data import Stream
+from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
+from flowback_hf.data import ImageSource, Splits, Stream
 from flowback_hf.files import read_json, read_metrics_log
-from flowback_hf.training import list_checkpoints
+from flowback_hf.training import Trainer, TrainingArguments, list_checkpoints
 from flowback_hf.training.streaming import check_num_shards
 from flowback_hf_cli.training import parse_args
 
-from ..conftest import write_parquet_files
+from ..conftest import image_rows, write_parquet_files
 from ..drills.runs import assert_same_run, start_group
 
 
@@ -95,6 +96,17 @@ def test_too_few_files_are_refused():
         check_num_shards(stream, num_processes=2, num_workers=3)
     with pytest.raises(ValueError, match="have 5 files .* fewer than 6 processes: save the data in more files"):
         check_num_shards(stream, num_processes=6, num_workers=0)
+
+
+def test_a_stream_needs_a_number_of_steps_and_has_no_stored_features(tmp_path):
+    rows, flow = image_rows(4), TarFlowTransformer2DModel(8, 4, 3, num_blocks=1, num_layers=1, num_classes=1)
+    splits = Splits(rows.to_iterable_dataset(num_shards=2), rows, ["cat"])
+    source, arguments = ImageSource(splits, flow.config, [0]), TrainingArguments(str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="`max_train_steps` must be given for a stream"):
+        Trainer(AlignedFlowObjective(flow, "none"), source, arguments)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="`teacher_features` belong to rows that have numbers"):
+        ImageSource(splits, flow.config, [0], teacher_features=rows, teacher_dim=4)
 
 
 @pytest.mark.parametrize(

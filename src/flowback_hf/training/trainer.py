@@ -216,15 +216,16 @@ class Trainer:
         self.pipeline.set_progress_bar_config(disable=True)
         self.validation_class_labels = self._normalize_class_labels()
         self.images_per_step = self.settings["total_batch_size"]
-        source.validation_dataset[0]  # raises if none of its images can be used
         self.is_streaming = isinstance(source.train_dataset, Stream)
-        if not self.is_streaming:
-            source.train_dataset[0]
+        if self.is_streaming:
+            if arguments.max_train_steps is None:
+                raise ValueError("`max_train_steps` must be given for a stream, whose epochs have no known length.")
+        else:
             self._check_batch_size()
             # What is left over does not fill a step. Which images that are changes from epoch to epoch.
             self.steps_per_epoch = len(source.train_dataset) // self.images_per_step
-        elif arguments.max_train_steps is None:
-            raise ValueError("`max_train_steps` must be given for a stream, whose epochs have no known length.")
+            source.train_dataset[0]  # raises if none of its images can be used
+        source.validation_dataset[0]
         self._prepare(objective)
 
         self.global_step = 0
