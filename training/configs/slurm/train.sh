@@ -39,12 +39,10 @@ trap 'signalled=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 srun bash -c 'trap "" USR1; exec "${@:2:$1}" --machine_rank "$SLURM_NODEID" "${@:$1+2}"' \
   launcher "${#launch[@]}" "${launch[@]}" "${train[@]}" &
 
-# A signal interrupts `wait`.
-while true; do
-  wait $!
-  code=$?
-  kill -0 $! 2>/dev/null || break
-done
+# A signal interrupts `wait`, which gives the step's own code once it has ended.
+while wait $!; kill -0 $! 2>/dev/null; do :; done
+wait $!
+code=$?
 
 if [[ $signalled && $code -ne 0 ]]; then
   scontrol requeue "$SLURM_JOB_ID"
