@@ -197,6 +197,32 @@ def checkpoints() -> Table:
     return Table(["parameters", "size", "only written", "checked and flushed", "nll of a batch"], rows, reports)
 
 
+@table("loader")
+def loader() -> Table:
+    cases = read("loader")["results"]["speeds"]
+    speeds = {(case["format"], case["source"], case["num_workers"]): case["images_per_second"] for case in cases}
+    numbers = sorted({case["num_workers"] for case in cases})
+    rows = []
+    for kind, source in dict.fromkeys((case["format"], case["source"]) for case in cases):
+        figures = [speeds[kind, source, number] for number in numbers]
+        first = speeds[kind, "files", 0]
+        rows.append([kind.upper(), source, *(f"{figure:,.0f} ({figure / first:.2f}×)" for figure in figures)])
+    header = ["format", "source", *(f"{number} workers" if number != 1 else "1 worker" for number in numbers)]
+    return Table([*header[:2], *(f"images/s, {name}" for name in header[2:])], rows, ["loader"])
+
+
+@table("loader-parts")
+def loader_parts() -> Table:
+    parts = read("loader")["results"]["microseconds"]
+    rows = []
+    for kind, taken in parts.items():
+        floats = taken["convert"] + taken["collate"]
+        cells = [taken["decode"], taken["resize"], floats, taken["convert later"]]
+        rows.append([kind.upper(), *(f"{1e-3 * cell:.3f} ms" for cell in cells)])
+    header = ["format", "decode", "resize", "to floats, into a batch", "into a batch of integers, to floats there"]
+    return Table(header, rows, ["loader"])
+
+
 @table("icons-training")
 def icons_training() -> Table:
     training = read("demo_samples_icons")["results"]["training"]

@@ -192,6 +192,20 @@ def image_rows(num_images: int, size: int = 8) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": pictures, "label": [0] * num_images}, features)
 
 
+def write_parquet_files(folder: Path, sizes: dict[str, list[int]]) -> list[PIL.Image.Image]:
+    """Two classes of noise in parquet files of so many rows, by split. Returns the images of the training split."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rng, training_images = np.random.default_rng(0), []
+    for split, of_files in sizes.items():
+        for number, size in enumerate(of_files):
+            pixels = rng.integers(0, 256, (size, 8, 8, 3), dtype=np.uint8)
+            pictures = [PIL.Image.fromarray(each) for each in pixels]
+            training_images += pictures if split == "train" else []
+            rows = datasets.Dataset.from_dict({"image": pictures, "label": [n % 2 for n in range(size)]}, features)
+            rows.to_parquet(folder / f"{split}-{number:05d}-of-{len(of_files):05d}.parquet")
+    return training_images
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """Two classes of noise, 10 training and 3 validation images each."""

@@ -11,6 +11,7 @@ from flowback_hf_cli.training import (
     add_loading_arguments,
     add_optimization_arguments,
     add_run_arguments,
+    check_streaming_arguments,
 )
 
 
@@ -53,6 +54,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_hub_arguments(parser.add_argument_group("publishing"))
     args = parser.parse_args(arguments)
     check_data_arguments(parser, args)
+    check_streaming_arguments(parser, args)
     return args
 
 

@@ -79,6 +79,7 @@ class TrainingArguments:
     max_grad_norm: float = number_field(1.0, Number(float, at_least=0))
     label_dropout: float = number_field(0.1, Number(float, at_least=0, at_most=1))
     random_flip: bool = False
+    shuffle_buffer_size: int | None = number_field(None, COUNT)
     dataloader_num_workers: int | None = number_field(None, Number(int, at_least=0))
     use_ema: bool = True
     ema_decay: float = number_field(0.9999, Number(float, at_least=0, below=1))
@@ -152,6 +153,19 @@ def add_latents_arguments(group: argparse._ArgumentGroup):
 def add_loading_arguments(group: argparse._ArgumentGroup):
     defaults = TrainingArguments
     group.add_argument("--random_flip", action="store_true", help="Mirror half of the images at random.")
+    # The defaults of these two are None, as in the settings of earlier runs, which do not name them.
+    group.add_argument(
+        "--streaming",
+        action="store_true",
+        default=None,
+        help="Read --dataset_name or --latents while training, instead of preparing a copy on the disk first. Needs"
+        " --max_train_steps, and at least one file of training data for each process that loads them.",
+    )
+    group.add_argument(
+        "--shuffle_buffer_size",
+        type=number_of(TrainingArguments, "shuffle_buffer_size"),
+        help="Rows that each process which loads a stream shuffles at a time, and holds in memory. Default: 1000.",
+    )
     group.add_argument(
         "--dataloader_num_workers",
         type=number_of(TrainingArguments, "dataloader_num_workers"),
@@ -469,13 +483,32 @@ def add_hub_arguments(group: argparse._ArgumentGroup):
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """End with an error for flags that contradict each other."""
     check_data_arguments(parser, args)
+    check_streaming_arguments(parser, args)
     check_adapter_arguments(parser, args)
+    if args.streaming and args.teacher_features is not None:
+        parser.error("--teacher_features belong to rows that have numbers: leave them out with --streaming.")
     if args.latents is None and (args.vae_model_name_or_path or args.vae_subfolder):
         parser.error("--vae_model_name_or_path and --vae_subfolder belong to --latents.")
     if args.latents is not None and args.teacher_features is not None:
         parser.error("--latents hold their own features: leave --teacher_features out.")
     if args.teacher_features is not None and (args.teacher_model_name_or_path or args.alignment == "none"):
         parser.error("--teacher_features take the place of --teacher_model_name_or_path, and --alignment needs them.")
+
+
+def check_streaming_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """End with an error for flags that a stream does not know, and for a stream whose end nobody knows."""
+    if not args.streaming:
+        if args.shuffle_buffer_size is not None:
+            parser.error("--shuffle_buffer_size belongs to --streaming.")
+        return
+    if args.train_data_dir is not None:
+        parser.error(
+            "--streaming reads --dataset_name or --latents. Images of a folder are never copied: leave it out."
+        )
+    if args.max_train_samples is not None:
+        parser.error("--max_train_samples draws images at random, which --streaming cannot: leave one of them out.")
+    if args.max_train_steps is None:
+        parser.error("--streaming needs --max_train_steps: how many images an epoch has is not known before its end.")
 
 
 def check_adapter_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):

@@ -85,6 +85,9 @@ def read_commands(block: Block) -> list[list[str]]:
 
 def split_command(command: list[str]) -> tuple[str, list[str]] | None:
     """The script of this repository that a command runs and its options; `None` if it runs none."""
+    if command[0] == "sbatch":  # the SLURM script passes on what stands behind it
+        position = command.index("training/configs/slurm/train.sh")
+        return "training/train_rra.py", command[position + 1 :]
     if command[0] == "accelerate" and command[1] == "launch" or command[0] == "python":
         for position, word in enumerate(command):
             if word.endswith(".py"):

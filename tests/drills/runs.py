@@ -141,8 +141,11 @@ def run_script(log_file: Path, script: Path, line: list[str], before: Callable[[
     runpy.run_path(str(script), run_name="__main__")
 
 
-def send_at_line(folder: Path, number: int, name: str, times: int = 1):
-    """Let this process get a signal when it writes the n-th line of its log. Call it in that process."""
+def send_at_line(folder: Path, number: int, name: str, after: tuple[float, ...] = (0.0,)):
+    """
+    Let this process get signals when it writes the n-th line of its log, each so many seconds after the one before.
+    Call it in that process.
+    """
     count = 0
 
     def watch(event: str, arguments: tuple):
@@ -150,9 +153,9 @@ def send_at_line(folder: Path, number: int, name: str, times: int = 1):
         if event == "open" and str(arguments[0]) == str(folder / "metrics.jsonl") and arguments[1] == "a":
             count += 1
             if count == number:
-                for _ in range(times):
+                for seconds in after:
+                    time.sleep(seconds)
                     os.kill(os.getpid(), signal.Signals[name])
-                    time.sleep(0.01)
 
     sys.addaudithook(watch)
 

@@ -4,6 +4,7 @@ import functools
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 
 from flowback_hf.files import read_metrics_log
 from flowback_hf.training import list_checkpoints
+from flowback_hf.training.run_folder import OWNER_FILE
 
-from .runs import assert_same_run, send_at_line, start, wait_until
+from ..conftest import start_two_processes
+from .runs import SCRIPT, assert_same_run, send_at_line, start, wait_until
 
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -35,9 +38,44 @@ def test_a_signal_saves_the_running_step(whole_run, line, tmp_path, drill, name)
 
 def test_a_second_signal_ends_at_once(line, tmp_path, drill):
     folder = tmp_path / "run"
-    process = start(tmp_path / "log", line(folder), functools.partial(send_at_line, folder, 2, "SIGTERM", times=2))
+    process = start(
+        tmp_path / "log", line(folder), functools.partial(send_at_line, folder, 2, "SIGTERM", after=(0, 1.1))
+    )
     assert process.wait() == -signal.SIGTERM and not list_checkpoints(folder), process.log
     drill("A second signal", signals=2, checkpoints=0)
+
+
+def test_a_signal_that_comes_twice_is_one(line, tmp_path, drill):
+    """From a scheduler, and from a launcher that has received it, too."""
+    folder = tmp_path / "run"
+    before = functools.partial(send_at_line, folder, 2, "SIGTERM", after=(0, 0.1))
+    process = start(tmp_path / "log", line(folder), before)
+    assert process.wait() == 128 + signal.SIGTERM, process.log
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-1"]
+    drill("A signal that comes twice", signals=2, checkpoints=1)
+
+
+def test_a_process_whose_launcher_has_died_saves_and_ends(line, tmp_path, drill):
+    """What SIGUSR1 leaves of torchrun, which does not handle it."""
+    folder = tmp_path / "run"
+    launcher = start(tmp_path / "log", line(folder, max_train_steps=400, validation_steps=400), go_on_in_a_child)
+    wait_until(lambda: len(read_metrics_log(folder)) > 3, launcher)
+    os.kill(launcher.pid, signal.SIGUSR1)
+    assert launcher.wait() == -signal.SIGUSR1
+    deadline = time.monotonic() + 60
+    while (folder / OWNER_FILE).exists():
+        assert time.monotonic() < deadline, launcher.log
+        time.sleep(0.01)
+    assert f"SIGHUP: saved up to step {last_step(folder)}" in launcher.log and "Traceback" not in launcher.log
+    assert list_checkpoints(folder)[-1].name == f"checkpoint-{last_step(folder)}"
+    drill("Launchers killed", launchers=1, steps_lost=0)
+
+
+def go_on_in_a_child():
+    """Let this process be the launcher of another one, in which everything else happens."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    while os.fork():
+        signal.pause()
 
 
 @pytest.mark.parametrize("number", [pytest.param(number, marks=pytest.mark.drill) for number in range(10)])
@@ -83,3 +121,37 @@ def test_signals_at_random_moments(whole_run, line, tmp_path, drill, seed):
             (folder / extra).rename(tmp_path / extra)
     assert_same_run(folder, whole_run.folder)
     drill("Signals", signals=num_signals, steps_lost=lost, failed_restarts=0)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("how", ["handed on", "to all", "ended"])
+def test_a_signal_that_its_launcher_does_not_expect(line, tmp_path, monkeypatch, drill, how):
+    """
+    torchrun with two processes: told to hand SIGUSR1 on, as the SLURM script tells it; ignoring it, while its
+    processes get it, too; and ended by it.
+    """
+    if how == "handed on":
+        monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "SIGUSR1,SIGTERM")
+    folder, log_file = tmp_path / "run", tmp_path / "log"
+    command = line(folder, save_on_signal="SIGUSR1", max_train_steps=4000, validation_steps=4000, train_batch_size=2)
+    ignore = functools.partial(signal.signal, signal.SIGUSR1, signal.SIG_IGN) if how == "to all" else None
+    with log_file.open("w") as log:
+        launcher = start_two_processes(SCRIPT, command, stdout=log, stderr=log, preexec_fn=ignore)
+        deadline = time.monotonic() + 120
+        while len(read_metrics_log(folder)) < 5:
+            assert launcher.poll() is None and time.monotonic() < deadline, log_file.read_text()
+            time.sleep(0.05)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True)
+    processes = [int(pid) for pid in children.stdout.split()]
+    assert len(processes) == 2
+    for pid in [launcher.pid, *(processes if how == "to all" else [])]:
+        os.kill(pid, signal.SIGUSR1)
+    assert launcher.wait(60) == (-signal.SIGUSR1 if how == "ended" else 1)
+    while (folder / OWNER_FILE).exists():
+        assert time.monotonic() < deadline, log_file.read_text()
+        time.sleep(0.05)
+    name = "SIGHUP" if how == "ended" else "SIGUSR1"
+    assert f"{name}: saved up to step {last_step(folder)}" in log_file.read_text()
+    (checkpoint,) = list_checkpoints(folder)[-1:]
+    assert checkpoint.name == f"checkpoint-{last_step(folder)}"
+    drill("SIGUSR1 to a real launcher", signals=1, steps_lost=0, orphans=0)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -18,11 +19,13 @@ from flowback_hf.data import (
     LatentSource,
     RowGenerator,
     Splits,
+    Stream,
     load_latents,
     make_generator,
 )
+from flowback_hf.data.images import checksum
 from flowback_hf.data.latent_encoding import LatentEncoder, columns_of, describe_latents, encode_split, open_streams
-from flowback_hf.data.latents import draw_latents, hash_weights, load_vae
+from flowback_hf.data.latents import LatentReader, draw_latents, hash_weights, load_vae
 
 from ..conftest import REPOSITORY, command_line, load_script, write_images
 from .test_train_rra import read_metrics
@@ -145,6 +148,28 @@ def test_features_of_both_flips(precompute_latents, latents_arguments, images, t
     assert item["teacher_features"].shape == (2, 4, 16) and "images" not in item
     distances = (item["teacher_features"].float() - expected).abs().amax(dim=(1, 2, 3))
     assert distances.min() < 5e-3 < distances.sort().values[1]
+
+
+@pytest.mark.parametrize("store", ["image", "features"])
+def test_streamed_latents_are_those_of_the_folder(
+    precompute_latents, train_rra, latents_arguments, latent_run, teacher, tmp_path, store
+):
+    """No copy is made of them, and a run takes them."""
+    options = {"teacher_model_name_or_path": teacher, "grid_size": 2} if store == "features" else {}
+    run(precompute_latents, latents_arguments(store=store, **options))
+    expected = LatentDataset(load_latents(tmp_path / "latents", tmp_path / "cache")["train"], "label", [5, 7])
+    expected = {checksum(expected[number]["moments"]): expected[number] for number in range(len(expected))}
+    reader = LatentReader("label", [5, 7])
+    stream = Stream(reader.prepare(load_latents(tmp_path / "latents", streaming=True)["train"]), reader)
+    items = {checksum(item["moments"]): item for item in itertools.islice(stream, len(expected))}
+    assert items.keys() == expected.keys() and len(items) == 20
+    for number, item in expected.items():
+        for name, value in item.items():
+            torch.testing.assert_close(items[number][name], value, rtol=0, atol=0)
+    alignment = {"teacher_model_name_or_path": None} if store == "features" else {}
+    run(train_rra, latent_run(streaming=True, max_train_steps=2, cache_dir=tmp_path / "none", **alignment))
+    assert len([record for record in read_metrics(tmp_path / "run") if "nll" in record]) == 2
+    assert not list((tmp_path / "none").rglob("*.arrow"))
 
 
 def test_processes_share_the_work_and_threads_keep_the_order(precompute_latents, latents_arguments, tmp_path):

@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 
 from flowback_hf.files import read_json, read_metrics_log
 from flowback_hf.training import list_checkpoints
+from flowback_hf.training.checkpoints import check_files, read_progress
 
-from ..drills.runs import Process, send_at_line, start_group, state_of
+from ..drills.runs import Process, send_at_line, start_group, state_of, wait_until
 
 
 # Batch size, processes and accumulated batches of steps that take four images. An epoch has five such steps.
@@ -129,6 +131,43 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step(run, whole, tmp_path)
     assert "SIGTERM: saved up to step 3" in processes[0].log and "Traceback" not in processes[1].log
     end(run("two", "run", resume_from_checkpoint="latest"))
     assert_same_weights(folder, whole)
+
+
+def test_a_process_that_is_killed_ends_the_others(run, tmp_path):
+    folder = tmp_path / "run"
+    processes = run("two", "run", max_train_steps=400, checkpointing_steps=1)
+    wait_until(lambda: (folder / "checkpoint-2").exists(), processes[0])
+    processes[1].kill()
+    assert processes[0].wait(30) == 1, processes[0].log
+    assert_whole_checkpoints(folder)
+
+
+def test_a_main_process_that_is_killed_while_it_saves_ends_the_others(run, tmp_path):
+    folder = tmp_path / "run"
+    processes = run("two", "run", functools.partial(die_while_saving, folder / ".partial-checkpoint-2"),
+                    max_train_steps=400, checkpointing_steps=1)  # fmt: skip
+    assert processes[0].wait(60) == -signal.SIGKILL
+    assert processes[1].wait(30) == 1, processes[1].log
+    assert (folder / ".partial-checkpoint-2").is_dir()
+    assert assert_whole_checkpoints(folder) == ["checkpoint-1"]
+
+
+def die_while_saving(folder: Path, rank: int):
+    """Let the main process be killed before the files of a checkpoint are complete."""
+
+    def watch(event: str, arguments: tuple):
+        if event == "open" and str(arguments[0]).startswith(str(folder)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 0:
+        sys.addaudithook(watch)
+
+
+def assert_whole_checkpoints(folder: Path) -> list[str]:
+    checkpoints = list_checkpoints(folder)
+    for checkpoint in checkpoints:
+        check_files(checkpoint, read_progress(checkpoint))
+    return [checkpoint.name for checkpoint in checkpoints]
 
 
 def signal_main(folder: Path, rank: int):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 
+import datasets
 import PIL.Image
 import pytest
 import torch
@@ -67,6 +68,16 @@ def line(images, flow_folder, tmp_path):
         return command_line(**(tiny | options))
 
     return build
+
+
+def test_a_stream_gives_the_statistics_and_the_steps(train_reverse, line, images, tmp_path):
+    for split, rows in datasets.load_dataset("imagefolder", data_dir=str(images)).items():
+        rows.to_parquet(tmp_path / "parquet" / f"{split}.parquet")
+    output_dir = tmp_path / "run"
+    options = {"train_data_dir": None, "dataset_name": tmp_path / "parquet", "streaming": True, "max_train_steps": 2}
+    train_reverse.main(train_reverse.parse_args(line(output_dir=output_dir, **options)))
+    assert (output_dir / "checkpoint-2" / "stream-00000.json").exists()
+    assert FlowBackPipeline.from_pretrained(output_dir)(class_labels=["cat"], solver="learned").images
 
 
 def state_of(folder):

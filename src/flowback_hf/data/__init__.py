@@ -5,6 +5,7 @@ from flowback_hf.data.latents import LatentDataset, load_latents
 from flowback_hf.data.noise import RowGenerator, add_noise, make_generator
 from flowback_hf.data.sources import ImageSource, LatentSource
 from flowback_hf.data.splits import DataSource, HoldOut, Splits, load_split, load_splits
+from flowback_hf.data.streams import Stream
 from flowback_hf.data.teacher_features import load_teacher, load_teacher_features
 
 
@@ -17,6 +18,7 @@ __all__ = [
     "LatentSource",
     "RowGenerator",
     "Splits",
+    "Stream",
     "add_noise",
     "collate",
     "load_latents",

@@ -58,6 +58,57 @@ def checksum(images: torch.Tensor) -> int:
     return zlib.crc32(images.contiguous().numpy())
 
 
+class ImageReader:
+    """
+    Turns a row of a data set into a clean image in [-1, 1], resized and center-cropped to a square, and its class id.
+
+    Grey, CMYK, palette, transparent and 16-bit images are converted.
+
+    Args:
+        image_column, label_column, label_ids, sample_size, in_channels: As in [`ImageDataset`].
+    """
+
+    def __init__(
+        self, image_column: str, label_column: str | None, label_ids: list[int], sample_size: int, in_channels: int
+    ):
+        check_number("sample_size", sample_size, int, at_least=1)
+        self.image_column = image_column
+        self.label_column = label_column
+        self.label_ids = label_ids
+        self.sample_size = sample_size
+        self.mode = image_mode(in_channels)
+
+    def prepare(
+        self, rows: datasets.Dataset | datasets.IterableDataset
+    ) -> datasets.Dataset | datasets.IterableDataset:
+        """The rows as this reads them, with files that are not decoded."""
+        return rows.cast_column(self.image_column, datasets.Image(decode=False))
+
+    def __call__(self, row: dict[str, Any], name: str) -> dict[str, Any]:
+        """
+        Read a row.
+
+        Args:
+            row (`dict`): A row of what [`prepare`] returned.
+            name (`str`): What to call it in a message if its file has no name.
+        Returns:
+            `dict`: `images` `(channels, sample_size, sample_size)` and `class_labels`, an `int`, -1 for no class.
+        Raises:
+            ValueError: if the image cannot be used. Says which, and why.
+        """
+        file = row[self.image_column]
+        try:
+            image = decode_image(file, self.mode)
+        except ValueError as error:
+            raise ValueError(f"{name_of_file(file, name)} {error}") from error
+        images = image_to_tensor(fit_image(image, self.sample_size))
+        return {"images": images, "class_labels": self._class_label(row)}
+
+    def _class_label(self, row: dict[str, Any]) -> int:
+        label = -1 if self.label_column is None else row[self.label_column]
+        return -1 if label is None or label < 0 else self.label_ids[label]
+
+
 class ImageDataset(torch.utils.data.Dataset):
     """
     Clean images in [-1, 1] with their class ids, resized and center-cropped to a square.
@@ -105,14 +156,10 @@ class ImageDataset(torch.utils.data.Dataset):
         in_channels: int,
         teacher_features: datasets.Dataset | None = None,
     ):
-        check_number("sample_size", sample_size, int, at_least=1)
-        self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
-        self.image_column = image_column
-        self.label_column = label_column
-        self.label_ids = label_ids
+        self.reader = ImageReader(image_column, label_column, label_ids, sample_size, in_channels)
+        self.rows = self.reader.prepare(rows)
         self.sample_size = sample_size
         self.in_channels = in_channels
-        self.mode = image_mode(in_channels)
         self.teacher_features = teacher_features
 
     def __len__(self) -> int:
@@ -122,22 +169,16 @@ class ImageDataset(torch.utils.data.Dataset):
         skipped = []
         for offset in range(len(self)):
             number = (index + offset) % len(self)
-            row = self.rows[number]
             try:
-                image = decode_image(row[self.image_column], self.mode)
+                item = self.reader(self.rows[number], f"row {number}")
             except ValueError as error:
-                skipped.append(f"{name_of_file(row[self.image_column], f'row {number}')} {error}")
+                skipped.append(str(error))
                 continue
-            images = image_to_tensor(fit_image(image, self.sample_size))
-            item = {"images": images, "class_labels": self._class_label(row), "skipped": skipped}
+            item["skipped"] = skipped
             if self.teacher_features is not None:
-                item["teacher_features"] = self._read_teacher_features(index, images)
+                item["teacher_features"] = self._read_teacher_features(index, item["images"])
             return item
         raise ValueError(f"None of the {len(self)} images of the data set can be used. The first: {skipped[0]}.")
-
-    def _class_label(self, row: dict[str, Any]) -> int:
-        label = -1 if self.label_column is None else row[self.label_column]
-        return -1 if label is None or label < 0 else self.label_ids[label]
 
     def _read_teacher_features(self, index: int, images: torch.Tensor) -> torch.Tensor:
         row = self.teacher_features[index]
@@ -150,9 +191,14 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the tensors of items of [`ImageDataset`] or [`LatentDataset`], and join their labels and skipped files."""
+    """
+    Stack the tensors of items of [`ImageDataset`], [`LatentDataset`] or [`Stream`], and join their labels and skipped
+    files. Of the itineraries of a stream, the last one says how far it is.
+    """
     names = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
     batch = {name: torch.stack([item[name] for item in items]) for name in names}
     batch["class_labels"] = torch.tensor([item["class_labels"] for item in items])
     batch["skipped"] = [name for item in items for name in item["skipped"]]
+    if "itinerary" in items[-1]:
+        batch["itinerary"] = items[-1]["itinerary"]
     return batch

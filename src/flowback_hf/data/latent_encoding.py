@@ -19,7 +19,14 @@ from tqdm.auto import tqdm
 from flowback_hf.alignment.teacher import DEFAULT_TEACHER, RepresentationTeacher
 from flowback_hf.data.images import decode_image, image_mode, image_to_tensor, name_of_file
 from flowback_hf.data.latents import SETTINGS_FILE, hash_weights, missing_shards, shard_name
-from flowback_hf.data.splits import DataSource, check_column, check_image_column, check_train_split, held_out_split
+from flowback_hf.data.splits import (
+    DataSource,
+    check_image_column,
+    check_streamed_labels,
+    check_train_split,
+    check_usable,
+    held_out_split,
+)
 from flowback_hf.files import compare_settings, read_json, write_json, write_whole
 from flowback_hf.pipelines.pipeline_flowback import fit_image, vae_scale_factor
 
@@ -51,14 +58,8 @@ def open_streams(
     check_image_column(features, image_column)
     columns = [image_column]
     if label_column is not None:
-        check_column(features, "--label_column", label_column)
+        check_streamed_labels(features, label_column)
         columns.append(label_column)
-        if not isinstance(features[label_column], datasets.ClassLabel):
-            raise ValueError(
-                f"`--label_column` {label_column!r} must hold class labels with names (datasets.ClassLabel), but"
-                f" holds {features[label_column]}: a stream cannot be searched for its classes. Cast it, or give"
-                " --unconditional."
-            )
     names = {"train": "train", "validation": held_out_split(streams)}
     chosen = {
         name: streams[split].select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
@@ -68,18 +69,6 @@ def open_streams(
     for name, rows in chosen.items():
         check_usable(name, rows, image_column)
     return chosen
-
-
-def check_usable(name: str, rows: datasets.IterableDataset, image_column: str):
-    """Raise ValueError if no image of a split can be used. It looks no further than the first that can."""
-    reason = "there are none"
-    for number, row in enumerate(rows):
-        try:
-            decode_image(row[image_column], "RGB")
-            return
-        except ValueError as error:
-            reason = f"{name_of_file(row[image_column], f'row {number}')} {error}"
-    raise ValueError(f"None of the images of the split {name!r} can be used. The last: {reason}.")
 
 
 def describe_latents(

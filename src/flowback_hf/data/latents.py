@@ -84,15 +84,49 @@ def missing_shards(folder: Path, source: int) -> list[int] | None:
     return [shard for shard in range(record["num_shards"]) if not (folder / shard_name(source, shard)).exists()]
 
 
-def load_latents(folder: str | os.PathLike, cache_dir: str | None = None) -> datasets.DatasetDict:
+def load_latents(
+    folder: str | os.PathLike, cache_dir: str | None = None, streaming: bool = False
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """
-    Load the rows of a complete folder, memory-mapped, by split.
+    Load the rows of a complete folder, by split: memory-mapped, or streamed.
 
-    `datasets` first makes Arrow files of the shards in its cache.
+    To map them, `datasets` first makes Arrow files of the shards in its cache.
     """
     settings = read_latents_settings(folder)
     files = {split: sorted(map(str, (Path(folder) / split).glob("*.parquet"))) for split in settings["num_sources"]}
-    return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir)
+    return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir, streaming=streaming)
+
+
+class LatentReader:
+    """
+    Turns a row of [`load_latents`] into an item of [`LatentDataset`].
+
+    Args:
+        label_column, label_ids: As in [`LatentDataset`].
+    """
+
+    def __init__(self, label_column: str | None, label_ids: list[int]):
+        self.label_column = label_column
+        self.label_ids = label_ids
+
+    def prepare(
+        self, rows: datasets.Dataset | datasets.IterableDataset
+    ) -> datasets.Dataset | datasets.IterableDataset:
+        """The rows as this reads them, as arrays."""
+        return rows.with_format("numpy")
+
+    def __call__(self, row: dict[str, Any], name: str) -> dict[str, Any]:
+        """Read a row of what [`prepare`] returned. `name` is not used: there is nothing to complain about."""
+        label = -1 if self.label_column is None else int(row[self.label_column])
+        item = {
+            "moments": torch.from_numpy(row["moments"]),
+            "class_labels": -1 if label < 0 else self.label_ids[label],
+        }
+        if "teacher_features" in row:
+            item["teacher_features"] = torch.from_numpy(row["teacher_features"])
+        if "image" in row:
+            item["images"] = image_to_tensor(row["image"])
+        return item
 
 
 class LatentDataset(torch.utils.data.Dataset):
@@ -110,26 +144,14 @@ class LatentDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, rows: datasets.Dataset, label_column: str | None, label_ids: list[int]):
-        self.rows = rows.with_format("numpy")
-        self.label_column = label_column
-        self.label_ids = label_ids
+        self.reader = LatentReader(label_column, label_ids)
+        self.rows = self.reader.prepare(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        label = -1 if self.label_column is None else int(row[self.label_column])
-        item = {
-            "moments": torch.from_numpy(row["moments"]),
-            "class_labels": -1 if label < 0 else self.label_ids[label],
-            "skipped": [],
-        }
-        if "teacher_features" in row:
-            item["teacher_features"] = torch.from_numpy(row["teacher_features"])
-        if "image" in row:
-            item["images"] = image_to_tensor(row["image"])
-        return item
+        return self.reader(self.rows[index], f"row {index}") | {"skipped": []}
 
 
 def draw_latents(moments: torch.Tensor, vae_config: Any, generator: RowGenerator) -> torch.Tensor:

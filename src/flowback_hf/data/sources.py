@@ -7,10 +7,11 @@ import datasets
 import torch
 from diffusers.models import AutoencoderKL
 
-from flowback_hf.data.images import ImageDataset
-from flowback_hf.data.latents import LatentDataset, draw_latents
+from flowback_hf.data.images import ImageDataset, ImageReader
+from flowback_hf.data.latents import LatentDataset, LatentReader, draw_latents
 from flowback_hf.data.noise import RowGenerator
 from flowback_hf.data.splits import Splits
+from flowback_hf.data.streams import Stream
 
 
 Batch = dict[str, Any]
@@ -29,11 +30,12 @@ class ImageSource:
         teacher_features (`datasets.Dataset`, *optional*): Stored features of the training rows.
         teacher_dim (`int`, *optional*): Their dimension.
     Attributes:
-        train_dataset, validation_dataset ([`ImageDataset`]): Items of [`collate`]'s batches.
+        train_dataset, validation_dataset ([`ImageDataset`]): Items of [`collate`]'s batches. Training rows that are a
+            `datasets.IterableDataset` make a [`~flowback_hf.data.streams.Stream`].
         vae: `None`: images are modelled as they are.
         teacher_dim (`int`, *optional*): Dimension of stored features; `None` if a teacher has to run.
     Raises:
-        ValueError: if the flow's samples are not images.
+        ValueError: if the flow's samples are not images, or stored features are given with a stream.
 
     Example:
         ```py
@@ -67,8 +69,17 @@ class ImageSource:
     ):
         if config.in_channels not in (1, 3):
             raise ValueError(f"`in_channels` must be 1 or 3 to train on images, but is {config.in_channels}.")
+        is_stream = isinstance(splits.train, datasets.IterableDataset)
+        if is_stream and teacher_features is not None:
+            raise ValueError(
+                "`teacher_features` belong to rows that have numbers, but the training rows are a stream."
+            )
         columns = (image_column, label_column, label_ids, config.sample_size, config.in_channels)
-        self.train_dataset = ImageDataset(splits.train, *columns, teacher_features=teacher_features)
+        if is_stream:
+            reader = ImageReader(*columns)
+            self.train_dataset = Stream(reader.prepare(splits.train), reader)
+        else:
+            self.train_dataset = ImageDataset(splits.train, *columns, teacher_features=teacher_features)
         self.validation_dataset = ImageDataset(splits.validation, *columns)
         self.hold_out = splits.hold_out
         self.teacher_dim = teacher_dim
@@ -100,7 +111,7 @@ class LatentSource:
         label_column (`str`, *optional*, defaults to `"label"`): The column of class ids; `None` without classes.
         aligned (`bool`, defaults to `True`): Whether the alignment needs what is stored for it; not read otherwise.
     Attributes:
-        train_dataset, validation_dataset ([`LatentDataset`]), vae
+        train_dataset, validation_dataset ([`LatentDataset`]), vae: As those of [`ImageSource`].
         teacher_dim (`int`, *optional*): Dimension of stored features; `None` if a teacher has to run.
     Raises:
         ValueError: if the latents do not fit the flow, or hold nothing that it could be aligned with.
@@ -121,10 +132,13 @@ class LatentSource:
         self.teacher_dim = splits.latents.get("feature_dim") if aligned else None
         for_alignment = [name for name in ("image", "teacher_features") if name in splits.train.column_names]
         train_rows = splits.train if aligned else splits.train.remove_columns(for_alignment)
-        self.train_dataset = LatentDataset(train_rows, label_column, label_ids)
-        self.validation_dataset = LatentDataset(
-            splits.validation.remove_columns(for_alignment), label_column, label_ids
-        )
+        if isinstance(train_rows, datasets.IterableDataset):
+            reader = LatentReader(label_column, label_ids)
+            self.train_dataset = Stream(reader.prepare(train_rows), reader)
+        else:
+            self.train_dataset = LatentDataset(train_rows, label_column, label_ids)
+        needed = ["moments"] if label_column is None else ["moments", label_column]
+        self.validation_dataset = LatentDataset(splits.validation.select_columns(needed), label_column, label_ids)
 
     def mirror(self, batch: Batch, mirrored: torch.Tensor) -> Batch:
         """As [`ImageSource.mirror`]: the moments of some images are replaced by those of their mirror images."""

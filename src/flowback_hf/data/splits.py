@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 
+from flowback_hf.data.images import decode_image, name_of_file
 from flowback_hf.data.latents import load_latents, read_latents_settings
+from flowback_hf.data.streams import Stream
 from flowback_hf.files import read_json, write_json
 
 
@@ -186,13 +188,13 @@ class Splits(NamedTuple):
     What a flow is trained on and validated with.
 
     Args:
-        train, validation (`datasets.Dataset`): Their rows.
+        train (`datasets.Dataset` or `datasets.IterableDataset`), validation (`datasets.Dataset`): Their rows.
         class_names (`list[str]`, *optional*): By class id; `None` without classes.
         hold_out ([`HoldOut`], *optional*): How validation rows were taken from the training split, if they were.
         latents (`dict`, *optional*): The settings of a folder of latents; `None` for images.
     """
 
-    train: datasets.Dataset
+    train: datasets.Dataset | datasets.IterableDataset
     validation: datasets.Dataset
     class_names: list[str] | None
     hold_out: HoldOut | None = None
@@ -215,13 +217,15 @@ def load_splits(args: argparse.Namespace) -> Splits:
     Args:
         args (`argparse.Namespace`): `dataset_name`, `dataset_config_name`, `train_data_dir` or `latents`;
             `image_column`, `label_column`, `unconditional`, `cache_dir`, `train_val_split`, `seed`,
-            `max_train_samples` and `max_validation_samples`.
+            `max_train_samples` and `max_validation_samples`; `streaming`, if the command has it.
     Returns:
         [`Splits`].
     Raises:
         ValueError: if the data cannot be loaded, lack a column, or hold nothing to train on or to validate with.
     """
     latents = None
+    if getattr(args, "streaming", None):
+        return load_streams(args)
     if getattr(args, "latents", None) is not None:
         latents = read_latents_settings(args.latents)
         splits = load_latents(args.latents, args.cache_dir)
@@ -254,6 +258,75 @@ def load_splits(args: argparse.Namespace) -> Splits:
         )
     class_names = None if args.unconditional else train_rows.features[args.label_column].names
     return Splits(train_rows, first_rows(held_out, args.max_validation_samples), class_names, hold_out, latents)
+
+
+def load_streams(args: argparse.Namespace) -> Splits:
+    """
+    Open the training rows that the data flags name as a stream, and load some validation rows from another.
+
+    Args:
+        args (`argparse.Namespace`): As for [`load_splits`]; `train_val_split` and `max_train_samples` play no part.
+    Raises:
+        ValueError: as [`load_splits`]; also if there is no validation split, or labels have no names.
+    """
+    latents = None
+    if args.latents is not None:
+        latents = read_latents_settings(args.latents)
+        streams = load_latents(args.latents, streaming=True)
+    else:
+        streams = DataSource.from_args(args).open(streaming=True)
+    check_train_split(streams)
+    features = streams["train"].features
+    label_column = None if args.unconditional else args.label_column
+    if latents is None:
+        check_image_column(features, args.image_column)
+    if label_column is not None:
+        check_streamed_labels(features, label_column)
+    name = held_out_split(streams)
+    if name is None:
+        raise ValueError(
+            f"`--streaming` needs a split to validate with, one of {', '.join(HELD_OUT_SPLITS)}, but the data set has"
+            f" {list(streams)}: none can be held out of a stream. Leave --streaming out, or add one."
+        )
+    train, held_out = streams["train"], streams[name]
+    if latents is None:
+        columns = [args.image_column] if label_column is None else [args.image_column, label_column]
+        as_files = datasets.Image(decode=False)
+        train, held_out = (
+            rows.select_columns(columns).cast_column(args.image_column, as_files) for rows in (train, held_out)
+        )
+        check_usable("train", train, args.image_column)
+        check_usable(name, held_out, args.image_column)
+    else:
+        held_out = held_out.select_columns(["moments"] if label_column is None else ["moments", label_column])
+    validation = datasets.Dataset.from_list(
+        Stream(held_out.with_format("numpy"), read=None).first_rows(args.max_validation_samples), held_out.features
+    )
+    class_names = None if label_column is None else features[label_column].names
+    return Splits(train, validation, class_names, None, latents)
+
+
+def check_streamed_labels(features: datasets.Features, label_column: str):
+    """Raise ValueError unless a column holds labels with names: a stream cannot be searched for its classes."""
+    check_column(features, "--label_column", label_column)
+    if not isinstance(features[label_column], datasets.ClassLabel):
+        raise ValueError(
+            f"`--label_column` {label_column!r} must hold class labels with names (datasets.ClassLabel), but"
+            f" holds {features[label_column]}: a stream cannot be searched for its classes. Cast it, or give"
+            " --unconditional."
+        )
+
+
+def check_usable(name: str, rows: datasets.IterableDataset, image_column: str):
+    """Raise ValueError if no image of a split can be used. It looks no further than the first that can."""
+    reason = "there are none"
+    for number, row in enumerate(rows):
+        try:
+            decode_image(row[image_column], "RGB")
+            return
+        except ValueError as error:
+            reason = f"{name_of_file(row[image_column], f'row {number}')} {error}"
+    raise ValueError(f"None of the images of the split {name!r} can be used. The last: {reason}.")
 
 
 def check_train_split(splits: datasets.DatasetDict | datasets.IterableDatasetDict):

@@ -2,6 +2,7 @@
 """What the flags of `training/train_reverse.py` build, and the trainer of a learned inverse."""
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from flowback_hf.data import (
     LatentSource,
     RowGenerator,
     Splits,
+    Stream,
     add_noise,
     collate,
     load_teacher,
@@ -311,13 +313,17 @@ class ReverseTrainer(Trainer):
         """Noisy samples and labels of some training images, the same ones in every process."""
         device, dataset = self.accelerator.device, self.source.train_dataset
         generator = make_generator(self.arguments.seed, STATISTICS)
-        chosen = torch.randperm(len(dataset), generator=generator)[:NUM_STATISTICS_IMAGES]
+        if isinstance(dataset, Stream):  # it is not divided among the processes yet
+            items = itertools.islice(dataset, NUM_STATISTICS_IMAGES)
+        else:
+            chosen = torch.randperm(len(dataset), generator=generator)[:NUM_STATISTICS_IMAGES]
+            items = (dataset[index] for index in chosen.tolist())
         noise = make_generator(self.arguments.seed, STATISTICS, device=device)
-        for indices in chosen.split(self.arguments.train_batch_size):
-            batch = collate([dataset[index] for index in indices.tolist()])
+        while chunk := list(itertools.islice(items, self.arguments.train_batch_size)):
+            batch = collate(chunk)
             batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
             batch = self.source.mirror(batch, torch.zeros_like(batch["class_labels"], dtype=torch.bool))
-            drawn = RowGenerator(noise, len(indices))
+            drawn = RowGenerator(noise, len(chunk))
             noisy_sample = add_noise(self.source.clean_sample(batch, drawn), self.flow.config, drawn)
             yield noisy_sample, None if self.flow.config.num_classes is None else batch["class_labels"]
 

@@ -30,7 +30,7 @@ from flowback_hf import (
     FlowBackPipeline,
     RepresentationTeacher,
 )
-from flowback_hf.data import ImageSource, LatentSource, RowGenerator, add_noise, collate, make_generator
+from flowback_hf.data import ImageSource, LatentSource, RowGenerator, Stream, add_noise, collate, make_generator
 from flowback_hf.files import write_json
 from flowback_hf.places import place_name
 from flowback_hf.reporting import import_pyplot
@@ -65,6 +65,7 @@ from flowback_hf.training.sampler import EpochSampler
 from flowback_hf.training.sharding import ShardingAccelerator, check_accelerator, own_part, read_sharding, whole
 from flowback_hf.training.signals import StopSignals, leave_process_group
 from flowback_hf.training.step_values import StepValues
+from flowback_hf.training.streaming import StreamLoader
 from flowback_hf.training.validation import draw_samples, validate
 from flowback_hf_cli.training import TrainingArguments
 
@@ -219,11 +220,16 @@ class Trainer:
         self.pipeline.set_progress_bar_config(disable=True)
         self.validation_class_labels = self._normalize_class_labels()
         self.images_per_step = self.settings["total_batch_size"]
-        self._check_batch_size()
-        # What is left over does not fill a step. Which images that are changes from epoch to epoch.
-        self.steps_per_epoch = len(source.train_dataset) // self.images_per_step
-        for dataset in (source.train_dataset, source.validation_dataset):
-            dataset[0]  # raises if none of its images can be used
+        self.is_streaming = isinstance(source.train_dataset, Stream)
+        if self.is_streaming:
+            if arguments.max_train_steps is None:
+                raise ValueError("`max_train_steps` must be given for a stream, whose epochs have no known length.")
+        else:
+            self._check_batch_size()
+            # What is left over does not fill a step. Which images that are changes from epoch to epoch.
+            self.steps_per_epoch = len(source.train_dataset) // self.images_per_step
+            source.train_dataset[0]  # raises if none of its images can be used
+        source.validation_dataset[0]
         self._prepare(objective)
 
         self.global_step = 0
@@ -369,6 +375,8 @@ class Trainer:
         num_workers = arguments.dataloader_num_workers
         if num_workers is None:
             num_workers = 0 if accelerator.device.type == "cpu" else NUM_WORKERS
+            if self.is_streaming:
+                num_workers = min(num_workers, self.source.train_dataset.num_shards // accelerator.num_processes)
         options = {
             "collate_fn": collate,
             "num_workers": num_workers,
@@ -376,17 +384,26 @@ class Trainer:
             "persistent_workers": num_workers > 0,
             "pin_memory": accelerator.device.type == "cuda",
         }
-        num_used = self.steps_per_epoch * self.images_per_step
-        sampler = EpochSampler(len(self.source.train_dataset), num_used, arguments.seed)
-        train_dataloader = torch.utils.data.DataLoader(
-            self.source.train_dataset, arguments.train_batch_size, sampler=sampler, drop_last=True, **options
-        )
+        if self.is_streaming:
+            self.train_dataloader = StreamLoader(
+                accelerator,
+                self.source.train_dataset,
+                arguments.train_batch_size,
+                arguments.seed,
+                arguments.shuffle_buffer_size,
+                **options,
+            )
+        else:
+            num_used = self.steps_per_epoch * self.images_per_step
+            sampler = EpochSampler(len(self.source.train_dataset), num_used, arguments.seed)
+            train_dataloader = torch.utils.data.DataLoader(
+                self.source.train_dataset, arguments.train_batch_size, sampler=sampler, drop_last=True, **options
+            )
+            self.train_dataloader = accelerator.prepare(train_dataloader)
         validation_dataloader = torch.utils.data.DataLoader(
             self.source.validation_dataset, arguments.eval_batch_size, **options
         )
-        self.optimizer, self.train_dataloader, self.validation_dataloader = accelerator.prepare(
-            optimizer, train_dataloader, validation_dataloader
-        )
+        self.optimizer, self.validation_dataloader = accelerator.prepare(optimizer, validation_dataloader)
         accelerator.register_save_state_pre_hook(leave_out_frozen_parameters)
         self.ema = None
         if arguments.use_ema:
@@ -438,16 +455,26 @@ class Trainer:
 
     # Steps
 
-    def _train_epoch(self, progress_bar: tqdm):
-        """Train on the batches of an epoch that have not been seen, or up to the last step."""
+    def _remaining_batches(self) -> Iterable[dict[str, Any]]:
+        """The batches of an epoch that have not been seen. Those of a stream have no end."""
+        if self.is_streaming:
+            return self.train_dataloader
         epoch, num_done = divmod(self.global_step, self.steps_per_epoch)
         self.train_dataloader.set_epoch(epoch)
-        batches = self.train_dataloader
-        if num_done:
-            batches = self.accelerator.skip_first_batches(
-                batches, num_done * self.arguments.gradient_accumulation_steps
-            )
-        for batch in self._until_stopped(batches):
+        if not num_done:
+            return self.train_dataloader
+        num_batches = num_done * self.arguments.gradient_accumulation_steps
+        return self.accelerator.skip_first_batches(self.train_dataloader, num_batches)
+
+    def _epoch(self) -> int:
+        """The epoch of the last step; of a stream, that of the main process."""
+        if self.is_streaming:
+            return self.train_dataloader.epoch
+        return (self.global_step - 1) // self.steps_per_epoch
+
+    def _train_epoch(self, progress_bar: tqdm):
+        """Train on the batches of an epoch that have not been seen, or up to the last step."""
+        for batch in self._until_stopped(self._remaining_batches()):
             self._train_on(batch)
             self._report_skipped(batch["skipped"])
             if not self.accelerator.sync_gradients:
@@ -455,7 +482,7 @@ class Trainer:
             self.global_step += 1
             self._timed_steps += 1
             progress_bar.update()
-            self._end_step(epoch, progress_bar)
+            self._end_step(progress_bar)
             received = self._shared_signal.share(self._stop_signals.received)
             if received is not None:
                 self._save_and_exit(received)
@@ -547,7 +574,7 @@ class Trainer:
 
     # Between steps
 
-    def _end_step(self, epoch: int, progress_bar: tqdm):
+    def _end_step(self, progress_bar: tqdm):
         """Log, validate and save, each when it is due."""
         arguments, step = self.arguments, self.global_step
         intervals = (arguments.logging_steps, arguments.validation_steps, arguments.checkpointing_steps)
@@ -563,7 +590,7 @@ class Trainer:
             self._record(
                 values
                 | {
-                    "epoch": epoch,
+                    "epoch": self._epoch(),
                     "learning_rate": self.lr_scheduler.get_last_lr()[0],
                     "images_per_second": self._timed_steps * self.images_per_step / elapsed,
                     "images_skipped": self.num_skipped,
