@@ -42,7 +42,7 @@ def count_parameters(config: dict) -> int:
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts as torch's FlopCounterMode, which also counts for each module and fails where a forward takes gradients."""
+    """Counts as torch's FlopCounterMode does, which fails where a forward pass takes gradients."""
 
     def __init__(self):
         super().__init__()

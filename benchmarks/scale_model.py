@@ -38,6 +38,8 @@ SAVED_BYTES, SAVED_FLOW_BYTES = 3 * FLOAT, FLOAT
 # The norm of the gradient reads it and clipping reads and writes it; AdamW reads weight, gradient and moments and
 # writes all but the gradient; the moving average reads and writes itself and a difference, and reads the weight.
 UPDATED_BYTES = (3 + 7 + 6) * FLOAT
+# Options that are no assumptions.
+LISTED = ("configs", "num_gpus", "batch_sizes", "output")
 # Of a card's memory; the rest is CUDA's, NCCL's and lost between tensors.
 USABLE_MEMORY = 0.9
 
@@ -51,7 +53,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Names of model sizes in training/configs. Default: the paper's, and two that are wider.",
     )
     parser.add_argument("--num_gpus", type=int, nargs="+", default=[8, 64], help="GPUs of a run. Default: 8 64.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Images per GPU and step. Default: %(default)s.")
+    parser.add_argument(
+        "--batch_sizes", type=int, nargs="+", default=[32, 4], help="Images per GPU and step. Default: 32 4."
+    )
     parser.add_argument(
         "--alignment",
         choices=["none", "forward", "detach", "reverse"],
@@ -226,7 +230,9 @@ def count_costs(config: dict, alignment: dict[str, Any]) -> Costs:
     )
 
 
-def step_memory(costs: Costs, sharding: str, num_shards: int, batch_size: int, checkpointing: bool) -> dict[str, float]:
+def step_memory(
+    costs: Costs, sharding: str, num_shards: int, batch_size: int, checkpointing: bool
+) -> dict[str, float]:
     """Bytes on each GPU, by what they are for."""
     states = TRAINED_BYTES * costs.parameters + FLOW_BYTES * costs.flow_parameters
     per_image, half_precision_weights = costs.activations[checkpointing]
@@ -241,24 +247,25 @@ def step_memory(costs: Costs, sharding: str, num_shards: int, batch_size: int, c
     return memory | {"activations": batch_size * per_image + half_precision_weights}
 
 
-def predict(costs: Costs, sharding: str, num_gpus: int, args: argparse.Namespace) -> dict[str, Any]:
-    """A step and a checkpoint of one flow on so many GPUs."""
+def predict(costs: Costs, sharding: str, num_gpus: int, batch_size: int, args: argparse.Namespace) -> dict[str, Any]:
+    """A step and a checkpoint of one flow on so many GPUs with so many images each."""
     in_node = min(num_gpus, args.gpus_per_node)
     num_shards = {"DDP": 1, "FSDP2": num_gpus, "HSDP": in_node}[sharding]
     usable = 1e9 * args.memory_gb * USABLE_MEMORY
     for checkpointing in (False, True):
-        memory = step_memory(costs, sharding, num_shards, args.batch_size, checkpointing)
+        memory = step_memory(costs, sharding, num_shards, batch_size, checkpointing)
         if sum(memory.values()) <= usable:
             break
     traffic = step_traffic(costs.objective, sharding, num_shards)
-    flops = args.batch_size * (costs.step_flops[checkpointing] + costs.teacher["flops"])
+    flops = batch_size * (costs.step_flops[checkpointing] + costs.teacher["flops"])
+    memory_rate = 1e9 * args.memory_gb_per_second * args.bandwidth_share
     seconds = {
         "compute": flops / (1e12 * args.peak_tflops * args.matrix_share),
         "network": network_seconds(traffic, sharding, num_gpus, args),
-        "memory": UPDATED_BYTES * costs.parameters / num_shards / (1e9 * args.memory_gb_per_second * args.bandwidth_share),
+        "memory": UPDATED_BYTES * costs.parameters / num_shards / memory_rate,
     }
     step_seconds = max(seconds["compute"], seconds["network"]) + seconds["memory"]
-    images_per_second = args.batch_size / step_seconds
+    images_per_second = batch_size / step_seconds
     # DDP's main process writes everything, otherwise each its share.
     num_writers = 1 if sharding == "DDP" else num_shards
     rate = 1e9 * min(
@@ -268,6 +275,7 @@ def predict(costs: Costs, sharding: str, num_gpus: int, args: argparse.Namespace
     return {
         "sharding": sharding,
         "num_gpus": num_gpus,
+        "batch_size": batch_size,
         "fits": sum(memory.values()) <= usable,
         "gradient_checkpointing": checkpointing,
         "memory_bytes": memory,
@@ -286,7 +294,8 @@ def predict_all(name: str, args: argparse.Namespace) -> dict[str, Any]:
     config, alignment = load_config(name), alignment_of(args)
     costs = count_costs(config, alignment)
     cases = [
-        predict(costs, sharding, num_gpus, args)
+        predict(costs, sharding, num_gpus, batch_size, args)
+        for batch_size in args.batch_sizes
         for num_gpus in args.num_gpus
         for sharding in SHARDINGS
         if sharding != "HSDP" or num_gpus > args.gpus_per_node  # in one node it is FSDP2
@@ -309,11 +318,21 @@ def cases_of(results: dict[str, Any]) -> Iterable[tuple[dict[str, Any], dict[str
 
 
 def table(results: dict[str, Any]) -> str:
-    header = ["config", "GPUs", "sharding", "memory, GiB", "checkpointing", "compute, s", "network, s", "update, s"]
+    header = [
+        "config",
+        "images per GPU",
+        "GPUs",
+        "sharding",
+        "memory, GiB",
+        "checkpointing",
+        "compute, s",
+        "network, s",
+        "update, s",
+    ]
     header += ["step, s", "bottleneck", "images/s per GPU", "checkpoint, s", "loader cores per GPU"]
     rows = []
     for flow, case in cases_of(results):
-        row = [f"`{flow['config']}`", case["num_gpus"], case["sharding"]]
+        row = [f"`{flow['config']}`", case["batch_size"], case["num_gpus"], case["sharding"]]
         row += [f"{sum(case['memory_bytes'].values()) / GIB:.1f}{'' if case['fits'] else ', does not fit'}"]
         row += ["yes" if case["gradient_checkpointing"] else "no"]
         row += [f"{case['seconds'][name]:.3f}" for name in ("compute", "network", "memory")]
@@ -324,7 +343,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None):
     args = parse_args(arguments)
-    assumptions = {name: value for name, value in vars(args).items() if name not in ("configs", "num_gpus", "output")}
+    assumptions = {name: value for name, value in vars(args).items() if name not in LISTED}
     results = {"assumptions": assumptions, "flows": [predict_all(name, args) for name in args.configs]}
     text = f"By arithmetic, nothing measured. Assumptions: {assumptions}\n\n{table(results)}"
     print(text)
