@@ -51,7 +51,6 @@ for name in "${chosen[@]}"; do
     [[ " ${PIECES[*]} " == *" $name "* ]] || fail "--piece must be one of ${PIECES[*]}, but is $name."
 done
 [[ $device == cpu || $device == cuda ]] || fail "--device must be cpu or cuda, but is $device."
-[[ -z $wheels || -d $wheels ]] || fail "--wheels must be a folder, but $wheels is none."
 ((${#chosen[@]})) || chosen=("${PIECES[@]}")
 
 # Sizes. The tiny ones run the same code.
@@ -142,14 +141,8 @@ if $list; then
     exit
 fi
 
-mkdir -p "$output_dir" || exit
-settings="--device $device$($tiny && echo ' --tiny')"
-[[ -e $output_dir/settings ]] || echo "$settings" > "$output_dir/settings"
-[[ $(< "$output_dir/settings") == "$settings" ]] ||
-    fail "$output_dir holds results of $(< "$output_dir/settings"): choose another --output_dir for $settings."
-if [[ -n $wheels && ! -d $output_dir/packages ]]; then
-    "$python" -m pip install --quiet --no-index --no-deps --target "$output_dir/packages" "$wheels"/*.whl || exit
-fi
+[[ -z $wheels || -d $wheels ]] || fail "--wheels must be a folder, but $wheels is none."
+output_dir=$(realpath -m "$output_dir")
 export PYTHONPATH=$PWD/src:$output_dir/packages${PYTHONPATH:+:$PYTHONPATH}
 export HF_HUB_OFFLINE=1 HF_DATASETS_CACHE=$output_dir/datasets_cache
 if [[ $device == cpu ]]; then
@@ -157,6 +150,15 @@ if [[ $device == cpu ]]; then
 else
     "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
         fail "PyTorch finds no GPU: --device cpu --tiny tries this out without one."
+fi
+
+mkdir -p "$output_dir" || exit
+settings="--device $device$($tiny && echo ' --tiny')"
+[[ -e $output_dir/settings ]] || echo "$settings" > "$output_dir/settings"
+[[ $(< "$output_dir/settings") == "$settings" ]] ||
+    fail "$output_dir holds results of $(< "$output_dir/settings"): choose another --output_dir for $settings."
+if [[ -n $wheels && ! -d $output_dir/packages ]]; then
+    "$python" -m pip install --quiet --no-index --no-deps --target "$output_dir/packages" "$wheels"/*.whl || exit
 fi
 
 num_failed=0

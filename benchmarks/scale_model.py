@@ -293,6 +293,8 @@ def predict(costs: Costs, sharding: str, num_gpus: int, batch_size: int, args: a
 def predict_all(name: str, args: argparse.Namespace) -> dict[str, Any]:
     config, alignment = load_config(name), alignment_of(args)
     costs = count_costs(config, alignment)
+    with torch.device("meta"):
+        not_aligned = make_objective(config)
     cases = [
         predict(costs, sharding, num_gpus, batch_size, args)
         for batch_size in args.batch_sizes
@@ -307,6 +309,7 @@ def predict_all(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "teacher": costs.teacher,
         "step_flops": costs.step_flops[False],
         "step_flops_not_aligned": count_step_flops(config),
+        "num_gathers_not_aligned": sum(count_gathers(not_aligned).values()),
         "checkpoint_bytes": costs.checkpoint_bytes,
         "cases": cases,
     }
