@@ -44,11 +44,13 @@ class Table:
         header (`list[str]`): The titles of its columns.
         rows (`list[list[str]]`): Its cells.
         reports (`list[str]`): The files in `benchmarks/results`, without `.json`, that hold its figures.
+        origin (`str`): What was done on the machine of the reports.
     """
 
     header: list[str]
     rows: list[list[str]]
     reports: list[str] = field(default_factory=list)
+    origin: str = "Measured"
 
     def markdown(self, page: Path) -> str:
         """The table and its sources, linked as seen from a page of the repository."""
@@ -56,7 +58,7 @@ class Table:
 
         if not self.rows:
             return "Nothing has been measured yet."
-        summary = f"Measured on {', '.join(dict.fromkeys(map(describe_machine, self.reports)))}: the commands"
+        summary = f"{self.origin} on {', '.join(dict.fromkeys(map(describe_machine, self.reports)))}: the commands"
         sources = describe_sources(self.reports, page)
         lines = [markdown_table(self.header, self.rows), ""]
         lines += [f"<details><summary>{summary}</summary>", "", *sources, "", "</details>"]
@@ -458,7 +460,7 @@ def model_sizes() -> Table:
 
     sizes = size_table(read("model_sizes")["results"])
     header, _, *rows = [line.strip("| ").split(" | ") for line in sizes.splitlines()]
-    return Table(header, rows, ["model_sizes"])
+    return Table(header, rows, ["model_sizes"], "Computed")
 
 
 @table("latent-memory")
@@ -470,7 +472,7 @@ def latent_memory() -> Table:
         sizes = [counted["states_gib"], counted["memory_gib"], checkpointed[config]["memory_gib"]]
         rows.append([f"`{config}`", *(f"{size:.1f} GiB" for size in sizes)])
     header = ["config", "weights, gradients, Adam, EMA", "all, batch of 32", "all, with `--gradient_checkpointing`"]
-    return Table(header, rows, reports)
+    return Table(header, rows, reports, "Computed")
 
 
 # Scale, by arithmetic
@@ -508,7 +510,7 @@ def scale_assumptions() -> Table:
         ],
     ]
     rows = [[what, value.format(**assumed), f"`--{option}`", source] for what, value, option, source in rows]
-    return Table(["", "assumed", "option", "source"], rows, ["scale_model"])
+    return Table(["", "assumed", "option", "source"], rows, ["scale_model"], "Computed")
 
 
 @table("scale-memory")
@@ -522,7 +524,7 @@ def scale_memory() -> Table:
             checkpointing = ", with checkpointing" if case["gradient_checkpointing"] else ""
             rows.append([*row, f"{sum(parts.values()):.1f}{checkpointing if case['fits'] else ', does not fit'}"])
     header = ["config", "", "GPUs", "states", "teacher", "sending", "activations", "GiB on each GPU"]
-    return Table(header, rows, ["scale_model"])
+    return Table(header, rows, ["scale_model"], "Computed")
 
 
 @table("scale-steps")
@@ -548,7 +550,7 @@ def scale_steps() -> Table:
         "network, ms",
         "memory, ms",
     ]
-    return Table([*header, "step", "bottleneck", "images/s, all GPUs"], rows, ["scale_model"])
+    return Table([*header, "step", "bottleneck", "images/s, all GPUs"], rows, ["scale_model"], "Computed")
 
 
 @table("scale-alignment")
@@ -562,7 +564,7 @@ def scale_alignment() -> Table:
         row += [f"{percent(aligned / plain - 1)}", f"{percent(teacher / plain)}"]
         rows.append([*row, str(flow["num_gathers_not_aligned"]), str(fsdp["traffic_bytes"]["num_gathers"])])
     header = ["config", "FLOPs of a step, per image", "alignment adds", "the teacher adds"]
-    return Table([*header, "all-gathers without alignment", "with it"], rows, ["scale_model"])
+    return Table([*header, "all-gathers without alignment", "with it"], rows, ["scale_model"], "Computed")
 
 
 @table("scale-checkpoints")
@@ -580,7 +582,7 @@ def scale_checkpoints() -> Table:
                 cores = case["loader_cores_per_gpu"]
                 rows.append([*row, f"{case['images_per_second_per_gpu']:.0f}", f"{cores:.1f}"])
     header = ["config", "checkpoint", "", "GPUs", "written in", "share of the time", "images/s per GPU"]
-    return Table([*header, "loader cores per GPU"], rows, ["scale_model"])
+    return Table([*header, "loader cores per GPU"], rows, ["scale_model"], "Computed")
 
 
 # The page
