@@ -70,7 +70,7 @@ else
     alignment=(--aligned_blocks 7 8 --aligned_layer 6)
     step=(--batch_size 32 --repeats 10)
     trained_flow=(--num_blocks 8 --num_layers 8 --num_attention_heads 16 --learning_rate 1e-4)
-    sampling=(--repeats 3)
+    sampling=(--repeats 3 --compile)
     latents=(--batch_size 32)
     loop=(--batch_size 32 --num_steps 50 --repeats 1)
     sharded=(--model_config training/configs/imagenet64_p4.json --train_batch_size 32 --max_train_steps 20
@@ -95,7 +95,7 @@ train_step() {
 }
 
 sample() {
-    run "$python" benchmarks/sampling.py --model "$flow/flow" --batch_sizes "$1" --guidance_scales 2 --compile \
+    run "$python" benchmarks/sampling.py --model "$flow/flow" --batch_sizes "$1" --guidance_scales 2 \
         "${sampling[@]}" --device "$device" --output "$output_dir/$name.json"
 }
 

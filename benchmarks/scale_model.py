@@ -31,10 +31,10 @@ FLOAT = 4  # bytes
 SHARDINGS = ("DDP", "FSDP2", "HSDP")
 # float32 weights, gradients, the two moments of AdamW
 TRAINED_BYTES = 4 * FLOAT
-# the moving average, and the copy that validations and samples use
-FLOW_BYTES = 2 * FLOAT
-# A checkpoint holds weights, moments and the moving average.
-SAVED_BYTES, SAVED_FLOW_BYTES = 3 * FLOAT, FLOAT
+# the moving average
+AVERAGED_BYTES = FLOAT
+# A checkpoint holds weights and moments, and the moving average.
+SAVED_BYTES = 3 * FLOAT
 # The norm of the gradient reads it and clipping reads and writes it; AdamW reads weight, gradient and moments and
 # writes all but the gradient; the moving average reads and writes itself and a difference, and reads the weight.
 UPDATED_BYTES = (3 + 7 + 6) * FLOAT
@@ -213,7 +213,7 @@ class Costs:
 
     @property
     def checkpoint_bytes(self) -> int:
-        return SAVED_BYTES * self.parameters + SAVED_FLOW_BYTES * self.flow_parameters
+        return SAVED_BYTES * self.parameters + AVERAGED_BYTES * self.flow_parameters
 
 
 def count_costs(config: dict, alignment: dict[str, Any]) -> Costs:
@@ -234,9 +234,13 @@ def step_memory(
     costs: Costs, sharding: str, num_shards: int, batch_size: int, checkpointing: bool
 ) -> dict[str, float]:
     """Bytes on each GPU, by what they are for."""
-    states = TRAINED_BYTES * costs.parameters + FLOW_BYTES * costs.flow_parameters
+    states = TRAINED_BYTES * costs.parameters + AVERAGED_BYTES * costs.flow_parameters
     per_image, half_precision_weights = costs.activations[checkpointing]
-    memory = {"states": states / num_shards, "teacher": FLOAT * costs.teacher["parameters"]}
+    memory = {
+        "states": states / num_shards,
+        "validation": FLOAT * costs.flow_parameters,  # a whole copy of the averaged weights
+        "teacher": FLOAT * costs.teacher["parameters"],
+    }
     if sharding == "DDP":
         memory["communication"] = FLOAT * costs.parameters  # the buckets, into which gradients are copied
     else:

@@ -523,7 +523,7 @@ def scale_memory() -> Table:
             row += [f"{part:.1f}" for part in parts.values()]
             checkpointing = ", with checkpointing" if case["gradient_checkpointing"] else ""
             rows.append([*row, f"{sum(parts.values()):.1f}{checkpointing if case['fits'] else ', does not fit'}"])
-    header = ["config", "", "GPUs", "states", "teacher", "sending", "activations", "GiB on each GPU"]
+    header = ["config", "", "GPUs", "states", "validation", "teacher", "sending", "activations", "GiB on each GPU"]
     return Table(header, rows, ["scale_model"], "Computed")
 
 

@@ -59,7 +59,8 @@ def test_a_step_and_a_checkpoint_follow_from_bytes_and_rates(scale_model, costs,
     case = scale_model.predict(costs, sharding, 64, 16, args)
     assert case["fits"] and not case["gradient_checkpointing"]
     memory = case["memory_bytes"]
-    assert memory["states"] == (16 * 1000 + 8 * 900) / num_shards
+    assert memory["states"] == (16 * 1000 + 4 * 900) / num_shards
+    assert memory["validation"] == 4 * 900
     assert memory["teacher"] == 4 * 50 and memory["activations"] == 16 * 6000 + 500
     seconds = case["seconds"]
     assert seconds["compute"] == pytest.approx(16 * 20e9 / 5e12)
