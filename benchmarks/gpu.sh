@@ -63,8 +63,8 @@ if $tiny; then
     sampling=(--repeats 1)
     latents=(--configs demo_digits --batch_size 2 --repeats 1)
     loop=(--batch_size 2 --num_steps 2 --repeats 1 --image_size 32)
-    sharded=(--model_config training/configs/demo_shapes.json --resolution 32 --train_batch_size 2 --max_train_steps 2
-        --alignment_layers 1 --logging_steps 1 --max_validation_samples 2)
+    sharded=(--model_config training/configs/demo_shapes.json --train_batch_size 2 --max_train_steps 2 --logging_steps 1
+        --max_validation_samples 2)
 else
     sizes=(--sample_size 64 --patch_size 4 --num_blocks 8 --num_layers 8 --num_attention_heads 16)
     alignment=(--aligned_blocks 7 8 --aligned_layer 6)
