@@ -85,7 +85,9 @@ run() {
         printf ' %q' "$@"
         printf '\n'
     else
-        timeout --kill-after 30 $((PIECE_SECONDS + started - SECONDS)) "$@"
+        timeout --kill-after 30 $((PIECE_SECONDS + started - SECONDS)) "$@" &
+        child=$!
+        wait "$child"
     fi
 }
 
@@ -152,7 +154,8 @@ else
         fail "PyTorch finds no GPU: --device cpu --tiny tries this out without one."
 fi
 
-mkdir -p "$output_dir" || exit
+mkdir -p "$output_dir/tmp" || exit
+export TMPDIR=$output_dir/tmp # checkpoints may be too large for the system's
 settings="--device $device$($tiny && echo ' --tiny')"
 [[ -e $output_dir/settings ]] || echo "$settings" > "$output_dir/settings"
 [[ $(< "$output_dir/settings") == "$settings" ]] ||
@@ -161,6 +164,9 @@ if [[ -n $wheels && ! -d $output_dir/packages ]]; then
     "$python" -m pip install --quiet --no-index --no-deps --target "$output_dir/packages" "$wheels"/*.whl || exit
 fi
 
+# An interrupted piece has neither finished nor failed.
+child=
+trap '[[ -z $child ]] || kill "$child" && wait "$child"; exit 130' INT TERM
 num_failed=0
 for name in "${chosen[@]}"; do
     if [[ -e $output_dir/$name.done ]]; then

@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+import time
 
 import pytest
 
@@ -80,6 +81,17 @@ def test_a_piece_ends_in_time(tmp_path, stand_in):
     options = ["--device", "cpu", "--piece", "train_loop", "--output_dir", tmp_path / "gpu"]
     run = subprocess.run(["bash", short, *options], capture_output=True, text=True, env=os.environ | stand_in)
     assert run.returncode == 1 and "train_loop: failed, exit code 124, its 1 s are over" in run.stdout
+
+
+def test_an_interrupted_piece_runs_again(tmp_path, stand_in):
+    options = ["--device", "cpu", "--piece", "train_loop", "--output_dir", tmp_path / "gpu"]
+    run = subprocess.Popen([REPOSITORY / "benchmarks" / "gpu.sh", *options], env=os.environ | stand_in)
+    while not (tmp_path / "calls").exists():  # the piece has begun
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.terminate()
+    assert run.wait(timeout=10) == 130
+    assert not list((tmp_path / "gpu").glob("train_loop.[df]*"))
 
 
 @pytest.mark.parametrize(
