@@ -61,6 +61,7 @@ if $tiny; then
     trained_flow=(--num_blocks 2 --num_layers 1 --num_attention_heads 1 --max_train_steps 2 --train_batch_size 2
         --num_train_images 40)
     sampling=(--repeats 1)
+    largest_batch=2
     latents=(--configs demo_digits --batch_size 2 --repeats 1)
     loop=(--batch_size 2 --num_steps 2 --repeats 1 --image_size 32)
     sharded=(--model_config training/configs/demo_shapes.json --train_batch_size 2 --max_train_steps 2 --logging_steps 1
@@ -71,6 +72,7 @@ else
     step=(--batch_size 32 --repeats 10)
     trained_flow=(--num_blocks 8 --num_layers 8 --num_attention_heads 16 --learning_rate 1e-4)
     sampling=(--repeats 3 --compile)
+    largest_batch=64
     latents=(--batch_size 32)
     loop=(--batch_size 32 --num_steps 50 --repeats 1)
     sharded=(--model_config training/configs/imagenet64_p4.json --train_batch_size 32 --max_train_steps 20
@@ -97,7 +99,8 @@ train_step() {
 }
 
 sample() {
-    run "$python" benchmarks/sampling.py --model "$flow/flow" --batch_sizes "$1" --guidance_scales 2 \
+    local batch_size=$(($1 < largest_batch ? $1 : largest_batch))
+    run "$python" benchmarks/sampling.py --model "$flow/flow" --batch_sizes "$batch_size" --guidance_scales 2 \
         "${sampling[@]}" --device "$device" --output "$output_dir/$name.json"
 }
 
@@ -124,7 +127,7 @@ run_piece() {
             ;;
         train_loop)
             run "$python" benchmarks/train_loop.py "${sizes[@]}" "${loop[@]}" --mixed_precision bf16 \
-                --device "$device" --output "$output_dir/$name.json"
+                --folder "$output_dir" --device "$device" --output "$output_dir/$name.json"
             ;;
         # The images and the teacher are those of the piece `flow`.
         fsdp2)
@@ -136,68 +139,71 @@ run_piece() {
     esac
 }
 
-if $list; then
-    for name in "${chosen[@]}"; do
-        run_piece
-    done
-    exit
-fi
-
-[[ -z $wheels || -d $wheels ]] || fail "--wheels must be a folder, but $wheels is none."
-output_dir=$(realpath -m "$output_dir")
-export PYTHONPATH=$PWD/src:$output_dir/packages${PYTHONPATH:+:$PYTHONPATH}
-export HF_HUB_OFFLINE=1 HF_DATASETS_CACHE=$output_dir/datasets_cache
-if [[ $device == cpu ]]; then
-    export CUDA_VISIBLE_DEVICES='' ACCELERATE_USE_CPU=true
-else
-    "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
-        fail "PyTorch finds no GPU: --device cpu --tiny tries this out without one."
-fi
-
-mkdir -p "$output_dir/tmp" || exit
-export TMPDIR=$output_dir/tmp # checkpoints may be too large for the system's
-settings="--device $device$($tiny && echo ' --tiny')"
-[[ -e $output_dir/settings ]] || echo "$settings" > "$output_dir/settings"
-[[ $(< "$output_dir/settings") == "$settings" ]] ||
-    fail "$output_dir holds results of $(< "$output_dir/settings"): choose another --output_dir for $settings."
-if [[ -n $wheels && ! -d $output_dir/packages ]]; then
-    "$python" -m pip install --quiet --no-index --no-deps --target "$output_dir/packages" "$wheels"/*.whl || exit
-fi
-
-# An interrupted piece has neither finished nor failed.
-child=
-trap '[[ -z $child ]] || kill "$child" && wait "$child"; exit 130' INT TERM
-num_failed=0
-for name in "${chosen[@]}"; do
-    if [[ -e $output_dir/$name.done ]]; then
-        echo "$name: finished before"
-        continue
+# Read whole before it runs, so that a new version of this file does not change a run.
+main() {
+    if $list; then
+        for name in "${chosen[@]}"; do
+            run_piece
+        done
+        exit
     fi
-    rm -f "$output_dir/$name.failed"
-    started=$SECONDS
-    if run_piece &> "$output_dir/$name.log"; then
-        echo "$((SECONDS - started)) s" > "$output_dir/$name.done"
-        echo "$name: done in $(< "$output_dir/$name.done")"
+
+    [[ -z $wheels || -d $wheels ]] || fail "--wheels must be a folder, but $wheels is none."
+    output_dir=$(realpath -m "$output_dir")
+    export PYTHONPATH=$PWD/src:$output_dir/packages${PYTHONPATH:+:$PYTHONPATH}
+    export HF_HUB_OFFLINE=1 HF_DATASETS_CACHE=$output_dir/datasets_cache
+    if [[ $device == cpu ]]; then
+        export CUDA_VISIBLE_DEVICES='' ACCELERATE_USE_CPU=true
     else
-        code=$?
-        echo "exit code $code$( ((code == 124)) && echo ", its $PIECE_SECONDS s are over")" > "$output_dir/$name.failed"
-        echo "$name: failed, $(< "$output_dir/$name.failed"); the end of $output_dir/$name.log:"
-        tail -n 5 "$output_dir/$name.log"
-        num_failed=$((num_failed + 1))
+        "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
+            fail "PyTorch finds no GPU: --device cpu --tiny tries this out without one."
     fi
-done
 
-{
-    echo "# $settings"
-    for name in "${PIECES[@]}"; do
-        state='not run'
-        [[ -e $output_dir/$name.failed ]] && state="failed, $(< "$output_dir/$name.failed")"
-        [[ -e $output_dir/$name.done ]] && state="done in $(< "$output_dir/$name.done")"
-        echo "- $name: $state"
+    mkdir -p "$output_dir" || exit
+    settings="--device $device$($tiny && echo ' --tiny')"
+    [[ -e $output_dir/settings ]] || echo "$settings" > "$output_dir/settings"
+    [[ $(< "$output_dir/settings") == "$settings" ]] ||
+        fail "$output_dir holds results of $(< "$output_dir/settings"): choose another --output_dir for $settings."
+    if [[ -n $wheels && ! -d $output_dir/packages ]]; then
+        "$python" -m pip install --quiet --no-index --no-deps --target "$output_dir/packages" "$wheels"/*.whl || exit
+    fi
+
+    # An interrupted piece has neither finished nor failed.
+    child=
+    trap '[[ -z $child ]] || kill "$child" && wait "$child"; exit 130' INT TERM
+    num_failed=0
+    for name in "${chosen[@]}"; do
+        if [[ -e $output_dir/$name.done ]]; then
+            echo "$name: finished before"
+            continue
+        fi
+        rm -f "$output_dir/$name.failed"
+        started=$SECONDS
+        if run_piece &> "$output_dir/$name.log"; then
+            echo "$((SECONDS - started)) s" > "$output_dir/$name.done"
+            echo "$name: done in $(< "$output_dir/$name.done")"
+        else
+            code=$?
+            echo "exit code $code$( ((code == 124)) && echo ", its $PIECE_SECONDS s are over")" > "$output_dir/$name.failed"
+            echo "$name: failed, $(< "$output_dir/$name.failed"); the end of $output_dir/$name.log:"
+            tail -n 5 "$output_dir/$name.log"
+            num_failed=$((num_failed + 1))
+        fi
     done
-    for file in "$output_dir"/*.json; do
-        [[ -e ${file%.json}.md ]] && printf '\n## %s\n\n' "$(basename "${file%.json}")" && cat "${file%.json}.md"
-    done
-} > "$output_dir/summary.md"
-echo "All results are in $output_dir/summary.md."
-exit $((num_failed > 0))
+
+    {
+        echo "# $settings"
+        for name in "${PIECES[@]}"; do
+            state='not run'
+            [[ -e $output_dir/$name.failed ]] && state="failed, $(< "$output_dir/$name.failed")"
+            [[ -e $output_dir/$name.done ]] && state="done in $(< "$output_dir/$name.done")"
+            echo "- $name: $state"
+        done
+        for file in "$output_dir"/*.json; do
+            [[ -e ${file%.json}.md ]] && printf '\n## %s\n\n' "$(basename "${file%.json}")" && cat "${file%.json}.md"
+        done
+    } > "$output_dir/summary.md"
+    echo "All results are in $output_dir/summary.md."
+    exit $((num_failed > 0))
+}
+main

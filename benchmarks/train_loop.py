@@ -18,6 +18,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from unittest import mock
 
 import datasets
@@ -54,6 +55,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="Default: %(default)s.")
     parser.add_argument(
         "--num_workers", type=int, help="Processes that load data. Default: 2 on a GPU, none on a CPU."
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="Where runs write and are removed. Default: the folder of temporary files."
     )
     add_run_arguments(parser, "train_loop.json")
     args = parser.parse_args(arguments)
@@ -128,7 +132,7 @@ def run_loop(loop: str, images: datasets.Dataset, args: argparse.Namespace) -> t
     gc.collect()  # an earlier run's weights, whose owners refer to each other
     flow = build_random_flow(args, num_classes=1)
     source = ImageSource(Splits(images, images.select(range(args.batch_size)), ["class"]), flow.config, label_ids=[0])
-    with tempfile.TemporaryDirectory() as folder, count_reads(torch.device(args.device).type) as reads:
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder, count_reads(torch.device(args.device).type) as reads:
         arguments = TrainingArguments(
             f"{folder}/run",
             train_batch_size=args.batch_size,
