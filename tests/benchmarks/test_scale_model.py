@@ -61,6 +61,8 @@ def test_a_step_and_a_checkpoint_follow_from_bytes_and_rates(scale_model, costs,
     memory = case["memory_bytes"]
     assert memory["states"] == (16 * 1000 + 4 * 900) / num_shards
     assert memory["validation"] == 4 * 900
+    largest_block = max(scale_model.padded_bytes(block, num_shards) for block in costs.objective.flow.blocks)
+    assert memory["communication"] == (4 * 1000 if sharding == "DDP" else 4 * largest_block)
     assert memory["teacher"] == 4 * 50 and memory["activations"] == 16 * 6000 + 500
     seconds = case["seconds"]
     assert seconds["compute"] == pytest.approx(16 * 20e9 / 5e12)
@@ -98,6 +100,9 @@ def test_checkpointing_is_chosen_where_memory_needs_it(scale_model, costs):
     assert case["gradient_checkpointing"] and case["fits"]
     assert sum(case["memory_bytes"].values()) == plain - 16 * 5000
     assert case["seconds"]["compute"] == pytest.approx(25 / 20 * predict(1e9)["seconds"]["compute"])
+    # Under FSDP2, layers that are computed again cast their weights again.
+    memory = {shards: scale_model.step_memory(costs, shards, 1, 16, True) for shards in ("DDP", "FSDP2")}
+    assert memory["DDP"]["activations"] - memory["FSDP2"]["activations"] == 500
     case = predict(plain - 16 * 5000 - 1)
     assert case["gradient_checkpointing"] and not case["fits"]
 
