@@ -15,9 +15,8 @@ import statistics
 
 import torch
 from diffusers.training_utils import EMAModel
-from flow_costs import count_flops, count_parameters, load_config
+from flow_costs import activation_bytes, count_flops, count_parameters, load_config, make_batch
 from reporting import add_run_arguments, seconds_of, write_report
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
 from flowback_hf.reporting import markdown_table
@@ -61,32 +60,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_batch(config: dict, batch_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (batch_size, config["in_channels"], config["sample_size"], config["sample_size"])
-    return torch.randn(shape, device=device), torch.zeros(batch_size, dtype=torch.long, device=device)
-
-
-def saved_bytes(config: dict, batch_size: int) -> int:
-    """Bytes of the tensors that one forward pass keeps for its backward, weights of the model apart."""
-    storages = {}
-
-    def remember(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-        kept.append(tensor)  # alive, so that no storage's address is used twice
-        return tensor
-
-    kept = []
-    with FakeTensorMode():
-        model = TarFlowTransformer2DModel.from_config(config)
-        batch = make_batch(config, batch_size, "cpu")
-        hooks = torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
-            AlignedFlowObjective(model, strategy="none")(*batch)
-    return sum(storages.values())
-
-
 def forward_passes(args: argparse.Namespace) -> int:
     """A training step's floating-point operations in units of a forward pass."""
     return 4 if args.gradient_checkpointing else 3
@@ -95,15 +68,7 @@ def forward_passes(args: argparse.Namespace) -> int:
 def predict(name: str, args: argparse.Namespace) -> dict[str, float]:
     config = load_config(name)
     parameters, flops = count_parameters(config), count_flops(config)
-    one, two = saved_bytes(config, 1), saved_bytes(config, 2)
-    per_image, shared = two - one, 2 * one - two  # shared: autocast's half-precision weights
-    if args.gradient_checkpointing:
-        layers = config["num_layers"]
-        num_layers = config["num_blocks"] * layers if isinstance(layers, int) else sum(layers)
-        num_tokens = (config["sample_size"] // config["patch_size"]) ** 2
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        # float32 between the layers
-        per_image = 4 * num_layers * num_tokens * width + per_image // num_layers
+    per_image, shared = activation_bytes(config, args.gradient_checkpointing)
     step_flops = forward_passes(args) * flops * args.batch_size
     return {
         "parameters": parameters,

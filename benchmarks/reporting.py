@@ -34,6 +34,29 @@ def add_flow_sizes(
     add("attention_head_dim", 64, "Width of an attention head. The flow is heads times this wide.")
 
 
+def add_alignment_sizes(parser: argparse.ArgumentParser):
+    """Add the flags that say where a flow is aligned, and how large the features and projectors are."""
+    parser.add_argument(
+        "--aligned_blocks",
+        type=int,
+        nargs="+",
+        default=[7, 8],
+        help="Flow blocks to align, counted from 1 at the image. Default: 7 8.",
+    )
+    parser.add_argument(
+        "--aligned_layer",
+        type=int,
+        default=6,
+        help="Layer to align in each of these blocks, counted from 1. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--teacher_dim", type=int, default=768, help="Width of the teacher's features. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--projector_dim", type=int, default=1024, help="Hidden width of the projectors. Default: %(default)s."
+    )
+
+
 def build_random_flow(args: argparse.Namespace, num_classes: int) -> TarFlowTransformer2DModel:
     """The flow of these sizes, always with the same random weights."""
     torch.manual_seed(0)

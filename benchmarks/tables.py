@@ -44,11 +44,13 @@ class Table:
         header (`list[str]`): The titles of its columns.
         rows (`list[list[str]]`): Its cells.
         reports (`list[str]`): The files in `benchmarks/results`, without `.json`, that hold its figures.
+        origin (`str`): What was done on the machine of the reports.
     """
 
     header: list[str]
     rows: list[list[str]]
     reports: list[str] = field(default_factory=list)
+    origin: str = "Measured"
 
     def markdown(self, page: Path) -> str:
         """The table and its sources, linked as seen from a page of the repository."""
@@ -56,7 +58,7 @@ class Table:
 
         if not self.rows:
             return "Nothing has been measured yet."
-        summary = f"Measured on {', '.join(dict.fromkeys(map(describe_machine, self.reports)))}: the commands"
+        summary = f"{self.origin} on {', '.join(dict.fromkeys(map(describe_machine, self.reports)))}: the commands"
         sources = describe_sources(self.reports, page)
         lines = [markdown_table(self.header, self.rows), ""]
         lines += [f"<details><summary>{summary}</summary>", "", *sources, "", "</details>"]
@@ -482,7 +484,7 @@ def model_sizes() -> Table:
 
     sizes = size_table(read("model_sizes")["results"])
     header, _, *rows = [line.strip("| ").split(" | ") for line in sizes.splitlines()]
-    return Table(header, rows, ["model_sizes"])
+    return Table(header, rows, ["model_sizes"], "Computed")
 
 
 @table("latent-memory")
@@ -494,7 +496,117 @@ def latent_memory() -> Table:
         sizes = [counted["states_gib"], counted["memory_gib"], checkpointed[config]["memory_gib"]]
         rows.append([f"`{config}`", *(f"{size:.1f} GiB" for size in sizes)])
     header = ["config", "weights, gradients, Adam, EMA", "all, batch of 32", "all, with `--gradient_checkpointing`"]
-    return Table(header, rows, reports)
+    return Table(header, rows, reports, "Computed")
+
+
+# Scale, by arithmetic
+
+
+def scale_flows() -> list[dict[str, Any]]:
+    return read("scale_model")["results"]["flows"]
+
+
+def scale_cases(flow: dict[str, Any], batch_size: int) -> list[dict[str, Any]]:
+    return [case for case in flow["cases"] if case["batch_size"] == batch_size]
+
+
+@table("scale-assumptions")
+def scale_assumptions() -> Table:
+    assumed = read("scale_model")["results"]["assumptions"]
+    h100 = "[NVIDIA H100](https://www.nvidia.com/en-us/data-center/h100/)"
+    dgx = "[DGX H100](https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html)"
+    written = "[checkpoints of 100 M parameters](../benchmarks/results/checkpoints_100m.md), on a virtual machine"
+    rows = [
+        ["matrix products, bfloat16", "{peak_tflops:,.0f} TFLOP/s", "peak_tflops", f"{h100}, dense"],
+        ["share of them that is reached", "{matrix_share:.0%}", "matrix_share", "a guess"],
+        ["memory of a GPU", "{memory_gb:.0f} GB", "memory_gb", h100],
+        ["its bandwidth", "{memory_gb_per_second:,.0f} GB/s", "memory_gb_per_second", h100],
+        ["NVLink, one way", "{nvlink_gb_per_second:.0f} GB/s", "nvlink_gb_per_second", f"half of {h100}'s both ways"],
+        ["InfiniBand per GPU", "{infiniband_gb_per_second:.0f} GB/s", "infiniband_gb_per_second", f"a port of {dgx}"],
+        ["share of these bandwidths that is reached", "{bandwidth_share:.0%}", "bandwidth_share", "a guess"],
+        ["what a process writes", "{writer_gb_per_second:.2f} GB/s", "writer_gb_per_second", written],
+        ["what the disk of a node writes", "{disk_gb_per_second:.0f} GB/s", "disk_gb_per_second", "a guess"],
+        [
+            "images that a CPU core loads",
+            "{images_per_core:.0f} per second",
+            "images_per_core",
+            "a trial: JPEGs of 500×375",
+        ],
+    ]
+    rows = [[what, value.format(**assumed), f"`--{option}`", source] for what, value, option, source in rows]
+    return Table(["", "assumed", "option", "source"], rows, ["scale_model"], "Computed")
+
+
+@table("scale-memory")
+def scale_memory() -> Table:
+    rows = []
+    for flow in scale_flows():
+        for case in scale_cases(flow, 32):
+            parts = {name: size / 2**30 for name, size in case["memory_bytes"].items()}
+            row = [f"`{flow['config']}`", case["sharding"], str(case["num_gpus"])]
+            row += [f"{part:.1f}" for part in parts.values()]
+            checkpointing = ", with checkpointing" if case["gradient_checkpointing"] else ""
+            rows.append([*row, f"{sum(parts.values()):.1f}{checkpointing if case['fits'] else ', does not fit'}"])
+    header = ["config", "", "GPUs", "states", "validation", "teacher", "sending", "activations", "GiB on each GPU"]
+    return Table(header, rows, ["scale_model"], "Computed")
+
+
+@table("scale-steps")
+def scale_steps() -> Table:
+    rows = []
+    for flow in scale_flows():
+        for case in flow["cases"]:
+            if not case["fits"]:
+                continue
+            sent = sum(size for name, size in case["traffic_bytes"].items() if name != "num_gathers")
+            row = [f"`{flow['config']}`", case["sharding"], str(case["num_gpus"]), str(case["batch_size"])]
+            row += [f"{sent / 1e9:.1f} GB"]
+            row += [f"{1000 * case['seconds'][name]:.0f}" for name in ("compute", "network", "memory")]
+            row += [f"{1000 * case['step_seconds']:.0f} ms", case["bottleneck"]]
+            rows.append([*row, f"{case['num_gpus'] * case['images_per_second_per_gpu']:,.0f}"])
+    header = [
+        "config",
+        "",
+        "GPUs",
+        "images per GPU",
+        "gathered and reduced",
+        "compute, ms",
+        "network, ms",
+        "memory, ms",
+    ]
+    return Table([*header, "step", "bottleneck", "images/s, all GPUs"], rows, ["scale_model"], "Computed")
+
+
+@table("scale-alignment")
+def scale_alignment() -> Table:
+    """What alignment adds to a step, in operations and all-gathers."""
+    rows = []
+    for flow in scale_flows():
+        plain, aligned, teacher = flow["step_flops_not_aligned"], flow["step_flops"], flow["teacher"]["flops"]
+        (fsdp, *_) = [case for case in flow["cases"] if case["sharding"] == "FSDP2"]
+        row = [f"`{flow['config']}`", f"{plain / 1e9:,.0f} G"]
+        row += [f"{percent(aligned / plain - 1)}", f"{percent(teacher / plain)}"]
+        rows.append([*row, str(flow["num_gathers_not_aligned"]), str(fsdp["traffic_bytes"]["num_gathers"])])
+    header = ["config", "FLOPs of a step, per image", "alignment adds", "the teacher adds"]
+    return Table([*header, "all-gathers without alignment", "with it"], rows, ["scale_model"], "Computed")
+
+
+@table("scale-checkpoints")
+def scale_checkpoints() -> Table:
+    rows = []
+    for flow in scale_flows():
+        for case in scale_cases(flow, 32):
+            if case["fits"]:
+                row = [f"`{flow['config']}`", f"{flow['checkpoint_bytes'] / 1e9:.1f} GB", case["sharding"]]
+                row += [
+                    str(case["num_gpus"]),
+                    f"{case['checkpoint_seconds']:.1f} s",
+                    percent(case["checkpoint_share"]),
+                ]
+                cores = case["loader_cores_per_gpu"]
+                rows.append([*row, f"{case['images_per_second_per_gpu']:.0f}", f"{cores:.1f}"])
+    header = ["config", "checkpoint", "", "GPUs", "written in", "share of the time", "images/s per GPU"]
+    return Table([*header, "loader cores per GPU"], rows, ["scale_model"], "Computed")
 
 
 # The page

@@ -15,7 +15,15 @@ from collections.abc import Callable
 
 import torch
 from alignment_baselines import sequential_loss, two_evaluation_loss
-from reporting import add_flow_sizes, add_run_arguments, build_random_flow, peak_memory_of, seconds_of, write_report
+from reporting import (
+    add_alignment_sizes,
+    add_flow_sizes,
+    add_run_arguments,
+    build_random_flow,
+    peak_memory_of,
+    seconds_of,
+    write_report,
+)
 from tqdm.auto import tqdm
 
 from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
@@ -47,25 +55,7 @@ Step = Callable[[], AlignedFlowObjective]
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flow_sizes(parser, sample_size=64, num_blocks=8, num_layers=8, num_heads=8)
-    parser.add_argument(
-        "--aligned_blocks",
-        type=int,
-        nargs="+",
-        default=[7, 8],
-        help="Flow blocks to align, counted from 1 at the image. Default: 7 8.",
-    )
-    parser.add_argument(
-        "--aligned_layer",
-        type=int,
-        default=6,
-        help="Layer to align in each of these blocks, counted from 1. Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--teacher_dim", type=int, default=768, help="Width of the teacher's features. Default: %(default)s."
-    )
-    parser.add_argument(
-        "--projector_dim", type=int, default=1024, help="Hidden width of the projectors. Default: %(default)s."
-    )
+    add_alignment_sizes(parser)
     parser.add_argument("--batch_size", type=int, default=2, help="Images in a step. Default: %(default)s.")
     parser.add_argument(
         "--dtype",

@@ -57,9 +57,9 @@ def test_memory_and_time_by_arithmetic(benchmarks, tmp_path, capsys, monkeypatch
 
 def test_saved_bytes_are_what_autograd_saves(benchmarks):
     """Counted without allocating anything, and on real tensors: by the storages that saving them keeps alive."""
-    script = benchmarks["latent_train_step"]
-    config = script.load_config("demo_digits")
-    model = script.TarFlowTransformer2DModel.from_config(config)
+    flow_costs = benchmarks["flow_costs"]
+    config = flow_costs.load_config("demo_digits")
+    objective = flow_costs.make_objective(config)
     sizes, kept = {}, []
 
     def remember(tensor):
@@ -70,5 +70,5 @@ def test_saved_bytes_are_what_autograd_saves(benchmarks):
 
     hooks = torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
-        script.AlignedFlowObjective(model, strategy="none")(*script.make_batch(config, 2, "cpu"))
-    assert script.saved_bytes(config, 2) == pytest.approx(sum(sizes.values()), rel=0.02)
+        objective(*flow_costs.make_batch(config, 2, "cpu"))
+    assert flow_costs.saved_bytes(config, 2) == pytest.approx(sum(sizes.values()), rel=0.02)

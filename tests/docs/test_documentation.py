@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,9 @@ def check_other_command(block: Block, command: list[str]):
     if command[0] == "make":
         targets = re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
         assert set(command[1:]) <= set(targets), f"{block.where}: {command[1:]} are no targets"
-    elif command[:2] == ["pip", "install"] and block.is_only_parsed():
+    elif command[0] == "benchmarks/gpu.sh" and block.is_only_parsed():
+        subprocess.run([*command, "--list"], check=True, stdout=subprocess.DEVNULL)
+    elif command[:2] in (["pip", "install"], ["pip", "download"]) and block.is_only_parsed():
         setup = (REPOSITORY / "setup.py").read_text()
         extras = re.findall(r"^\.\[(.+)\]$", command[-1])
         assert all(f'"{extra}": [' in setup for extra in ",".join(extras).split(",") if extra), block.where
