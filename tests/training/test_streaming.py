@@ -1,10 +1,12 @@
 """Runs that stream their data: resumed in the middle, on other numbers of processes, and refused."""
 
+import functools
 import shutil
 from pathlib import Path
 
 import datasets
 import pytest
+import torch
 
 from flowback_hf import AlignedFlowObjective, TarFlowTransformer2DModel
 from flowback_hf.data import ImageSource, Splits, Stream
@@ -15,6 +17,7 @@ from flowback_hf_cli.training import parse_args
 
 from ..conftest import image_rows, write_parquet_files
 from ..drills.runs import assert_same_run, start_group
+from .test_sharding import FSDP, pipeline_of, set_environment
 
 
 # Images of each file; a step takes four.
@@ -39,14 +42,14 @@ def parquet_folder(tmp_path_factory) -> Path:
 def run(arguments, parquet_folder, tmp_path):
     """A function that runs to the end, on some processes."""
 
-    def run_to_end(name: str, num_processes: int = 2, code: int = 0, **options):
+    def run_to_end(name: str, num_processes: int = 2, code: int = 0, prepare=None, **options):
         options = {
             "train_data_dir": None, "dataset_name": parquet_folder, "streaming": True, "shuffle_buffer_size": 3,
             "max_train_steps": 8, "random_flip": True, "label_dropout": 0.5, "validation_steps": 100,
             "train_batch_size": 4 // num_processes, "output_dir": tmp_path / name,
         } | options  # fmt: skip
         (tmp_path / "logs").mkdir(exist_ok=True)
-        processes = start_group(tmp_path / "logs", [arguments(**options)] * num_processes)
+        processes = start_group(tmp_path / "logs", [arguments(**options)] * num_processes, prepare)
         for process in processes:
             assert process.wait(120) == code, process.log
         return processes
@@ -84,6 +87,17 @@ def test_a_stream_goes_on_with_another_number_of_processes(run, tmp_path):
     assert [place["num_lanes"] for (place,) in read_json(two / "stream-00000.json")] == [2]
     ((*rests, last),) = read_json(one / "stream-00000.json")
     assert last["num_lanes"] == 1 and rests and all(place["num_lanes"] == 2 for place in rests)
+
+
+def test_a_sharded_run_goes_on_in_the_middle_of_a_stream(run, tmp_path):
+    options = {"prepare": functools.partial(set_environment, FSDP), "checkpointing_steps": 2, "max_train_steps": 4}
+    run("whole", **options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    go_back_to(tmp_path / "resumed", 2)
+    assert len(list((tmp_path / "resumed" / "checkpoint-2").glob("stream-*"))) == 2
+    run("resumed", resume_from_checkpoint="latest", **options)
+    weights, expected = pipeline_of(tmp_path / "resumed"), pipeline_of(tmp_path / "whole")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_too_few_files_are_refused():

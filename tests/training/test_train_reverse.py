@@ -308,6 +308,20 @@ def test_flags_are_those_of_the_package():
     assert different == []
 
 
+def test_a_run_is_the_same_on_two_processes(line, tmp_path):
+    """Noise, dropped labels and guidance scales belong to the images of a step, whoever computes them."""
+    options = {"validation_steps": 100, "adam_epsilon": 1e-3}
+    for name, num_processes in (("one", 1), ("two", 2)):
+        own = {"output_dir": tmp_path / name, "train_batch_size": 4 // num_processes}
+        processes = start_group(tmp_path, [line(**options, **own)] * num_processes, script=SCRIPT)
+        for process in processes:
+            assert process.wait(120) == 0, process.log
+    weights, expected = state_of(tmp_path / "two"), state_of(tmp_path / "one")
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_sharding_is_refused(line, tmp_path):
     prepare = functools.partial(set_environment, FSDP)
     processes = start_group(tmp_path, [line(output_dir=tmp_path / "run")] * 2, prepare, SCRIPT)
