@@ -3,17 +3,19 @@
 import json
 import os
 import socket
+import threading
 
 import pytest
 import torch
+from filelock import FileLock
 
 from flowback_hf import AlignedFlowObjective, FlowBackPipeline, RepresentationTeacher, TarFlowTransformer2DModel
 from flowback_hf.data import ImageSource, RowGenerator, Splits, make_generator
-from flowback_hf.files import read_json_lines
+from flowback_hf.files import read_json_lines, write_json
 from flowback_hf.hub import write_repository
 from flowback_hf.training import Trainer, TrainingArguments, list_checkpoints
 from flowback_hf.training.checkpoints import find_sane_checkpoint
-from flowback_hf.training.run_folder import lock_run_folder
+from flowback_hf.training.run_folder import LOCK_FILE, OWNER_FILE, lock_run_folder
 
 from ..conftest import image_rows
 
@@ -156,6 +158,16 @@ def test_a_second_trainer_is_told_who_uses_the_folder(make_trainer, tmp_path):
         ):
             make_trainer().fit()
     make_trainer(max_train_steps=1).fit()
+
+
+def test_a_process_that_has_just_taken_the_folder_is_named(tmp_path):
+    """It holds the lock a moment before it has written who it is."""
+    with FileLock(tmp_path / LOCK_FILE):
+        write = threading.Timer(0.3, write_json, [tmp_path / OWNER_FILE, {"host": "node", "pid": 7}])
+        write.start()
+        with pytest.raises(ValueError, match="in use by process 7 on node"), lock_run_folder(tmp_path):
+            pass
+        write.join()
 
 
 def test_what_it_trains_can_be_published(make_trainer, tmp_path):

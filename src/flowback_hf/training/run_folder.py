@@ -223,7 +223,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
     owner = folder / OWNER_FILE
     lock = FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # whoever has just taken it needs a moment to say so
     except Timeout as error:
         raise ValueError(
             f"`--output_dir` {folder} is in use by {describe_owner(owner)}: wait until it ends, or choose another"
