@@ -441,8 +441,8 @@ class FlowPage:
     def _build_edit(self):
         has_classes = self.num_classes is not None
         gr.Markdown(
-            "The flow turns an image into noise and back without loss. An edit changes the noise, or the class"
-            " that the image is made again in."
+            "The flow turns an image into noise and back without loss. An edit changes the noise, or"
+            " turns it back with another class."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=300):

@@ -84,12 +84,6 @@ def test_gradients_are_those_of_one_process(tmp_path):
     check_gradients(tmp_path, 2, "--strategies", "forward", "detach", "reverse-1")
 
 
-@pytest.mark.parametrize("unit_classes", [[], ["TarFlowLayer"]], ids=["root", "layers"])
-def test_gradients_with_other_units(tmp_path, unit_classes):
-    line = ["--unit_classes", *unit_classes, "--strategies", "reverse-1", "--checkpointing"]
-    check_gradients(tmp_path, 2, *line)
-
-
 # Runs
 
 
