@@ -26,7 +26,7 @@ def page(randomised_model):
 def address(page, tmp_path_factory):
     """Where the page is served."""
     # As pipelines/app.py does: pages that share a folder delete each other's files.
-    os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
     blocks = page.build()
     for attempt in range(5):  # Gradio gives its server three seconds to answer, too few on a busy machine
         with contextlib.suppress(ValueError):
@@ -34,7 +34,6 @@ def address(page, tmp_path_factory):
             break
     yield blocks.local_url
     blocks.close()
-    del os.environ["GRADIO_TEMP_DIR"]
 
 
 @pytest.fixture

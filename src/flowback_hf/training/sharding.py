@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from flowback_hf import AlignedFlowObjective
 
@@ -213,6 +214,15 @@ class ShardingAccelerator(Accelerator):
         self.sharding.shard(model, self)
         # Autocast and nothing else, as for a model that is not trained.
         return super().prepare_model(model, evaluation_mode=True)
+
+    def end_training(self):
+        """Finish trackers and leave the group of processes, which nothing can be trained with any more."""
+        for model in self._models:
+            if isinstance(model, DistributedDataParallel):
+                # As the last owner of the group, a reducer would hold Python's lock while it waits for a thread of the
+                # group that needs it: now and then, a process would never end.
+                model.reducer = model.logger = None
+        super().end_training()
 
     def clip_grad_norm_(self, *args, **kwargs) -> torch.Tensor:
         """Clip gradients, and return the norm of them all. Takes the arguments of Accelerate's."""
