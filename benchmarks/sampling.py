@@ -465,8 +465,6 @@ def learned_table(results: list[dict]) -> str:
 
 
 def report_learned(args: argparse.Namespace, arguments: list[str] | None):
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     pipe = load_pipeline(args)
     if pipe.reverse_transformer is None:
         highest = max(args.guidance_scales)
@@ -501,11 +499,11 @@ def main(arguments: list[str] | None = None):
     if args.cold:
         report_cold_starts(args, arguments)
         return
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     if args.learned:
         report_learned(args, arguments)
         return
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     model = load_pipeline(args).transformer
     compiled_model = compile_copy(model) if args.compile else None
     floor = Floor(model, args.device)
