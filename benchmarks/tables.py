@@ -475,6 +475,89 @@ def editing_maps() -> Table:
     return editing_table("maps", [("AUROC", "auroc", 1, 3)])
 
 
+# The learned inverse
+
+
+def learned_records() -> dict[str, dict[str, dict[str, Any]]]:
+    """Of each variant, in the order of the benchmark, its records by name."""
+    from learned_inverse import EXACT, VARIANTS
+
+    records = {}
+    for variant in (EXACT, *VARIANTS):
+        files = sorted((REPOSITORY / RESULTS / "learned_inverse_digits").glob(f"{variant}-seed*.json"))
+        names = [str(file.relative_to(REPOSITORY / RESULTS).with_suffix("")) for file in files]
+        if names:
+            records[variant] = {name: read(name)["results"] for name in names}
+    return records
+
+
+def over_seeds(values: list[float]) -> dict[str, Any]:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "standard_error": error}
+
+
+@table("learned-quality")
+def learned_quality() -> Table:
+    columns = [
+        ("Fréchet distance", "frechet_distance", 1, 2),
+        ("precision, %", "precision", 100, 0),
+        ("recall, %", "recall", 100, 0),
+        ("read as the class, %", "classifier_reads_label", 100, 1),
+        ("nearest training image", "nearest_training_image", 1, 2),
+    ]
+    rows, reports = [], []
+    for variant, records in learned_records().items():
+        reports += records
+        for scale in next(iter(records.values()))["evaluated_guidance_scales"]:
+            row = [f"`{variant}`", str(len(records)), f"{scale:g}"]
+            for _, key, factor, digits in columns:
+                figures = [results[f"{key}/guidance_{scale}"] for results in records.values()]
+                row.append(mean_and_error(over_seeds(figures), digits, factor))
+            rows.append(row)
+    return Table(["sampler", "seeds", "guidance", *(title for title, *_ in columns)], rows, reports)
+
+
+@table("learned-training")
+def learned_training() -> Table:
+    rows, reports = [], []
+    for variant, records in learned_records().items():
+        costs = {name: results for name, results in records.items() if "training_steps" in results}
+        if not costs:
+            continue
+        reports += costs
+        num_steps = next(iter(costs.values()))["training_steps"]
+        taken = statistics.mean(cost["training_seconds_per_step"] for cost in costs.values())
+        memory = max(cost["training_peak_memory_bytes"] for cost in costs.values())
+        row = [f"`{variant}`", f"{num_steps:,}", seconds(taken), minutes(taken * num_steps)]
+        rows.append([*row, mebibytes(memory)])
+    return Table(["sampler", "steps", "a step", "all steps", "peak memory of the process"], rows, reports)
+
+
+@table("learned-speed")
+def learned_speed() -> Table:
+    cases = read("sampling_learned")["results"]["sampling"]
+    rows = []
+    for case in sorted(cases, key=lambda case: (case["guidance_scale"], case["batch_size"])):
+        taken = {name: timing["median_seconds"] for name, timing in case["samplers"].items()}
+        learned = taken["learned, compiled"]
+        row = [str(case["batch_size"]), f"{case['guidance_scale']:g}"]
+        rows.append([*row, *(f"{each:.3f} s ({each / learned:.1f}×)" for each in taken.values())])
+    columns = [f"`{name}`" if name in ("auto", "learned") else name for name in cases[0]["samplers"]]
+    return Table(["batch", "guidance", *columns], rows, ["sampling_learned"])
+
+
+@table("learned-guesses")
+def learned_guesses() -> Table:
+    results, rows = read("learned_guesses_digits")["results"], []
+    for case in results["cases"]:
+        row = [f"{case['guidance_scale']:g}", f"{case['tolerance']:g}"]
+        for guess in ("latents", "heads"):
+            row.append(f"{case[guess]['sweeps']:.1f} ({seconds(case[guess]['seconds'])})")
+        rows.append([*row, str(results["token_by_token"])])
+    header = ["guidance", "tolerance", "sweeps from the noise", "sweeps from the heads' estimates", "token by token"]
+    return Table(header, rows, ["learned_guesses_digits"])
+
+
 # Sizes
 
 
