@@ -34,6 +34,7 @@ SAMPLED = ["--pairs", "sampler", "--num_sampled_pairs", "6000", "--sampled_guida
 SAMPLED += ["--validation_guidance_scale", "1.5"]
 VARIANTS: dict[str, list[str]] = {
     "sampled_pairs": SAMPLED,
+    "less_guidance": [*SAMPLED, "--sampled_guidance_scale", "1.25", "--validation_guidance_scale", "1.25"],
     "final": [*SAMPLED, "--supervision", "final"],
     "data_space": [*SAMPLED, "--supervision", "data_space"],
     "no_denoising": [*SAMPLED, "--no_denoising"],
@@ -79,8 +80,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--guidance_scales",
         type=float,
         nargs="+",
-        default=[1.0, 1.5, 2.0],
-        help="Guidance scales to evaluate at, as far as a variant takes them. Default: 1 1.5 2.",
+        default=[1.0, 1.25, 1.5, 2.0],
+        help="Guidance scales to evaluate at, as far as a variant takes them. Default: 1 1.25 1.5 2.",
     )
     parser.add_argument(
         "--num_samples", type=int, default=1000, help="Samples at each guidance scale. Default: %(default)s."
