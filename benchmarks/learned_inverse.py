@@ -10,6 +10,8 @@ A record is `results/learned_inverse_<name>/<variant>-seed<seed>.json`; remove i
 
 import argparse
 import json
+import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -19,22 +21,29 @@ import numpy as np
 import PIL.Image
 from reporting import write_report
 
+from flowback_hf.files import read_metrics_log
 from flowback_hf.reporting import markdown_table
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# What each variant adds to the command of training. The exact sampler needs none.
+# The exact sampler needs no training.
 EXACT = "exact"
+# What each variant adds to the command of training. The first learns from pairs of the exact sampler, and most others
+# differ from it in one thing.
+SAMPLED = ["--pairs", "sampler", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "1.5"]
+SAMPLED += ["--validation_guidance_scale", "1.5"]
 VARIANTS: dict[str, list[str]] = {
-    "heads": [],
-    "final": ["--supervision", "final"],
-    "data_space": ["--supervision", "data_space"],
-    "no_denoising": ["--no_denoising"],
-    "no_normalization": ["--no_normalization"],
+    "sampled_pairs": SAMPLED,
+    "less_guidance": [*SAMPLED, "--sampled_guidance_scale", "1.25", "--validation_guidance_scale", "1.25"],
+    "final": [*SAMPLED, "--supervision", "final"],
+    "data_space": [*SAMPLED, "--supervision", "data_space"],
+    "no_denoising": [*SAMPLED, "--no_denoising"],
+    "no_normalization": [*SAMPLED, "--no_normalization"],
+    "adaptive": [*SAMPLED, "--adaptive_power", "0.5"],
+    "features": [*SAMPLED, "--teacher_model_name_or_path", "{data_dir}/teacher"],
+    "more_pairs": [*SAMPLED, "--num_sampled_pairs", "24000"],
+    "data_pairs": [],
     "no_guidance": ["--max_guidance_scale", "1"],
-    "adaptive": ["--adaptive_power", "0.5"],
-    "features": ["--teacher_model_name_or_path", "{data_dir}/teacher"],
-    "sampled_pairs": ["--pairs", "sampler", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "1.5"],
     "both_pairs": ["--pairs", "both", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "1.5"],
 }
 TRAINING = ["--num_attention_heads", "6", "--num_layers", "2", "--train_batch_size", "64", "--learning_rate", "2e-3"]
@@ -71,8 +80,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--guidance_scales",
         type=float,
         nargs="+",
-        default=[1.0, 1.5, 2.0],
-        help="Guidance scales to evaluate at, as far as a variant takes them. Default: 1 1.5 2.",
+        default=[1.0, 1.25, 1.5, 2.0],
+        help="Guidance scales to evaluate at, as far as a variant takes them. Default: 1 1.25 1.5 2.",
     )
     parser.add_argument(
         "--num_samples", type=int, default=1000, help="Samples at each guidance scale. Default: %(default)s."
@@ -92,19 +101,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
-    """Train a variant, or go on with it. Returns its folder."""
+def train(args: argparse.Namespace, variant: str, seed: int) -> tuple[Path, dict[str, Any]]:
+    """Train a variant, or go on with it. Returns its folder, and what training took."""
     folder = args.work_dir / f"{args.name}-{variant}-seed{seed}"
     options = [option.format(data_dir=args.data_dir) for option in VARIANTS[variant]]
-    if variant == "sampled_pairs":
-        options += ["--validation_guidance_scale", "1.5"]
-    run(
+    peak_memory_bytes = run(
         "training/train_reverse.py",
         *["--model", args.model, "--train_data_dir", args.data_dir / "images", "--output_dir", folder],
         *[*TRAINING, "--max_train_steps", args.max_train_steps, "--seed", seed],
         *["--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 1, *options],
     )
-    return folder
+    batch_size = json.loads((folder / "training_args.json").read_text())["train_batch_size"]
+    speeds = [record["images_per_second"] for record in read_metrics_log(folder) if "images_per_second" in record]
+    return folder, {
+        "training_steps": args.max_train_steps,
+        "training_seconds_per_step": batch_size / statistics.median(speeds),
+        "training_peak_memory_bytes": peak_memory_bytes,
+    }
 
 
 def evaluate(args: argparse.Namespace, variant: str, seed: int, model: Path) -> dict[str, Any]:
@@ -128,8 +141,13 @@ def evaluate(args: argparse.Namespace, variant: str, seed: int, model: Path) -> 
     return results | {"evaluated_guidance_scales": scales}
 
 
-def run(script: str, *options: Any):
-    subprocess.run([sys.executable, str(REPOSITORY / script), *map(str, options)], check=True)
+def run(script: str, *options: Any) -> int:
+    """Run a script of this repository. Returns the most memory that it held, in bytes."""
+    process = subprocess.Popen([sys.executable, str(REPOSITORY / script), *map(str, options)])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{script} failed.")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def load_images(paths: Any) -> np.ndarray:
@@ -159,8 +177,8 @@ def main(args: argparse.Namespace, arguments: list[str] | None = None):
             record = args.results_dir / f"learned_inverse_{args.name}" / f"{variant}-seed{seed}.json"
             if record.exists():
                 continue
-            model = args.model if variant == EXACT else train(args, variant, seed)
-            results = evaluate(args, variant, seed, model)
+            model, cost = (args.model, {}) if variant == EXACT else train(args, variant, seed)
+            results = evaluate(args, variant, seed, model) | cost
             write_report(record, arguments, "cpu", results, describe(results))
             print(f"== {record}\n{describe(results)}", flush=True)
 

@@ -30,7 +30,9 @@ def test_a_cell_is_recorded_once_at_the_scales_that_it_takes(script, tmp_path, m
             (folder / "reverse_transformer").mkdir(parents=True)
             config = {"min_guidance_scale": 1.0, "max_guidance_scale": 1.5}
             (folder / "reverse_transformer" / "config.json").write_text(json.dumps(config))
-            return
+            (folder / "training_args.json").write_text(json.dumps({"train_batch_size": 8}))
+            (folder / "metrics.jsonl").write_text('{"step": 1, "images_per_second": 16.0}\n')
+            return 2**20
         for scale in ("1.0", "1.5", "2.0"):
             (folder / "samples" / f"guidance_{scale}").mkdir(parents=True)
             PIL.Image.new("L", (2, 2), 255).save(folder / "samples" / f"guidance_{scale}" / "000000.png")
@@ -53,3 +55,5 @@ def test_a_cell_is_recorded_once_at_the_scales_that_it_takes(script, tmp_path, m
     assert record["results"]["frechet_distance/guidance_1.5"] == 2.5
     assert record["results"]["nearest_training_image/guidance_1.5"] == pytest.approx(4.0)
     assert record["results"]["evaluated_guidance_scales"] == [1.0, 1.5]
+    assert record["results"]["training_seconds_per_step"] == 0.5
+    assert record["results"]["training_peak_memory_bytes"] == 2**20
