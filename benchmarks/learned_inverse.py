@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import PIL.Image
 from reporting import write_report
 
+from flowback_hf.data.splits import DataSource, load_split
 from flowback_hf.files import read_metrics_log
 from flowback_hf.reporting import markdown_table
 
@@ -42,12 +44,14 @@ VARIANTS: dict[str, list[str]] = {
     "adaptive": [*SAMPLED, "--adaptive_power", "0.5"],
     "features": [*SAMPLED, "--teacher_model_name_or_path", "{data_dir}/teacher"],
     "more_pairs": [*SAMPLED, "--num_sampled_pairs", "24000"],
+    "flow_width": [*SAMPLED, "--num_attention_heads", "4"],
     "data_pairs": [],
     "no_guidance": ["--max_guidance_scale", "1"],
     "both_pairs": ["--pairs", "both", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "1.5"],
 }
-TRAINING = ["--num_attention_heads", "6", "--num_layers", "2", "--train_batch_size", "64", "--learning_rate", "2e-3"]
-TRAINING += ["--lr_warmup_steps", "50", "--ema_decay", "0.99", "--eval_batch_size", "297", "--validation_steps", "500"]
+TRAINING = ["--num_layers", "2", "--train_batch_size", "64", "--learning_rate", "2e-3", "--lr_warmup_steps", "50"]
+TRAINING += ["--ema_decay", "0.99", "--eval_batch_size", "297", "--validation_steps", "500"]
+TRAINING += ["--max_validation_samples", "1020"]
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -62,7 +66,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--data_dir",
         type=Path,
         default=Path("outputs/quickstart/digits"),
-        help="The folder of the demo data, with images/, teacher/ and judge/. Default: %(default)s.",
+        help="The folder of the demo data, with images/ or parquet files in it, teacher/ and judge/. Default:"
+        " %(default)s.",
     )
     parser.add_argument("--name", default="digits", help="What the records are called. Default: %(default)s.")
     parser.add_argument(
@@ -75,6 +80,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="Seeds of training. Default: 0 1.")
     parser.add_argument(
         "--max_train_steps", type=int, default=2000, help="Optimizer steps of a variant. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--num_attention_heads",
+        type=int,
+        default=6,
+        help="Attention heads of the learned inverse, as wide as the flow's. Default: %(default)s.",
     )
     parser.add_argument(
         "--guidance_scales",
@@ -107,9 +118,9 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> tuple[Path, dict
     options = [option.format(data_dir=args.data_dir) for option in VARIANTS[variant]]
     peak_memory_bytes = run(
         "training/train_reverse.py",
-        *["--model", args.model, "--train_data_dir", args.data_dir / "images", "--output_dir", folder],
-        *[*TRAINING, "--max_train_steps", args.max_train_steps, "--seed", seed],
-        *["--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 1, *options],
+        *["--model", args.model, *data_flag(args, "--train_data_dir"), "--output_dir", folder, *TRAINING],
+        *["--num_attention_heads", args.num_attention_heads, "--max_train_steps", args.max_train_steps],
+        *["--seed", seed, "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 1, *options],
     )
     batch_size = json.loads((folder / "training_args.json").read_text())["train_batch_size"]
     speeds = [record["images_per_second"] for record in read_metrics_log(folder) if "images_per_second" in record]
@@ -129,14 +140,18 @@ def evaluate(args: argparse.Namespace, variant: str, seed: int, model: Path) -> 
         scales = [scale for scale in scales if lowest <= scale <= highest]
     run(
         "pipelines/evaluate_flow.py",
-        *["--model", model, "--data_dir", args.data_dir / "images", "--features", args.data_dir / "judge"],
+        *["--model", model, *data_flag(args, "--data_dir"), "--features", args.data_dir / "judge"],
         *["--solver", "auto" if variant == EXACT else "learned", "--guidance_scales", *scales, "--methods"],
         *["--num_samples", args.num_samples, "--seed", seed, "--output_dir", folder],
     )
     results = json.loads((folder / "evaluation.json").read_text())
-    real = load_images((args.data_dir / "images" / "train").rglob("*.png"))
+    _, name = data_flag(args, "--data_dir")
+    rows = load_split(DataSource("--data_dir", str(name), not is_parquet(name)), "train", "image")
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    real = to_rows((row["image"] for row in rows), config)
     for scale in scales:
-        drawn = load_images((folder / "samples" / f"guidance_{scale}").glob("[0-9]*.png"))
+        files = sorted((folder / "samples" / f"guidance_{scale}").glob("[0-9]*.png"))
+        drawn = to_rows(map(PIL.Image.open, files), config)
         results[f"nearest_training_image/guidance_{scale}"] = mean_distance_to_nearest(drawn, real)
     return results | {"evaluated_guidance_scales": scales}
 
@@ -150,9 +165,21 @@ def run(script: str, *options: Any) -> int:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def load_images(paths: Any) -> np.ndarray:
-    """Images in [-1, 1] as rows, in the order of their sorted paths."""
-    return np.stack([np.asarray(PIL.Image.open(path), dtype=np.float32).ravel() / 127.5 - 1 for path in sorted(paths)])
+def is_parquet(folder: Path) -> bool:
+    return any(folder.glob("*.parquet"))
+
+
+def data_flag(args: argparse.Namespace, folder_flag: str) -> list[Any]:
+    """The flag that names the images to a script."""
+    images = args.data_dir / "images"
+    return ["--dataset_name" if is_parquet(images) else folder_flag, images]
+
+
+def to_rows(images: Iterable[PIL.Image.Image], config: dict[str, Any]) -> np.ndarray:
+    """Images of a flow's size and channels in [-1, 1] as rows."""
+    size, mode = config["sample_size"], "L" if config["in_channels"] == 1 else "RGB"
+    arrays = (np.asarray(image.convert(mode).resize((size, size)), dtype=np.float32) for image in images)
+    return np.stack([array.ravel() / 127.5 - 1 for array in arrays])
 
 
 def mean_distance_to_nearest(samples: np.ndarray, images: np.ndarray) -> float:
