@@ -20,7 +20,7 @@ from flowback_hf_cli.training import TrainingArguments
 def main(args: argparse.Namespace):
     # Imported after the flags are parsed: it takes seconds.
     from flowback_hf import FlowBackPipeline
-    from flowback_hf.data import load_splits
+    from flowback_hf.data import DataSource, HoldOut, load_splits
     from flowback_hf.hub import check_repository, load_pipeline, publish
     from flowback_hf.training import (
         ReverseTrainer,
@@ -42,7 +42,9 @@ def main(args: argparse.Namespace):
     # Everything a user can get wrong is found before anything is written.
     settings = vars(args) | describe_processes(arguments, accelerator)
     decide(accelerator, check_run_folder, args.output_dir, settings, args.resume_from_checkpoint)
-    splits = load_splits(args)
+    # Images that the flow has not seen stay unseen.
+    knows = args.latents is None and Path(args.model).is_dir()
+    splits = load_splits(args, HoldOut.read(args.model, DataSource.from_args(args)) if knows else None)
     source = make_reverse_source(args, splits, flow_pipeline)
     if args.push_to_hub:
         check_repository(hub_model_id, dict(flow_pipeline.transformer.config), args.hub_private_repo, hub_token)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
 from flowback_hf.alignment import reverse_objective
+from flowback_hf.data import HoldOut
 from flowback_hf.hub import write_repository
 from flowback_hf.models.transformer_reverse import HEADS_FILE
 from flowback_hf.training import TrainingArguments, reverse
@@ -143,6 +145,23 @@ def test_a_run_leaves_a_pipeline_with_both_networks(train_reverse, line, flow_fo
     assert (load_file(output_dir / "reverse_transformer" / HEADS_FILE)["std"] - 1).abs().min() > 1e-3
     image = pipeline(class_labels=["cat"], solver="learned", generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (8, 8)
+
+
+def test_images_that_the_flow_has_not_seen_stay_unseen(train_reverse, line, images, flow_folder, tmp_path):
+    num_images = len(list((images / "train").glob("*/*")))
+    flow = tmp_path / "flow"
+    shutil.copytree(flow_folder, flow)
+    options = {"model": flow, "train_data_dir": images / "train", "max_train_steps": 1}
+    held_out = {}
+    for name, record in {
+        "of the flow": HoldOut(0.4, seed=7, num_images=num_images),
+        "other data": HoldOut(0.4, seed=7, num_images=num_images + 1),
+    }.items():
+        record.write(flow)
+        train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / name, **options)))
+        held_out[name] = HoldOut.read(tmp_path / name, source=None)
+    assert (held_out["of the flow"].share, held_out["of the flow"].seed) == (0.4, 7)
+    assert (held_out["other data"].share, held_out["other data"].seed) == (0.05, 0)
 
 
 def test_it_learns_to_undo_the_flow(train_reverse, line, tmp_path):

@@ -208,16 +208,18 @@ class Splits(NamedTuple):
         return {"in_channels": self.latents["latent_channels"], "sample_size": self.latents["latent_size"]}
 
 
-def load_splits(args: argparse.Namespace) -> Splits:
+def load_splits(args: argparse.Namespace, earlier: HoldOut | None = None) -> Splits:
     """
     Load the training and validation rows that the data flags of `training/train_rra.py` name.
 
-    Without a split named validation, val or test, `train_val_split` of the training rows are held out.
+    Without a split named validation, val or test, `train_val_split` of the training rows are held out, or those that an
+    earlier run on the same data held out.
 
     Args:
         args (`argparse.Namespace`): `dataset_name`, `dataset_config_name`, `train_data_dir` or `latents`;
             `image_column`, `label_column`, `unconditional`, `cache_dir`, `train_val_split`, `seed`,
             `max_train_samples` and `max_validation_samples`; `streaming`, if the command has it.
+        earlier ([`HoldOut`], *optional*): What the earlier run held out, as [`HoldOut.read`] returns it.
     Returns:
         [`Splits`].
     Raises:
@@ -243,8 +245,9 @@ def load_splits(args: argparse.Namespace) -> Splits:
     name = held_out_split(splits)
     held_out = None if name is None else splits[name]
     if held_out is None and len(train_rows) > 1:
-        hold_out = HoldOut(args.train_val_split, args.seed)
         rows = train_rows
+        is_same = earlier is not None and earlier.num_images in (None, len(rows))
+        hold_out = earlier if is_same else HoldOut(args.train_val_split, args.seed)
         train_rows, held_out = hold_out.split(rows)
         # The rows of latents are not those of the images: unreadable ones are left out.
         hold_out = None if latents else hold_out.identify(rows, held_out, args.image_column)
