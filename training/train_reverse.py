@@ -25,6 +25,7 @@ def main(args: argparse.Namespace):
     from flowback_hf.training import (
         ReverseTrainer,
         check_run_folder,
+        choose_sampled_guidance_scale,
         decide,
         describe_processes,
         make_accelerator,
@@ -36,6 +37,7 @@ def main(args: argparse.Namespace):
     hub_token = vars(args).pop("hub_token")
     hub_model_id = args.hub_model_id or Path(args.output_dir).resolve().name
     flow_pipeline = load_pipeline(FlowBackPipeline, args.model, cache_dir=args.cache_dir)
+    args.sampled_guidance_scale = choose_sampled_guidance_scale(args, flow_pipeline)
     arguments = TrainingArguments.from_args(args)
     accelerator = make_accelerator(arguments)
 

@@ -76,8 +76,7 @@ def add_pairs_arguments(group: argparse._ArgumentGroup):
     group.add_argument(
         "--sampled_guidance_scale",
         type=Number(float, at_least=1),
-        default=1.0,
-        help="Guidance scale of these images; 1.0 is off. Default: %(default)s.",
+        help="Guidance scale of these images; 1.0 is off. Default: the pipeline's.",
     )
 
 

@@ -220,13 +220,18 @@ def test_a_killed_run_goes_on_exactly(line, tmp_path):
             {"hidden"},
             {"min_guidance_scale": 2.0, "max_guidance_scale": 2.0},
         ),
+        (
+            {"pairs": "sampler", "num_sampled_pairs": 3},  # at the pipeline's own scale
+            {"hidden"},
+            {"min_guidance_scale": 1.5, "max_guidance_scale": 1.5},
+        ),
         ({"pairs": "both", "num_sampled_pairs": 3}, {"hidden"}, {"max_guidance_scale": 3.0}),
         ({"gradient_checkpointing": True, "mixed_precision": "bf16"}, {"hidden"}, {}),
     ],
     ids=str,
 )
 def test_options(train_reverse, line, tmp_path, options, logged, config):
-    scale = options.get("sampled_guidance_scale") if options.get("pairs") == "sampler" else None
+    scale = options.get("sampled_guidance_scale", 1.5) if options.get("pairs") == "sampler" else None
     options = options | {"max_train_steps": 1, "validation_guidance_scale": scale}
     train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", **options)))
     assert logged <= set(read_metrics(tmp_path / "run")[1])

@@ -212,8 +212,8 @@ def load_splits(args: argparse.Namespace, earlier: HoldOut | None = None) -> Spl
     """
     Load the training and validation rows that the data flags of `training/train_rra.py` name.
 
-    Without a split named validation, val or test, `train_val_split` of the training rows are held out, or those that an
-    earlier run on the same data held out.
+    Without a split named validation, val or test, `train_val_split` of the training rows are held out, or those that
+    an earlier run on the same data held out.
 
     Args:
         args (`argparse.Namespace`): `dataset_name`, `dataset_config_name`, `train_data_dir` or `latents`;

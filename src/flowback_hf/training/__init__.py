@@ -6,7 +6,12 @@ Training flows and their learned inverses: the trainers, and what the flags of `
 from flowback_hf.training.checkpoints import find_checkpoint, list_checkpoints, load_averaged_parameters
 from flowback_hf.training.flow import LabelledFlow, make_flow, make_objective, make_source, make_teacher
 from flowback_hf.training.processes import decide
-from flowback_hf.training.reverse import ReverseTrainer, make_reverse_objective, make_reverse_source
+from flowback_hf.training.reverse import (
+    ReverseTrainer,
+    choose_sampled_guidance_scale,
+    make_reverse_objective,
+    make_reverse_source,
+)
 from flowback_hf.training.run_folder import check_run_folder, describe_processes
 from flowback_hf.training.trainer import Trainer, make_accelerator
 from flowback_hf_cli.training import TrainingArguments
@@ -18,6 +23,7 @@ __all__ = [
     "Trainer",
     "TrainingArguments",
     "check_run_folder",
+    "choose_sampled_guidance_scale",
     "decide",
     "describe_processes",
     "find_checkpoint",

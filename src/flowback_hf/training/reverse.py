@@ -142,6 +142,14 @@ def make_reverse_objective(
     )
 
 
+def choose_sampled_guidance_scale(args: argparse.Namespace, pipeline: FlowBackPipeline) -> float:
+    """The guidance scale of the sampler's pairs: the one given, or the pipeline's default."""
+    if args.sampled_guidance_scale is not None:
+        return args.sampled_guidance_scale
+    is_conditional = pipeline.transformer.config.num_classes is not None
+    return pipeline.config.guidance_scale if is_conditional and args.pairs != "data" else 1.0
+
+
 def guidance_range(args: argparse.Namespace, is_conditional: bool) -> tuple[float, float]:
     """The lowest and the highest guidance scale that a run trains for."""
     highest = args.max_guidance_scale
