@@ -194,9 +194,25 @@ def checkpoints() -> Table:
         results = read(report)["results"]
         taken = results["seconds"]
         row = [f"{results['num_parameters'] / 1e6:.1f} million", mebibytes(results["num_bytes"])]
-        row += [seconds(taken[name]) for name in ("plain", "saved")]
+        row += [seconds(taken[name]) for name in ("plain", "saved", "background")]
         rows.append([*row, f"{seconds(taken['nll'])} ({results['batch_size']} images)"])
-    return Table(["parameters", "size", "only written", "checked and flushed", "nll of a batch"], rows, reports)
+    header = [
+        "parameters",
+        "size",
+        "only written",
+        "checked and flushed",
+        "training waits with `--async_checkpointing`",
+    ]
+    return Table([*header, "nll of a batch"], rows, reports)
+
+
+@table("train-loop")
+def train_loop() -> Table:
+    rows = []
+    for loop in read("train_loop")["results"]["loops"]:
+        row = [loop["loop"], f"{loop['median_seconds']:.3f} s", f"{loop['times_as_it_is']:.3f}"]
+        rows.append([*row, f"{loop['reads_per_step']:.1f}"])
+    return Table(["loop", "a step", "of as it is", "reads of the device in a step"], rows, ["train_loop"])
 
 
 @table("loader")

@@ -10,7 +10,7 @@ def test_it_writes_what_a_checkpoint_takes(tmp_path):
     command = [sys.executable, BENCHMARKS / "checkpoints.py", *options, "--output", tmp_path / "checkpoints.json"]
     subprocess.run([*command, "--folder", tmp_path], check=True)
     results = json.loads((tmp_path / "checkpoints.json").read_text())["results"]
-    assert results["seconds"].keys() == {"plain", "saved", "flush", "checksums", "nll"}
+    assert results["seconds"].keys() == {"plain", "saved", "flush", "checksums", "background", "nll"}
     assert results["num_bytes"] > 4 * 4 * results["num_parameters"]  # weights, average and two moments in float32
     assert "| parameters | MB |" in (tmp_path / "checkpoints.md").read_text()
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
