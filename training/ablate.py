@@ -8,8 +8,9 @@ Train and evaluate a grid of alignments, each with several seeds, and compare th
         --teacher data/digits/teacher --judge data/digits/judge --output_dir outputs/strategies --jobs 2
 
 A grid lists values of `alignment`, `alignment_order`, `alignment_blocks` (numbers, or early, late, all),
-`alignment_layer` (a number, or shallow, middle, deep), `alignment_weight`, `teacher` (given, or random: the same
-network with random weights) and `seeds`. Every combination that makes sense is a variant. A variant with a seed is a
+`alignment_layer` (a number, or shallow, middle, deep), `alignment_weight`, `teacher` (given; random: the same network
+with random weights; other: that of --other_teacher; shuffled-class, shuffled-all: each image has the features of an
+image of its class or of any) and `seeds`. Every combination that makes sense is a variant. A variant with a seed is a
 cell. A grid may instead name its variants one by one (`variants`), each with any arguments of training/train_rra.py.
 The settings hold what all cells share: arguments of training/train_rra.py (`train`) and of
 pipelines/evaluate_flow.py (`evaluate`), which run each cell in a folder of its own, and, to evaluate every kept
@@ -50,6 +51,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--teacher", required=True, help="Hub id or folder of the vision encoder to align with.")
     parser.add_argument(
+        "--other_teacher", help="Hub id or folder of the encoder of variants whose teacher is `other`."
+    )
+    parser.add_argument(
         "--judge", required=True, help="Independent classifier or encoder whose features compare samples and images."
     )
     parser.add_argument(
@@ -83,7 +87,11 @@ def main(args: argparse.Namespace):
     is_folder = args.data_dir is not None
     option, name = ("--data_dir", args.data_dir) if is_folder else ("--dataset_name", args.dataset_name)
     run_ablation(
-        Scripts(train=FOLDER / "train_rra.py", evaluate=FOLDER.parent / "pipelines" / "evaluate_flow.py"),
+        Scripts(
+            train=FOLDER / "train_rra.py",
+            evaluate=FOLDER.parent / "pipelines" / "evaluate_flow.py",
+            precompute=FOLDER / "precompute_features.py",
+        ),
         args.grid,
         args.settings,
         DataSource(option, name, is_folder),
@@ -97,6 +105,7 @@ def main(args: argparse.Namespace):
         dry_run=args.dry_run,
         command=args.command,
         records_dir=args.records_dir,
+        other_teacher=args.other_teacher,
     )
 
 

@@ -121,15 +121,15 @@ def line(images, teacher, judge, tmp_path):
 def in_process(monkeypatch):
     """Runs the scripts in this process, which has imported what a new one would import for seconds each time."""
 
-    def run(self, command, cell):
+    def run(self, command, log_file):
         script = load_script(Path(command[1]))
         AcceleratorState._reset_state(reset_partial_state=True)
-        (cell.folder / "log.txt").touch()
+        log_file.touch()
         try:
             args = script.parse_args(command[2:])
             script.main(args, *([command[2:]] if command[1].endswith("evaluate_flow.py") else []))
         except Exception:
-            (cell.folder / "log.txt").write_text(traceback.format_exc())
+            log_file.write_text(traceback.format_exc())
             return 1
         return 0
 
@@ -289,9 +289,67 @@ def test_a_grid_of_teachers_from_end_to_end(ablate, in_process, line, teacher, t
     assert {path: path.stat().st_mtime_ns for path in (output_dir / "cells").rglob("*/seed-5/**/*")} == before
 
 
+CONTROLS = {
+    "within": {"alignment": "detach", "teacher": "shuffled-class"},
+    "among": {"alignment": "detach", "teacher": "shuffled-all"},
+    "other": {"alignment": "detach", "teacher": "other"},
+}
+
+
+def test_controls_read_shuffled_features_that_are_stored_once(ablate, in_process, line, teacher, tmp_path):
+    settings = {"train": SETTINGS["train"]}
+    settings["evaluate"] = SETTINGS["evaluate"] | {"linear_probe": False, "guidance_scales": [1.0]}
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    options = {"records_dir": tmp_path / "records", "other_teacher": other, "seeds": 0}
+    grid = {"seeds": [0, 1], "variants": CONTROLS}
+    run(ablate, line(grid, settings, variants="within", **options))
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shuffled_class" / "features").rglob("*")}
+    run(ablate, line(grid, settings, **options))
+    assert {path: path.stat().st_mtime_ns for path in stored} == stored
+    rows = read_results(tmp_path / "out")["cells"]
+    assert [row["status"] for row in rows] == ["done"] * 3, rows
+    assert len({row["metrics"]["nll"] for row in rows}) == 3
+    trained = {
+        name: json.loads((tmp_path / "out" / "cells" / name / "seed-0" / "flow" / "training_args.json").read_text())
+        for name in CONTROLS
+    }
+    assert trained["other"]["teacher_model_name_or_path"] == str(other)
+    for name, shuffle in {"within": "class", "among": "all"}.items():
+        folder = tmp_path / "out" / f"shuffled_{shuffle}" / "features"
+        assert trained[name]["teacher_features"] == str(folder)
+        assert json.loads((folder / "features.json").read_text())["shuffle"] == shuffle
+
+    # nothing is stored for cells with a record, which need the other teacher only where it is theirs
+    shutil.rmtree(tmp_path / "out")
+    without = {name: own for name, own in CONTROLS.items() if name != "other"}
+    run(ablate, line(grid | {"variants": without}, settings, **options | {"other_teacher": None}))
+    assert not list((tmp_path / "out").glob("shuffled_*"))
+    (other / "more.txt").touch()
+    with pytest.raises(ValueError, match=r"is of another config or other files: other_teacher \("):
+        run(ablate, line(grid, settings, **options))
+
+
+def test_shuffled_features_need_the_same_images_for_every_seed(ablate, line, images, tmp_path):
+    grid = {"seeds": [0], "variants": CONTROLS}
+    with pytest.raises(ValueError, match="'other' cannot be run: its teacher is 'other', but `--other_teacher`"):
+        run(ablate, line(grid))
+    grid["variants"] = {"within": CONTROLS["within"]}
+    with pytest.raises(ValueError, match="`--data_dir` must have a validation split for shuffled features"):
+        run(ablate, line(grid, data_dir=images / "train"))
+    grid["variants"] = {"within": CONTROLS["within"] | {"max_train_samples": 8}}
+    with pytest.raises(ValueError, match="'within' cannot be run: `max_train_samples` draws other images"):
+        run(ablate, line(grid))
+    grid["variants"] = {"within": CONTROLS["within"] | {"streaming": True}}
+    options = {"data_dir": None, "dataset_name": images}
+    with pytest.raises(ValueError, match="'within' cannot be run: --teacher_features belong to rows that"):
+        run(ablate, line(grid, **options))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_prints_cells_and_hours_and_leaves_nothing(ablate, in_process, line, tmp_path, capsys):
-    grid = {"alignment": ["none", "detach"], "seeds": [0, 1]}
-    run(ablate, line(grid, jobs=1), "--dry_run")
+    variants = {"none": {"alignment": "none"}, "detach": {"alignment": "detach", "teacher": "shuffled-all"}}
+    run(ablate, line({"seeds": [0, 1], "variants": variants}, jobs=1), "--dry_run")
     printed = capsys.readouterr().out
     for text in ("none, seed 0: to be run", "detach, seed 1: to be run", "an evaluation", "s a step", "min a cell"):
         assert text in printed
@@ -551,7 +609,10 @@ GRID = {"alignment": ["none", "reverse"], "seeds": [0]}
         (GRID | {"strategy": ["x"]}, r"grid.json has the unknown keys \['strategy'\]; it may have \['alignment', "),
         ({"alignment": ["none"]}, "grid.json has no 'seeds', but every cell needs one"),
         (GRID | {"alignment_weight": 0.1}, "must have a list of values for 'alignment_weight', but has 0.1"),
-        (GRID | {"teacher": ["strict"]}, r"names the teachers \['strict'\], but they are \['given', 'random'\]"),
+        (
+            GRID | {"teacher": ["strict"]},
+            r"names the teachers \['strict'\], but they are \['given', 'other', 'random', ",
+        ),
         ("{", "grid.json is not a JSON file: Expecting"),
         ("[]", "grid.json must hold a JSON object, but holds"),
         (GRID | {"alignment_blocks": [[4]]}, "variant 'reverse' cannot be run: `places` names flow block 4"),
@@ -573,7 +634,7 @@ GRID = {"alignment": ["none", "reverse"], "seeds": [0]}
         ),
         (
             {"variants": {"a": {"alignment": "detach", "teacher": "strict"}}, "seeds": [0]},
-            r"names the teachers \['strict'\], but they are \['given', 'random'\]",
+            r"names the teachers \['strict'\], but they are \['given', 'other', 'random', ",
         ),
         (GRID | {"alignment_order": [-1]}, "variant 'reverse' cannot be run: argument --alignment_order: must be 0"),
     ],

@@ -86,7 +86,9 @@ def test_shuffled_features_are_those_of_another_image(
     config = make_config(sample_size=8, patch_size=2, in_channels=3)
     own, shuffled = (load_teacher_features(str(tmp_path / name), config, 20)[0] for name in ("features", "shuffled"))
     assert list(own["checksum"]) == list(shuffled["checksum"])  # a run finds its images
-    own_features, shuffled_features = (torch.tensor(rows[:]["features"]).float().flatten(1) for rows in (own, shuffled))
+    own_features, shuffled_features = (
+        torch.tensor(rows[:]["features"]).float().flatten(1) for rows in (own, shuffled)
+    )
     distances, partners = torch.cdist(shuffled_features, own_features).min(dim=1)  # of the image and its mirror image
     partners = partners.tolist()
     assert distances.max() < 0.1 < torch.pdist(own_features).min()

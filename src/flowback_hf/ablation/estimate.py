@@ -54,7 +54,7 @@ def print_estimate(cells: Sequence[Cell], runner: Runner, jobs: int, teacher: st
         cells (`Sequence[Cell]`): The cells.
         runner ([`~flowback_hf.ablation.Runner`]): Runs what is timed.
         jobs (`int`): How many cells would run side by side.
-        teacher (`str`): Stands in for the random teacher, which is as large.
+        teacher (`str`): Stands in for the random teacher, which is as large, and for shuffled features.
     """
     variants = list({cell.variant.name: cell.variant for cell in cells}.values())
     costs = measure(variants, runner, teacher)
@@ -97,8 +97,10 @@ def train(
     """The cell that was trained for a few steps, the seconds that it took, and those of a step."""
     own = {"max_train_steps": TIMED_STEPS, "logging_steps": TIMED_STEPS // 2}
     own |= {"validation_steps": validation_steps, "checkpointing_steps": TIMED_STEPS}
-    if Path(variant.train.get("teacher_model_name_or_path") or "").name == RANDOM_TEACHER:
-        own["teacher_model_name_or_path"] = teacher
+    # What may not have been made yet. A shuffled control is given the cost of what it is the control of.
+    is_random = Path(variant.train.get("teacher_model_name_or_path") or "").name == RANDOM_TEACHER
+    if is_random or variant.shuffle is not None:
+        own |= {"teacher_model_name_or_path": teacher, "teacher_features": None}
     timed = Variant(variant.name, variant.train | own, variant.evaluate)
     cell = Cell(timed, 0, folder / f"{variant.name}-{validation_steps}")
     cell.folder.mkdir()
@@ -112,6 +114,6 @@ def train(
 def run_timed(runner: Runner, command: list[str], cell: Cell) -> float:
     """The seconds that a command takes. Raises RuntimeError if it fails."""
     start = time.perf_counter()
-    if runner.run(command, cell) != 0:
+    if runner.run(command, cell.log_file) != 0:
         raise RuntimeError(f"{cell.variant.name} cannot be timed. {error_message(cell.log_file)}")
     return time.perf_counter() - start

@@ -24,7 +24,7 @@ from flowback_hf.ablation.runner import (
     checksum_of_path,
     make_random_teacher,
 )
-from flowback_hf.data.splits import DataSource
+from flowback_hf.data.splits import DataSource, held_out_split
 from flowback_hf.files import read_json, write_json
 
 
@@ -43,6 +43,7 @@ def run_ablation(
     dry_run: bool = False,
     command: Sequence[str] = (),
     records_dir: Path | None = None,
+    other_teacher: str | None = None,
 ):
     """
     Train and evaluate the cells of a grid, and compare them in one report.
@@ -50,7 +51,7 @@ def run_ablation(
     Finished cells are kept, an interrupted one resumes at its last checkpoint, and a failed one is tried again.
 
     Args:
-        scripts ([`Scripts`]): Where `train_rra.py` and `evaluate_flow.py` are.
+        scripts ([`Scripts`]): Where the scripts are that cells run.
         grid_file, settings_file (`pathlib.Path`): See [`read_grid`] and [`read_settings`].
         source ([`~flowback_hf.data.DataSource`]): The data set.
         teacher (`str`): The vision encoder to align with: a Hub id or a folder.
@@ -65,6 +66,7 @@ def run_ablation(
         records_dir (`pathlib.Path`, *optional*):
             A small record of each finished cell is kept here. Cells with a record never run again, also where
             `output_dir` is new.
+        other_teacher (`str`, *optional*): The encoder of variants whose teacher is `"other"`.
     Raises:
         ValueError: if something in the arguments is impossible. Nothing has been written then.
     """
@@ -72,12 +74,18 @@ def run_ablation(
     if source.is_image_folder and not Path(source.name).is_dir():
         raise ValueError(f"`{source.option}` must be an existing folder, but is {source.name!r}.")
     grid, settings = read_grid(grid_file), read_settings(settings_file)
-    variants = make_variants(grid, settings, source, teacher, judge, output_dir)
+    variants = make_variants(grid, settings, source, teacher, judge, output_dir, other_teacher)
     cells = make_cells(variants, grid["seeds"] if seeds is None else seeds, output_dir, variant_names, records_dir)
     # Variants that are named can be added later: each cell's folder says what it was.
     axes = {name: values for name, values in grid.items() if name not in ("seeds", "variants")}
     check_output_dir(output_dir, axes, cells)
+    if any(cell.variant.shuffle for cell in cells) and held_out_split(source.open()) is None:
+        raise ValueError(
+            f"`{source.option}` must have a validation split for shuffled features, which are stored once: without"
+            " one, each seed holds other images out."
+        )
     inputs = {"dataset": source.name, "teacher": teacher, "judge": judge}
+    inputs |= {} if other_teacher is None else {"other_teacher": other_teacher}
     local = {name: Path(path) for name, path in inputs.items() if records_dir is not None and Path(path).exists()}
     checksums = {name: checksum_of_path(path) for name, path in local.items()}
     check_records(cells, checksums)
@@ -92,6 +100,8 @@ def run_ablation(
     write_json(output_dir / "grid.json", axes)
     if any(choice.get("teacher") == "random" for choice in name_choices(grid).values()):
         make_random_teacher(teacher, output_dir / RANDOM_TEACHER)
+
+    runner.store_shuffled_features(cells, teacher)
 
     def report():
         write_report(cells, read_json(settings_file), output_dir, command, threads, jobs)

@@ -112,7 +112,7 @@ def describe_features(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    What `features.json` says: the teacher, the grid, how many images of which size there are in each shard, and whether
+    What `features.json` says: the teacher, the grid, how many images of which size there are in each shard, and how
     their features are shuffled.
     """
     return {
