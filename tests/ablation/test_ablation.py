@@ -1,4 +1,5 @@
 import argparse
+import copy
 import fcntl
 import json
 import os
@@ -24,13 +25,14 @@ from flowback_hf.ablation import (
     command_line,
     make_cells,
     make_variants,
+    markdown,
     read_grid,
     read_settings,
     resolve_blocks,
     resolve_layer,
     summarise,
 )
-from flowback_hf.ablation.report import format_figure
+from flowback_hf.ablation.report import draw_speed_ups, format_figure
 from flowback_hf.ablation.runner import error_message, save_checkpoint_pipeline
 from flowback_hf.data import DataSource, HoldOut
 from flowback_hf.files import read_json_lines
@@ -139,7 +141,8 @@ def in_process(monkeypatch):
 def variants_of(args: argparse.Namespace) -> dict[str, Variant]:
     source = DataSource("--data_dir", str(args.data_dir), True)
     settings = read_settings(args.settings)
-    return make_variants(read_grid(args.grid), settings, source, args.teacher, args.judge, args.output_dir)
+    encoders = (args.teacher, args.judge, args.output_dir, args.other_teacher)
+    return make_variants(read_grid(args.grid), settings, source, *encoders)
 
 
 def run(ablate, line, *options):
@@ -184,9 +187,8 @@ def test_a_grid_that_is_ended_goes_on_and_a_failing_cell_is_a_row(ablate, line, 
     done, failed = results["cells"]
     assert (done["variant"], done["status"]) == ("none", "done") and set(done["seconds"]) == {"train", "evaluate"}
     assert (failed["variant"], failed["status"]) == ("detach", "failed") and "Step 1" in failed["error"]
-    assert results["variants"]["detach"] == {
-        "num_cells": 1, "num_done": 0, "metrics": {}, "minus_baseline": {}
-    }  # fmt: skip
+    failed = results["variants"]["detach"]
+    assert (failed["num_cells"], failed["num_done"]) == (1, 0) and failed["metrics"] == failed["minus_baseline"] == {}
     assert results["machine"]["threads"] == 1 and results["cell_hours"] > 0 and results["commit"]
     table = (tmp_path / "out" / "results.md").read_text()
     assert "| detach | 0 |" in table and "| detach | 3 | failed | train: FloatingPointError" in table
@@ -411,6 +413,29 @@ def test_the_grids_that_ship(ablate, line, grid, expected, settings):
     assert layers == ([1, 2, 3] if "digits" in settings.name else [1, 2])
 
 
+def test_the_grids_of_the_glyphs(ablate, line):
+    """The reasons are compared with baselines of their own, and share cells with the strategies."""
+    variants = {}
+    for name in ("glyphs", "glyphs_why"):
+        grid = REPOSITORY / "training" / "ablations" / f"{name}.json"
+        settings = REPOSITORY / "training" / "ablations" / "settings" / "glyphs.json"
+        variants[name] = variants_of(
+            ablate.parse_args(line({}, {}, grid=grid, settings=settings, other_teacher="mae"))
+        )
+    strategies, reasons = variants.values()
+    for name in strategies.keys() & reasons.keys():
+        assert strategies[name].train == reasons[name].train
+    assert {variant.baseline for variant in strategies.values()} == {"none"}
+    for variant in reasons.values():
+        baseline = reasons[variant.baseline]
+        assert baseline.train["alignment"] == "none" and baseline.baseline == baseline.name
+        for name in ("num_attention_heads", "max_train_samples"):
+            assert variant.train.get(name) == baseline.train.get(name)
+    assert len({variant.baseline for variant in reasons.values()}) == 5
+    assert reasons["reverse-0-late-mae"].train["teacher_model_name_or_path"] == "mae"
+    assert reasons["reverse-0-late-shuffled-all"].shuffle == "all"
+
+
 def test_names_and_arguments_of_variants(ablate, line):
     grid = {
         "alignment": ["none", "forward", "reverse"],
@@ -524,6 +549,9 @@ def test_layers_are_the_papers():
 # Results
 
 
+REPORT = {"command": "", "commit": "", "machine": {}, "cell_hours": 0.0, "settings": {}, "cells": []}
+
+
 def make_row(variant, seed, accuracy, distance=()):
     """A row with evaluated checkpoints if it has distances."""
     curve = {"step": list(range(0, 100 * len(accuracy), 100)), "accuracy": accuracy}
@@ -560,7 +588,7 @@ def test_how_many_times_fewer_steps():
         {"variant": "slow", "seed": 1, "status": "failed"},
     ]
     summary = summarise(rows)
-    assert summary["baseline_final"] == {
+    assert summary["baseline_final"]["none"] == {
         "accuracy": pytest.approx(0.6), "nll": pytest.approx(-0.6), "distance": pytest.approx(3.0)
     }  # fmt: skip
     # 0.6 lies at 100 * 0.5 / 0.6; the baseline's seeds reach it at the end, if at all, and at 100 + 100 * 0.2 / 0.3
@@ -575,6 +603,70 @@ def test_how_many_times_fewer_steps():
     slow = summary["variants"]["slow"]
     assert slow["metrics"] == {} and (slow["num_cells"], slow["num_done"]) == (2, 1)
     assert format_figure({"mean": 0.5, "standard_error": 0.01, "num_seeds": 2}, 100, 1, 3) == ("50.0 ± 1.0 (2 of 3)")
+
+
+def test_how_many_times_less_time():
+    """A step of each variant takes what was measured of all in turn, whatever the cells took."""
+    rows = [make_row("none", 0, [0.0, 0.3, 0.6]), make_row("fast", 0, [0.0, 0.6, 0.6])]
+    for row, seconds in zip(rows, (5.0, 1.0)):
+        row["metrics"]["seconds_per_step"] = seconds
+    metrics = summarise(copy.deepcopy(rows), step_seconds={"none": 0.2, "fast": 0.25})["variants"]["fast"]["metrics"]
+    assert metrics["times_fewer_steps_accuracy"]["mean"] == pytest.approx(2.0)
+    assert metrics["times_less_time_accuracy"]["mean"] == pytest.approx(2.0 * 0.2 / 0.25)
+    assert metrics["times_less_time_nll"]["mean"] == pytest.approx(1.6)
+    for step_seconds in ({}, {"none": 0.2}, {"fast": 0.2}):
+        metrics = summarise(copy.deepcopy(rows), step_seconds=step_seconds)["variants"]["fast"]["metrics"]
+        assert "times_less_time_accuracy" not in metrics and "times_fewer_steps_accuracy" in metrics
+
+
+def test_a_variant_is_compared_with_its_own_baseline():
+    rows = [
+        make_row("none", 0, [0.0, 0.4, 0.8]),
+        make_row("none-small", 0, [0.0, 0.1, 0.2]),
+        make_row("fast-small", 0, [0.0, 0.2, 0.2]),
+        make_row("none-long", 0, [0.0, 0.4, 0.8, 0.9]),
+    ]
+    for row in rows:
+        row["metrics"]["nll"] = row["curve"]["nll"][-1]
+    summary = summarise(rows, {"none-small": "none-small", "fast-small": "none-small"})
+    assert summary["baseline_final"]["none"]["accuracy"] == 0.8
+    assert summary["baseline_final"]["none-small"]["accuracy"] == 0.2
+    times = {name: own["metrics"]["times_fewer_steps_accuracy"]["mean"] for name, own in summary["variants"].items()}
+    assert times == {"none": 1.0, "none-small": 1.0, "fast-small": pytest.approx(2.0), "none-long": 1.0}
+    small = summary["variants"]["fast-small"]
+    assert small["baseline"] == "none-small" and small["minus_baseline"]["nll"]["mean"] == pytest.approx(0.0)
+    page = markdown({**REPORT, **summary})
+    assert "none: 80.0 %, -0.8000, none-small: 20.0 %, -0.2000" in page
+
+
+def test_how_the_factor_grows_over_training(tmp_path):
+    """At each point of the baseline: its step there over the variant's step to the same value."""
+    baseline = [make_row("none", seed, [0.0, 0.1, 0.2, 0.3, 0.4], [9.0, 8.0, 7.0, 6.0, 5.0]) for seed in (0, 1)]
+    fast = [
+        make_row("fast", 0, [0.0, 0.1, 0.3, 0.5, 0.7], [9.0, 8.0, 6.0, 4.0, 2.0]),  # 0.3 at step 200, 0.4 at 250
+        make_row("fast", 1, [0.0, 0.1, 0.2, 0.3, 0.4], [7.5, 7.0, 6.0, 5.0, 4.0]),
+    ]
+    variants = summarise([*baseline, *fast])["variants"]
+    accuracy = variants["fast"]["speed_up_curves"]["accuracy"]
+    assert accuracy["step"] == [100, 200, 300, 400]
+    assert accuracy["mean"] == pytest.approx([1.0, (200 / 150 + 1) / 2, (300 / 200 + 1) / 2, (400 / 250 + 1) / 2])
+    assert accuracy["standard_error"][3] == pytest.approx((400 / 250 - 1) / 2)
+    assert accuracy["mean"][-1] == variants["fast"]["metrics"]["times_fewer_steps_accuracy"]["mean"]
+    # the second seed is below 8 from the start: how long before is not known
+    distance = variants["fast"]["speed_up_curves"]["distance"]
+    assert distance["step"] == [200, 300, 400]
+    assert distance["mean"] == pytest.approx([(200 / 150 + 200 / 100) / 2, (300 / 200 + 300 / 200) / 2,
+                                              (400 / 250 + 400 / 300) / 2])  # fmt: skip
+    # one that never arrives has no factor there
+    slow = summarise([*baseline, make_row("slow", 0, [0.0, 0.1, 0.15, 0.2, 0.2], [9.0] * 5)])["variants"]["slow"]
+    assert slow["speed_up_curves"]["accuracy"] == {
+        "step": [100, 200], "mean": pytest.approx([1.0, 200 / 300]), "standard_error": [None, None]
+    }  # fmt: skip
+
+    draw_speed_ups(variants, tmp_path / "speed_ups.png")
+    assert min(PIL.Image.open(tmp_path / "speed_ups.png").size) > 300
+    draw_speed_ups({"none": variants["none"]}, tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
 
 
 def test_differences_to_the_baseline_are_of_the_same_seeds():
@@ -593,7 +685,7 @@ def test_differences_to_the_baseline_are_of_the_same_seeds():
 
 def test_no_baseline_is_no_target():
     summary = summarise([make_row("detach", 0, [0.1, 0.2])])
-    assert summary["baseline_final"] == {"accuracy": None, "nll": None, "distance": None}
+    assert summary["baseline_final"]["none"] == {"accuracy": None, "nll": None, "distance": None}
     assert summary["variants"]["detach"]["metrics"] == summary["variants"]["detach"]["minus_baseline"] == {}
 
 
@@ -635,6 +727,16 @@ GRID = {"alignment": ["none", "reverse"], "seeds": [0]}
         (
             {"variants": {"a": {"alignment": "detach", "teacher": "strict"}}, "seeds": [0]},
             r"names the teachers \['strict'\], but they are \['given', 'other', 'random', ",
+        ),
+        (
+            {"variants": {"a": {"alignment": "detach", "baseline": "none-small"}}, "seeds": [0]},
+            r"variant 'a' of `--grid` .* must have a baseline of the grid that is not aligned, one of \[\], but has"
+            " 'none-small'",
+        ),
+        (
+            {"variants": {"a": {"alignment": "detach"}, "b": {"alignment": "detach", "baseline": "a"}}, "seeds": [0]},
+            r"variant 'b' of `--grid` .* must have a baseline of the grid that is not aligned, one of \[\], but has"
+            " 'a'",
         ),
         (GRID | {"alignment_order": [-1]}, "variant 'reverse' cannot be run: argument --alignment_order: must be 0"),
     ],

@@ -52,6 +52,7 @@ class Variant:
         checkpoint_guidance_scale (`float`, *optional*):
             The scale at which its checkpoints are sampled. `None` samples none.
         places (`list[Place]`): Where it is aligned; for the baseline, where it would be by default.
+        baseline (`str`): The variant that it is compared with; a baseline's is itself.
         shuffle (`str`, *optional*): How the stored features that it reads are shuffled: `"class"` or `"all"`.
     """
 
@@ -60,6 +61,7 @@ class Variant:
     evaluate: dict[str, Any]
     checkpoint_guidance_scale: float | None = None
     places: list[Place] = field(default_factory=list)
+    baseline: str = BASELINE
     shuffle: str | None = None
 
 
@@ -233,9 +235,16 @@ def check_named_variants(grid: Grid, path: Path):
     for name, own in grid["variants"].items():
         if not re.fullmatch(r"[\w.+-]+", name):
             raise ValueError(f"`--grid` {path} names the variant {name!r}, but a folder has to have its name.")
-        check_keys(own, f"the variant {name!r} of `--grid` {path}", {*AXES, *train_arguments()})
+        check_keys(own, f"the variant {name!r} of `--grid` {path}", {*AXES, "baseline", *train_arguments()})
         if "alignment" not in own:
             raise ValueError(f"The variant {name!r} of `--grid` {path} has no 'alignment', but every cell needs one.")
+    unaligned = [name for name, own in grid["variants"].items() if own["alignment"] == BASELINE]
+    for name, own in grid["variants"].items():
+        if own.get("baseline", BASELINE) not in {BASELINE, *unaligned}:
+            raise ValueError(
+                f"The variant {name!r} of `--grid` {path} must have a baseline of the grid that is not aligned, one of"
+                f" {unaligned}, but has {own['baseline']!r}."
+            )
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -339,6 +348,18 @@ def name_choices(grid: Grid) -> dict[str, dict[str, Any]]:
     return {name_variant(choice, grid): choice for choice in list_choices(grid)}
 
 
+def find_baselines(grid: Grid) -> dict[str, str]:
+    """
+    The variant that each variant is compared with, by its name.
+
+    It is the one that the variant names as its `baseline`, or else `none`. A variant that others name is compared with
+    itself, as `none` is.
+    """
+    choices = name_choices(grid)
+    named = {choice["baseline"] for choice in choices.values() if "baseline" in choice}
+    return {name: choice.get("baseline", name if name in named else BASELINE) for name, choice in choices.items()}
+
+
 def make_variants(
     grid: Grid,
     settings: dict[str, Any],
@@ -367,11 +388,13 @@ def make_variants(
     evaluate = settings["evaluate"] | {"dataset_name": name, "data_dir": folder, "features": judge}
     shared = settings["train"] | {"dataset_name": name, "train_data_dir": folder}
     teachers = {"given": teacher, "other": other_teacher, "random": str(output_dir / RANDOM_TEACHER)}
+    baselines = find_baselines(grid)
     variants, known_arguments = {}, []
     for variant_name, choice in name_choices(grid).items():
         with naming_variant(variant_name):
             own = dict(choice)
             kind = own.pop("teacher", "given")
+            own.pop("baseline", None)
             # A variant may have a flow of its own, of another width or depth.
             flow = make_shapes(shared | {name: value for name, value in own.items() if name not in AXES})
             num_layers = [len(block.layers) for block in flow.blocks]
@@ -387,7 +410,8 @@ def make_variants(
                 continue
             known_arguments.append(own)
             scale = settings["checkpoint_guidance_scale"]
-            variant = Variant(variant_name, shared | own, evaluate, scale, shuffle=SHUFFLES.get(kind))
+            variant = Variant(variant_name, shared | own, evaluate, scale, baseline=baselines[variant_name])
+            variant.shuffle = SHUFFLES.get(kind)
             variant.places = check_variant(variant, flow)
             variants[variant.name] = variant
     return variants
