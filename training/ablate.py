@@ -20,6 +20,10 @@ Writes `results.json`, `results.md` (mean and standard error over seeds), `curve
 and `linear_probe.png` whenever a cell ends. The same command resumes an interrupted run: finished cells are kept, a
 killed one goes on from its last checkpoint, and a failed one is tried again. With --records_dir, a finished cell also
 leaves a small record, and cells with a record never run again, whatever the output folder holds.
+
+A named variant may name its `baseline`, another variant that is not aligned; the others are compared with `none`.
+--time_steps measures what a step of each takes, for × less time. --confirm runs the best one with `confirmation_seeds`
+of the grid, which it was not picked by.
 """
 
 import argparse
@@ -70,10 +74,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry_run", action="store_true", help="Print the cells and an estimate of the hours, and run nothing else."
     )
+    parser.add_argument(
+        "--time_steps",
+        action="store_true",
+        help="Time a step of each variant in turn, on a machine that does nothing else, and run nothing else. Reports"
+        " then compare times, too.",
+    )
+    parser.add_argument(
+        "--confirm",
+        action="store_true",
+        help="Run none and the variant that is best on the validation split with the grid's confirmation_seeds.",
+    )
     add_debug_argument(parser)
     args = parser.parse_args(arguments)
     args.command = sys.argv[1:] if arguments is None else arguments
     check_one_source(parser, args, "dataset_name", "data_dir")
+    if args.confirm and (args.variants or args.seeds):
+        parser.error("--confirm picks the variant and takes the grid's seeds: leave --variants and --seeds out.")
     if args.threads is None:
         args.threads = max(1, (os.cpu_count() or 1) // args.jobs)
     return args
@@ -103,6 +120,8 @@ def main(args: argparse.Namespace):
         jobs=args.jobs,
         threads=args.threads,
         dry_run=args.dry_run,
+        time_steps=args.time_steps,
+        confirm=args.confirm,
         command=args.command,
         records_dir=args.records_dir,
         other_teacher=args.other_teacher,

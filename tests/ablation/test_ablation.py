@@ -23,6 +23,7 @@ from flowback_hf.ablation import (
     Runner,
     Variant,
     command_line,
+    estimate,
     make_cells,
     make_variants,
     markdown,
@@ -357,6 +358,91 @@ def test_a_dry_run_prints_cells_and_hours_and_leaves_nothing(ablate, in_process,
         assert text in printed
     assert "4 of 4 cells are to be run: " in printed and "hours one by one" in printed
     assert not (tmp_path / "out").exists()
+
+
+def write_records(args, rows, records_dir):
+    """Records of finished cells of a grid, with rows of known curves."""
+    cells = make_cells(variants_of(args), [0, 1], args.output_dir, records_dir=records_dir)
+    for cell in cells:
+        row = next((row for row in rows if (row["variant"], row["seed"]) == (cell.variant.name, cell.seed)), None)
+        if row is not None:
+            cell.record_file.parent.mkdir(parents=True, exist_ok=True)
+            record = {"config": cell.recorded_config, "checksums": {}, "row": row | {"seconds": {}}}
+            cell.record_file.write_text(json.dumps(record))
+
+
+CONFIRMED = {
+    "seeds": [0, 1],
+    "confirmation_seeds": [7],
+    "variants": {
+        "none": {"alignment": "none"},
+        "fast": {"alignment": "detach"},
+        "faster": {"alignment": "forward"},
+        "once": {"alignment": "reverse"},
+        "none-long": {"alignment": "none", "max_train_steps": 8},
+    },
+}
+
+
+def test_the_best_variant_is_picked_on_the_validation_split_and_confirmed(ablate, in_process, line, tmp_path, capsys):
+    settings = {"train": SETTINGS["train"]}
+    settings["evaluate"] = SETTINGS["evaluate"] | {"linear_probe": False, "guidance_scales": [1.0]}
+    command = line(CONFIRMED, settings, records_dir=tmp_path / "records")
+    with pytest.raises(ValueError, match=r"`--confirm` needs finished cells of 'none' with the seeds \[0, 1\]"):
+        run(ablate, command, "--confirm")
+    rows = [make_row("none", seed, [0.0, 0.3, 0.6]) for seed in (0, 1)]
+    rows += [make_row("fast", seed, [0.0, 0.5, 0.7]) for seed in (0, 1)]
+    rows += [make_row("faster", seed, [0.0, 0.6, 0.7]) for seed in (0, 1)]
+    rows += [make_row("once", 0, [0.0, 0.9, 0.9])]
+    rows += [make_row("none-long", seed, [0.0, 0.9, 0.9]) for seed in (0, 1)]
+    for row in rows[4:6]:  # the fastest to be accurate, at a cost in nll
+        row["curve"]["nll"] = [9.0, 9.0, 9.0]
+    write_records(ablate.parse_args(command), rows, tmp_path / "records")
+    run(ablate, command, "--confirm")
+    printed = capsys.readouterr().out
+    assert "fast: 1.33 times fewer steps, nll -0.7000 (validation split)" in printed
+    assert "faster: 2.00 times fewer steps, nll 9.0000, higher than that of none (validation split)" in printed
+    assert "once: " not in printed.partition("none, seed 7")[0]
+    report = read_results(tmp_path / "out" / "confirmation")
+    assert [(row["variant"], row["seed"]) for row in report["cells"]] == [("none", 7), ("fast", 7)]
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert (tmp_path / "records" / "fast" / "seed-7.json").exists()
+
+    with pytest.raises(ValueError, match=r"The seeds \[7\] are for --confirm, which runs what the others picked"):
+        run(ablate, command, "--seeds", "7")
+    with pytest.raises(SystemExit):
+        ablate.parse_args([*command, "--confirm", "--variants", "fast"])
+    assert "leave --variants and --seeds out" in capsys.readouterr().err
+    for row in rows[2:4]:
+        row["curve"]["nll"] = [9.0, 9.0, 9.0]
+    write_records(ablate.parse_args(command), rows, tmp_path / "records")
+    with pytest.raises(ValueError, match="`--confirm` has nothing to confirm: no variant with all the seeds"):
+        run(ablate, command, "--confirm")
+    without = {name: value for name, value in CONFIRMED.items() if name != "confirmation_seeds"}
+    with pytest.raises(ValueError, match="`--confirm` needs 'confirmation_seeds', but `--grid` .* has none"):
+        run(ablate, line(without, settings), "--confirm")
+
+
+def test_steps_are_timed_in_turn(ablate, in_process, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "STEPS_PER_TURN", 4)
+    monkeypatch.setattr(estimate, "TURNS", 2)
+    timed, train = [], estimate.train
+
+    def watch(variant, *arguments):
+        timed.append(variant.name)
+        return train(variant, *arguments)
+
+    monkeypatch.setattr(estimate, "train", watch)
+    grid = {"alignment": ["none", "detach"], "seeds": [0]}
+    run(ablate, line(grid, records_dir=tmp_path / "records"), "--time_steps")
+    assert timed == ["none", "detach"] * 2
+    assert names(tmp_path / "records") == ["step_seconds-grid.json"] and not (tmp_path / "out").exists()
+    report = json.loads((tmp_path / "records" / "step_seconds-grid.json").read_text())
+    assert report["commit"] and report["machine"]["threads"]
+    printed = capsys.readouterr().out
+    for name, own in report["results"].items():
+        assert len(own["seconds"]) == 2 and min(own["seconds"]) <= own["median_seconds"] <= max(own["seconds"])
+        assert f"{name}: {own['median_seconds']:.4f} s a step" in printed
 
 
 def test_checkpoints_are_evaluated_where_the_run_held_images_out(ablate, in_process, line, images, tmp_path):
@@ -737,6 +823,10 @@ GRID = {"alignment": ["none", "reverse"], "seeds": [0]}
             {"variants": {"a": {"alignment": "detach"}, "b": {"alignment": "detach", "baseline": "a"}}, "seeds": [0]},
             r"variant 'b' of `--grid` .* must have a baseline of the grid that is not aligned, one of \[\], but has"
             " 'a'",
+        ),
+        (
+            GRID | {"confirmation_seeds": [0, 1]},
+            r"must have other 'confirmation_seeds' than 'seeds', but both have \[0\]",
         ),
         (GRID | {"alignment_order": [-1]}, "variant 'reverse' cannot be run: argument --alignment_order: must be 0"),
     ],

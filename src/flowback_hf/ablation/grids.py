@@ -199,12 +199,12 @@ def check_keys(content: Any, what: str, keys: Iterable[str]):
 def read_grid(path: Path) -> Grid:
     """
     Read a grid: lists of values for `alignment`, `seeds` and whatever else is varied, or `seeds` and `variants`, which
-    names variants one by one, each with its own arguments.
+    names variants one by one, each with its own arguments. Either may have `confirmation_seeds`.
 
     Raises:
         ValueError: if the file is not a grid.
     """
-    grid = read_object(path, "grid", {*AXES, "seeds", "variants"})
+    grid = read_object(path, "grid", {*AXES, "seeds", "confirmation_seeds", "variants"})
     named = grid.get("variants")
     if named is not None:
         check_named_variants(grid, path)
@@ -214,6 +214,9 @@ def read_grid(path: Path) -> Grid:
     for name, values in grid.items():
         if name != "variants" and (not isinstance(values, list) or not values):
             raise ValueError(f"`--grid` {path} must have a list of values for {name!r}, but has {values!r}.")
+    both = sorted(set(grid["seeds"]) & set(grid.get("confirmation_seeds", [])))
+    if both:
+        raise ValueError(f"`--grid` {path} must have other 'confirmation_seeds' than 'seeds', but both have {both}.")
     teachers = grid.get("teacher", []) + [own["teacher"] for own in (named or {}).values() if "teacher" in own]
     unknown = [teacher for teacher in teachers if teacher not in TEACHERS]
     if unknown:
@@ -228,7 +231,7 @@ def train_arguments() -> set[str]:
 
 def check_named_variants(grid: Grid, path: Path):
     """Raise ValueError unless `variants` of a grid are objects of arguments, by names that folders can have."""
-    others = sorted(set(grid) - {"variants", "seeds"})
+    others = sorted(set(grid) - {"variants", "seeds", "confirmation_seeds"})
     if others:
         raise ValueError(f"`--grid` {path} must have either 'variants' or lists of values, but also has {others}.")
     check_keys(grid["variants"], f"'variants' of `--grid` {path}", grid["variants"])

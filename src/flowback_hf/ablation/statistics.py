@@ -4,7 +4,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -308,6 +308,40 @@ def summarise(
             "speed_up_curves": {value: speed_up_curve(own, baseline, curve, value) for value in SIGNS},
         }
     return {"baseline_final": baseline_final, "variants": variants}
+
+
+def rank_on_validation(rows: list[Row], candidates: Collection[str]) -> list[dict[str, Any]]:
+    """
+    Rank variants by what the validations of training say, which the reported figures are not made of.
+
+    The first is the one that needs the fewest steps to reach the final accuracy of `none`, of those that end with no
+    higher nll.
+
+    Args:
+        rows (`list[dict]`): Rows of finished cells, as [`read_row`] returns them.
+        candidates (collection of `str`): Names of the variants that may be picked. Those without a row for every seed
+            of `none` are left out, and those that do not reach its accuracy with every seed.
+    Returns:
+        `list[dict]`: of each variant the `variant`, its mean `times_fewer_steps` and `nll`, and whether it is
+        `eligible`: whether its nll is no higher than that of `none`. The best is first.
+    """
+    rows = rows_with(rows, "curve", "accuracy")
+    baseline = [row for row in rows if row["variant"] == BASELINE]
+    seeds = {row["seed"] for row in baseline}
+
+    def final_nll(rows: list[Row]) -> float:
+        return statistics.fmean(row["curve"]["nll"][-1] for row in rows)
+
+    ranking = []
+    for name in candidates:
+        own = [row for row in rows if row["variant"] == name and row["seed"] in seeds]
+        reached = reach_baseline(own, baseline, "curve", "accuracy") if len(own) == len(seeds) > 0 else None
+        if reached is None or not all(reached.steps):
+            continue
+        times = statistics.fmean(reached.baseline_step / step for step in reached.steps)
+        eligible = final_nll(own) <= final_nll(baseline)
+        ranking.append({"variant": name, "times_fewer_steps": times, "nll": final_nll(own), "eligible": eligible})
+    return sorted(ranking, key=lambda entry: (not entry["eligible"], -entry["times_fewer_steps"]))
 
 
 def paired_differences(rows: list[Row], baseline: list[Row]) -> dict[str, Any]:
