@@ -207,7 +207,8 @@ def test_a_grid_of_teachers_from_end_to_end(ablate, in_process, line, teacher, t
     BitImageProcessorPil().save_pretrained(teacher)
     run(ablate, line(grid, teacher=teacher))
     output_dir = tmp_path / "out"
-    assert names(output_dir) == [
+    # There are no factors where no variant reaches its baseline.
+    assert [name for name in names(output_dir) if name != "speed_ups.png"] == [
         "cells",
         "curves.png",
         "distance_against_accuracy.png",
