@@ -816,9 +816,9 @@ GRID = {"alignment": ["none", "reverse"], "seeds": [0]}
             r"names the teachers \['strict'\], but they are \['given', 'other', 'random', ",
         ),
         (
-            {"variants": {"a": {"alignment": "detach", "baseline": "none-small"}}, "seeds": [0]},
+            {"variants": {"a": {"alignment": "detach", "baseline": "none"}}, "seeds": [0]},
             r"variant 'a' of `--grid` .* must have a baseline of the grid that is not aligned, one of \[\], but has"
-            " 'none-small'",
+            " 'none'",
         ),
         (
             {"variants": {"a": {"alignment": "detach"}, "b": {"alignment": "detach", "baseline": "a"}}, "seeds": [0]},

@@ -243,7 +243,7 @@ def check_named_variants(grid: Grid, path: Path):
             raise ValueError(f"The variant {name!r} of `--grid` {path} has no 'alignment', but every cell needs one.")
     unaligned = [name for name, own in grid["variants"].items() if own["alignment"] == BASELINE]
     for name, own in grid["variants"].items():
-        if own.get("baseline", BASELINE) not in {BASELINE, *unaligned}:
+        if "baseline" in own and own["baseline"] not in unaligned:
             raise ValueError(
                 f"The variant {name!r} of `--grid` {path} must have a baseline of the grid that is not aligned, one of"
                 f" {unaligned}, but has {own['baseline']!r}."
