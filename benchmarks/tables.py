@@ -355,19 +355,58 @@ def ablation_steps() -> Table:
     return ablation_table(DIGITS_REPORTS[:1], columns)
 
 
-@table("ablation-glyphs")
-def ablation_glyphs() -> Table:
-    """All cells that have run, from their records."""
+GLYPHS_COLUMNS = [
+    *COLUMNS,
+    ("× fewer steps, accuracy", "times_fewer_steps_accuracy", 1, 2),
+    ("× fewer, nll", "times_fewer_steps_nll", 1, 2),
+    ("× fewer, FD", "times_fewer_steps_distance", 1, 2),
+    ("× less time, accuracy", "times_less_time_accuracy", 1, 2),
+    ("× less, nll", "times_less_time_nll", 1, 2),
+    ("× less, FD", "times_less_time_distance", 1, 2),
+]
+
+
+def glyphs_table(grid_name: str, confirmation: bool = False) -> Table:
+    """All finished cells of a grid, from their records: those of its fresh seeds, or all others."""
+    from flowback_hf.ablation.grids import find_baselines, read_grid
+    from flowback_hf.ablation.run import read_step_seconds
     from flowback_hf.ablation.statistics import summarise
 
-    files = (REPOSITORY / RESULTS / "ablation_glyphs").rglob("seed-*.json")
-    files = sorted(files, key=lambda file: (file.parent.name != "none", file))
+    grids = REPOSITORY / "training" / "ablations"
+    grid = read_grid(grids / f"{grid_name}.json")
+    folder = REPOSITORY / RESULTS / "ablation_glyphs"
+    fresh = {f"seed-{seed}" for seed in read_grid(grids / "glyphs.json")["confirmation_seeds"]}
+    files = [file for name in grid["variants"] for file in sorted((folder / name).glob("seed-*.json"))]
+    files = [file for file in files if (file.stem in fresh) == confirmation]
     reports = [str(file.relative_to(REPOSITORY / RESULTS).with_suffix("")) for file in files]
     # `summarise` adds to rows, and what `read` returns is kept.
-    variants = summarise(copy.deepcopy([read(report)["row"] for report in reports]))["variants"]
-    columns = [*COLUMNS, ("× fewer steps, accuracy", "times_fewer_steps_accuracy", 1, 2)]
-    columns += [("× fewer, nll", "times_fewer_steps_nll", 1, 2), ("× fewer, FD", "times_fewer_steps_distance", 1, 2)]
-    return Table(["variant", "seeds", *(title for title, *_ in columns)], rows_of(variants, columns), reports)
+    rows = copy.deepcopy([read(report)["row"] for report in reports])
+    times = folder / f"step_seconds-{grid_name}.json"
+    variants = summarise(rows, find_baselines(grid), read_step_seconds(times))["variants"]
+    if reports and times.exists():
+        reports.append(str(times.relative_to(REPOSITORY / RESULTS).with_suffix("")))
+    measured = {metric for variant in variants.values() for metric in variant["metrics"]}
+    columns = [column for column in GLYPHS_COLUMNS if column[1] in measured]
+    table_rows = [
+        [*row[:1], f"`{variant['baseline']}`", *row[1:]]
+        for row, variant in zip(rows_of(variants, columns), variants.values())
+    ]
+    return Table(["variant", "baseline", "seeds", *(title for title, *_ in columns)], table_rows, reports)
+
+
+@table("ablation-glyphs")
+def ablation_glyphs() -> Table:
+    return glyphs_table("glyphs")
+
+
+@table("ablation-glyphs-confirmation")
+def ablation_glyphs_confirmation() -> Table:
+    return glyphs_table("glyphs", confirmation=True)
+
+
+@table("ablation-glyphs-why")
+def ablation_glyphs_why() -> Table:
+    return glyphs_table("glyphs_why")
 
 
 @table("ablation-differences")

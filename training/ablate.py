@@ -8,8 +8,9 @@ Train and evaluate a grid of alignments, each with several seeds, and compare th
         --teacher data/digits/teacher --judge data/digits/judge --output_dir outputs/strategies --jobs 2
 
 A grid lists values of `alignment`, `alignment_order`, `alignment_blocks` (numbers, or early, late, all),
-`alignment_layer` (a number, or shallow, middle, deep), `alignment_weight`, `teacher` (given, or random: the same
-network with random weights) and `seeds`. Every combination that makes sense is a variant. A variant with a seed is a
+`alignment_layer` (a number, or shallow, middle, deep), `alignment_weight`, `teacher` (given; random: the same network
+with random weights; other: that of --other_teacher; shuffled-class, shuffled-all: each image has the features of an
+image of its class or of any) and `seeds`. Every combination that makes sense is a variant. A variant with a seed is a
 cell. A grid may instead name its variants one by one (`variants`), each with any arguments of training/train_rra.py.
 The settings hold what all cells share: arguments of training/train_rra.py (`train`) and of
 pipelines/evaluate_flow.py (`evaluate`), which run each cell in a folder of its own, and, to evaluate every kept
@@ -19,6 +20,10 @@ Writes `results.json`, `results.md` (mean and standard error over seeds), `curve
 and `linear_probe.png` whenever a cell ends. The same command resumes an interrupted run: finished cells are kept, a
 killed one goes on from its last checkpoint, and a failed one is tried again. With --records_dir, a finished cell also
 leaves a small record, and cells with a record never run again, whatever the output folder holds.
+
+A named variant may name its `baseline`, another variant that is not aligned; the others are compared with `none`.
+--time_steps measures what a step of each takes, for × less time. --confirm runs the best one with `confirmation_seeds`
+of the grid, which it was not picked by.
 """
 
 import argparse
@@ -50,6 +55,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--teacher", required=True, help="Hub id or folder of the vision encoder to align with.")
     parser.add_argument(
+        "--other_teacher", help="Hub id or folder of the encoder of variants whose teacher is `other`."
+    )
+    parser.add_argument(
         "--judge", required=True, help="Independent classifier or encoder whose features compare samples and images."
     )
     parser.add_argument(
@@ -66,10 +74,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry_run", action="store_true", help="Print the cells and an estimate of the hours, and run nothing else."
     )
+    parser.add_argument(
+        "--time_steps",
+        action="store_true",
+        help="Time a step of each variant in turn, on a machine that does nothing else, and run nothing else. Reports"
+        " then compare times, too.",
+    )
+    parser.add_argument(
+        "--confirm",
+        action="store_true",
+        help="Run none and the variant that is best on the validation split with the grid's confirmation_seeds.",
+    )
     add_debug_argument(parser)
     args = parser.parse_args(arguments)
     args.command = sys.argv[1:] if arguments is None else arguments
     check_one_source(parser, args, "dataset_name", "data_dir")
+    if args.confirm and (args.variants or args.seeds):
+        parser.error("--confirm picks the variant and takes the grid's seeds: leave --variants and --seeds out.")
     if args.threads is None:
         args.threads = max(1, (os.cpu_count() or 1) // args.jobs)
     return args
@@ -83,7 +104,11 @@ def main(args: argparse.Namespace):
     is_folder = args.data_dir is not None
     option, name = ("--data_dir", args.data_dir) if is_folder else ("--dataset_name", args.dataset_name)
     run_ablation(
-        Scripts(train=FOLDER / "train_rra.py", evaluate=FOLDER.parent / "pipelines" / "evaluate_flow.py"),
+        Scripts(
+            train=FOLDER / "train_rra.py",
+            evaluate=FOLDER.parent / "pipelines" / "evaluate_flow.py",
+            precompute=FOLDER / "precompute_features.py",
+        ),
         args.grid,
         args.settings,
         DataSource(option, name, is_folder),
@@ -95,8 +120,11 @@ def main(args: argparse.Namespace):
         jobs=args.jobs,
         threads=args.threads,
         dry_run=args.dry_run,
+        time_steps=args.time_steps,
+        confirm=args.confirm,
         command=args.command,
         records_dir=args.records_dir,
+        other_teacher=args.other_teacher,
     )
 
 

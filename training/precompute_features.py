@@ -11,6 +11,9 @@ Give it the data flags and the seed of the run, and give the run `--teacher_feat
 small data sets that are seen many times: an image takes `2 * grid_size^2 * feature_dim` float16 numbers, 786 kB with
 DINOv2-B on a grid of 16. A run that was killed goes on with the first shard that is missing. Several processes share
 the shards.
+
+With --shuffle, an image gets the features of another image, always the same one: a control that keeps the teacher's
+statistics and takes away what it knows of each image.
 """
 
 import argparse
@@ -30,7 +33,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--seed",
         type=SEED,
         default=0,
-        help="The seed of the training run, which decides which images are held out. Default: %(default)s.",
+        help="The seed of the training run, which decides which images are held out, and of --shuffle. Default:"
+        " %(default)s.",
     )
     group.add_argument(
         "--teacher_model_name_or_path",
@@ -56,6 +60,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Channels of the flow's images: 1 for grey, 3 for RGB. Default: %(default)s.",
     )
     group.add_argument(
+        "--shuffle",
+        choices=["class", "all"],
+        help="Store another image's features with each image: of one of its class, or of any one. Default: its own.",
+    )
+    group.add_argument(
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
         help="The precision of the teacher's weights. Default: as configured in Accelerate.",
@@ -78,6 +87,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--resolution must be divisible by --patch_size, but they are {args.resolution} and {args.patch_size}."
         )
+    if args.shuffle == "class" and args.unconditional:
+        parser.error("--shuffle class needs labels: leave --unconditional out, or give --shuffle all.")
     return args
 
 
@@ -87,18 +98,30 @@ def main(args: argparse.Namespace):
     from accelerate import Accelerator
 
     from flowback_hf.data import ImageDataset, load_splits, load_teacher
-    from flowback_hf.data.teacher_features import describe_features, open_features_folder, write_missing_shards
+    from flowback_hf.data.teacher_features import (
+        ShuffledImages,
+        describe_features,
+        open_features_folder,
+        shuffle_within,
+        write_missing_shards,
+    )
 
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    args.unconditional = True  # labels play no part
+    args.unconditional = args.shuffle != "class"  # else labels play no part
     rows = load_splits(args).train
     dataset = ImageDataset(rows, args.image_column, None, [], args.resolution, args.in_channels)
     dataset[0]  # raises if none of its images can be used
     teacher_name = args.teacher_model_name_or_path
     teacher = load_teacher(teacher_name, args.resolution // args.patch_size, accelerator, args.cache_dir)
-    settings = describe_features(teacher_name, teacher, dataset, args.images_per_shard)
+    settings = describe_features(teacher_name, teacher, dataset, args.images_per_shard, args.shuffle, args.seed)
+    if args.shuffle is not None:
+        labels = rows[args.label_column] if args.shuffle == "class" else [None] * len(rows)
+        partners = shuffle_within(labels, args.seed)
+        if partners == list(range(len(rows))):
+            raise ValueError(f"`--shuffle {args.shuffle}` must have images to exchange, but each is the only one.")
+        dataset = ShuffledImages(dataset, partners)
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
         open_features_folder(output_dir, settings)

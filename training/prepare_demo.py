@@ -23,16 +23,22 @@ The output folder then holds:
         of glyphs instead: datasets.load_dataset("output_dir/images")
     teacher/
         a transformers `Dinov2Model` trained to classify the training images, and its image processor
+    teacher_mae/
+        with --mae_epochs: a transformers `ViTMAEModel` trained on the training images without their labels
     judge/
         a `ResNetForImageClassification` trained on the same images from another seed, and its image processor; that of
         glyphs is trained on images that are not saved
     demo.json
         what was made: class names, numbers of images, resolution, seed, validation accuracies, seconds per stage
 
+`teacher_validation_accuracy` is that of the teacher's own head, and `mae_linear_probe_accuracy` that of a linear
+classifier on the mean of the second teacher's patch tokens.
+
 The same arguments give the same images and, on the same machine, the same weights, to the bit.
 """
 
 import argparse
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -91,6 +97,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         flag = f"{network}_epochs"
         help = f"Passes over the training images for the {network}. Default: {defaults(flag)}."
         parser.add_argument(f"--{flag}", type=COUNT, help=help)
+    parser.add_argument(
+        "--mae_epochs",
+        type=COUNT,
+        help="Also train a second teacher, a masked autoencoder that needs no labels, for this many passes. Default:"
+        " none.",
+    )
     add_debug_argument(parser)
     return parser.parse_args(arguments)
 
@@ -111,6 +123,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         least = NUM_CLASSES[arguments.kind]
         if number is not None and number < least:
             raise ValueError(f"--{name} must be at least {least}, one image per class, not {number}.")
+    if arguments.mae_epochs is not None and importlib.util.find_spec("sklearn") is None:
+        raise ValueError('--mae_epochs needs scikit-learn: pip install "flowback_hf[demo]".')
     if arguments.output_dir.exists():
         if not arguments.output_dir.is_dir():
             raise ValueError(f"--output_dir {arguments.output_dir} is a file; name a new or an empty folder.")
@@ -125,6 +139,9 @@ def print_report(report: dict, output_dir: Path) -> None:
     for name in ("teacher", "judge"):
         accuracy, epochs = report[f"{name}_validation_accuracy"], report[f"{name}_epochs"]
         print(f"  {name}: {accuracy:.1%} validation accuracy (epochs: {epochs})")
+    if "mae_epochs" in report:
+        accuracy, epochs = report["mae_linear_probe_accuracy"], report["mae_epochs"]
+        print(f"  teacher_mae: {accuracy:.1%} validation accuracy of a linear probe (epochs: {epochs})")
     print(f"  seconds: {', '.join(f'{stage} {seconds}' for stage, seconds in report['seconds'].items())}")
 
 
@@ -156,6 +173,7 @@ def main(arguments: argparse.Namespace) -> None:
             {"train": arguments.num_train_images, "validation": arguments.num_validation_images},
             arguments.teacher_epochs,
             arguments.judge_epochs,
+            arguments.mae_epochs,
         )
         write_json(unfinished_dir / "demo.json", report)
         if output_dir.exists():

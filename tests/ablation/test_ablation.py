@@ -1,4 +1,5 @@
 import argparse
+import copy
 import fcntl
 import json
 import os
@@ -22,15 +23,17 @@ from flowback_hf.ablation import (
     Runner,
     Variant,
     command_line,
+    estimate,
     make_cells,
     make_variants,
+    markdown,
     read_grid,
     read_settings,
     resolve_blocks,
     resolve_layer,
     summarise,
 )
-from flowback_hf.ablation.report import format_figure
+from flowback_hf.ablation.report import draw_speed_ups, format_figure
 from flowback_hf.ablation.runner import error_message, save_checkpoint_pipeline
 from flowback_hf.data import DataSource, HoldOut
 from flowback_hf.files import read_json_lines
@@ -121,15 +124,15 @@ def line(images, teacher, judge, tmp_path):
 def in_process(monkeypatch):
     """Runs the scripts in this process, which has imported what a new one would import for seconds each time."""
 
-    def run(self, command, cell):
+    def run(self, command, log_file):
         script = load_script(Path(command[1]))
         AcceleratorState._reset_state(reset_partial_state=True)
-        (cell.folder / "log.txt").touch()
+        log_file.touch()
         try:
             args = script.parse_args(command[2:])
             script.main(args, *([command[2:]] if command[1].endswith("evaluate_flow.py") else []))
         except Exception:
-            (cell.folder / "log.txt").write_text(traceback.format_exc())
+            log_file.write_text(traceback.format_exc())
             return 1
         return 0
 
@@ -139,7 +142,8 @@ def in_process(monkeypatch):
 def variants_of(args: argparse.Namespace) -> dict[str, Variant]:
     source = DataSource("--data_dir", str(args.data_dir), True)
     settings = read_settings(args.settings)
-    return make_variants(read_grid(args.grid), settings, source, args.teacher, args.judge, args.output_dir)
+    encoders = (args.teacher, args.judge, args.output_dir, args.other_teacher)
+    return make_variants(read_grid(args.grid), settings, source, *encoders)
 
 
 def run(ablate, line, *options):
@@ -184,9 +188,8 @@ def test_a_grid_that_is_ended_goes_on_and_a_failing_cell_is_a_row(ablate, line, 
     done, failed = results["cells"]
     assert (done["variant"], done["status"]) == ("none", "done") and set(done["seconds"]) == {"train", "evaluate"}
     assert (failed["variant"], failed["status"]) == ("detach", "failed") and "Step 1" in failed["error"]
-    assert results["variants"]["detach"] == {
-        "num_cells": 1, "num_done": 0, "metrics": {}, "minus_baseline": {}
-    }  # fmt: skip
+    failed = results["variants"]["detach"]
+    assert (failed["num_cells"], failed["num_done"]) == (1, 0) and failed["metrics"] == failed["minus_baseline"] == {}
     assert results["machine"]["threads"] == 1 and results["cell_hours"] > 0 and results["commit"]
     table = (tmp_path / "out" / "results.md").read_text()
     assert "| detach | 0 |" in table and "| detach | 3 | failed | train: FloatingPointError" in table
@@ -204,7 +207,8 @@ def test_a_grid_of_teachers_from_end_to_end(ablate, in_process, line, teacher, t
     BitImageProcessorPil().save_pretrained(teacher)
     run(ablate, line(grid, teacher=teacher))
     output_dir = tmp_path / "out"
-    assert names(output_dir) == [
+    # There are no factors where no variant reaches its baseline.
+    assert [name for name in names(output_dir) if name != "speed_ups.png"] == [
         "cells",
         "curves.png",
         "distance_against_accuracy.png",
@@ -289,14 +293,157 @@ def test_a_grid_of_teachers_from_end_to_end(ablate, in_process, line, teacher, t
     assert {path: path.stat().st_mtime_ns for path in (output_dir / "cells").rglob("*/seed-5/**/*")} == before
 
 
+CONTROLS = {
+    "within": {"alignment": "detach", "teacher": "shuffled-class"},
+    "among": {"alignment": "detach", "teacher": "shuffled-all"},
+    "other": {"alignment": "detach", "teacher": "other"},
+}
+
+
+def test_controls_read_shuffled_features_that_are_stored_once(ablate, in_process, line, teacher, tmp_path):
+    settings = {"train": SETTINGS["train"]}
+    settings["evaluate"] = SETTINGS["evaluate"] | {"linear_probe": False, "guidance_scales": [1.0]}
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    options = {"records_dir": tmp_path / "records", "other_teacher": other, "seeds": 0}
+    grid = {"seeds": [0, 1], "variants": CONTROLS}
+    run(ablate, line(grid, settings, variants="within", **options))
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "shuffled_class" / "features").rglob("*")}
+    run(ablate, line(grid, settings, **options))
+    assert {path: path.stat().st_mtime_ns for path in stored} == stored
+    rows = read_results(tmp_path / "out")["cells"]
+    assert [row["status"] for row in rows] == ["done"] * 3, rows
+    assert len({row["metrics"]["nll"] for row in rows}) == 3
+    trained = {
+        name: json.loads((tmp_path / "out" / "cells" / name / "seed-0" / "flow" / "training_args.json").read_text())
+        for name in CONTROLS
+    }
+    assert trained["other"]["teacher_model_name_or_path"] == str(other)
+    for name, shuffle in {"within": "class", "among": "all"}.items():
+        folder = tmp_path / "out" / f"shuffled_{shuffle}" / "features"
+        assert trained[name]["teacher_features"] == str(folder)
+        assert json.loads((folder / "features.json").read_text())["shuffle"] == shuffle
+
+    # nothing is stored for cells with a record, which need the other teacher only where it is theirs
+    shutil.rmtree(tmp_path / "out")
+    without = {name: own for name, own in CONTROLS.items() if name != "other"}
+    run(ablate, line(grid | {"variants": without}, settings, **options | {"other_teacher": None}))
+    assert not list((tmp_path / "out").glob("shuffled_*"))
+    (other / "more.txt").touch()
+    with pytest.raises(ValueError, match=r"is of another config or other files: other_teacher \("):
+        run(ablate, line(grid, settings, **options))
+
+
+def test_shuffled_features_need_the_same_images_for_every_seed(ablate, line, images, tmp_path):
+    grid = {"seeds": [0], "variants": CONTROLS}
+    with pytest.raises(ValueError, match="'other' cannot be run: its teacher is 'other', but `--other_teacher`"):
+        run(ablate, line(grid))
+    grid["variants"] = {"within": CONTROLS["within"]}
+    with pytest.raises(ValueError, match="`--data_dir` must have a validation split for shuffled features"):
+        run(ablate, line(grid, data_dir=images / "train"))
+    grid["variants"] = {"within": CONTROLS["within"] | {"max_train_samples": 8}}
+    with pytest.raises(ValueError, match="'within' cannot be run: `max_train_samples` draws other images"):
+        run(ablate, line(grid))
+    grid["variants"] = {"within": CONTROLS["within"] | {"streaming": True}}
+    options = {"data_dir": None, "dataset_name": images}
+    with pytest.raises(ValueError, match="'within' cannot be run: --teacher_features belong to rows that"):
+        run(ablate, line(grid, **options))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_prints_cells_and_hours_and_leaves_nothing(ablate, in_process, line, tmp_path, capsys):
-    grid = {"alignment": ["none", "detach"], "seeds": [0, 1]}
-    run(ablate, line(grid, jobs=1), "--dry_run")
+    variants = {"none": {"alignment": "none"}, "detach": {"alignment": "detach", "teacher": "shuffled-all"}}
+    run(ablate, line({"seeds": [0, 1], "variants": variants}, jobs=1), "--dry_run")
     printed = capsys.readouterr().out
     for text in ("none, seed 0: to be run", "detach, seed 1: to be run", "an evaluation", "s a step", "min a cell"):
         assert text in printed
     assert "4 of 4 cells are to be run: " in printed and "hours one by one" in printed
     assert not (tmp_path / "out").exists()
+
+
+def write_records(args, rows, records_dir):
+    """Records of finished cells of a grid, with rows of known curves."""
+    cells = make_cells(variants_of(args), [0, 1], args.output_dir, records_dir=records_dir)
+    for cell in cells:
+        row = next((row for row in rows if (row["variant"], row["seed"]) == (cell.variant.name, cell.seed)), None)
+        if row is not None:
+            cell.record_file.parent.mkdir(parents=True, exist_ok=True)
+            record = {"config": cell.recorded_config, "checksums": {}, "row": row | {"seconds": {}}}
+            cell.record_file.write_text(json.dumps(record))
+
+
+CONFIRMED = {
+    "seeds": [0, 1],
+    "confirmation_seeds": [7],
+    "variants": {
+        "none": {"alignment": "none"},
+        "fast": {"alignment": "detach"},
+        "faster": {"alignment": "forward"},
+        "once": {"alignment": "reverse"},
+        "none-long": {"alignment": "none", "max_train_steps": 8},
+    },
+}
+
+
+def test_the_best_variant_is_picked_on_the_validation_split_and_confirmed(ablate, in_process, line, tmp_path, capsys):
+    settings = {"train": SETTINGS["train"]}
+    settings["evaluate"] = SETTINGS["evaluate"] | {"linear_probe": False, "guidance_scales": [1.0]}
+    command = line(CONFIRMED, settings, records_dir=tmp_path / "records")
+    with pytest.raises(ValueError, match=r"`--confirm` needs finished cells of 'none' with the seeds \[0, 1\]"):
+        run(ablate, command, "--confirm")
+    rows = [make_row("none", seed, [0.0, 0.3, 0.6]) for seed in (0, 1)]
+    rows += [make_row("fast", seed, [0.0, 0.5, 0.7]) for seed in (0, 1)]
+    rows += [make_row("faster", seed, [0.0, 0.6, 0.7]) for seed in (0, 1)]
+    rows += [make_row("once", 0, [0.0, 0.9, 0.9])]
+    rows += [make_row("none-long", seed, [0.0, 0.9, 0.9]) for seed in (0, 1)]
+    for row in rows[4:6]:  # the fastest to be accurate, at a cost in nll
+        row["curve"]["nll"] = [9.0, 9.0, 9.0]
+    write_records(ablate.parse_args(command), rows, tmp_path / "records")
+    run(ablate, command, "--confirm")
+    printed = capsys.readouterr().out
+    assert "fast: 1.33 times fewer steps, nll -0.7000 (validation split)" in printed
+    assert "faster: 2.00 times fewer steps, nll 9.0000, higher than that of none (validation split)" in printed
+    assert "once: " not in printed.partition("none, seed 7")[0]
+    report = read_results(tmp_path / "out" / "confirmation")
+    assert [(row["variant"], row["seed"]) for row in report["cells"]] == [("none", 7), ("fast", 7)]
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert (tmp_path / "records" / "fast" / "seed-7.json").exists()
+
+    with pytest.raises(ValueError, match=r"The seeds \[7\] are for --confirm, which runs what the others picked"):
+        run(ablate, command, "--seeds", "7")
+    with pytest.raises(SystemExit):
+        ablate.parse_args([*command, "--confirm", "--variants", "fast"])
+    assert "leave --variants and --seeds out" in capsys.readouterr().err
+    for row in rows[2:4]:
+        row["curve"]["nll"] = [9.0, 9.0, 9.0]
+    write_records(ablate.parse_args(command), rows, tmp_path / "records")
+    with pytest.raises(ValueError, match="`--confirm` has nothing to confirm: no variant with all the seeds"):
+        run(ablate, command, "--confirm")
+    without = {name: value for name, value in CONFIRMED.items() if name != "confirmation_seeds"}
+    with pytest.raises(ValueError, match="`--confirm` needs 'confirmation_seeds', but `--grid` .* has none"):
+        run(ablate, line(without, settings), "--confirm")
+
+
+def test_steps_are_timed_in_turn(ablate, in_process, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "STEPS_PER_TURN", 4)
+    monkeypatch.setattr(estimate, "TURNS", 2)
+    timed, train = [], estimate.train
+
+    def watch(variant, *arguments):
+        timed.append(variant.name)
+        return train(variant, *arguments)
+
+    monkeypatch.setattr(estimate, "train", watch)
+    grid = {"alignment": ["none", "detach"], "seeds": [0]}
+    run(ablate, line(grid, records_dir=tmp_path / "records"), "--time_steps")
+    assert timed == ["none", "detach"] * 2
+    assert names(tmp_path / "records") == ["step_seconds-grid.json"] and not (tmp_path / "out").exists()
+    report = json.loads((tmp_path / "records" / "step_seconds-grid.json").read_text())
+    assert report["commit"] and report["machine"]["threads"]
+    printed = capsys.readouterr().out
+    for name, own in report["results"].items():
+        assert len(own["seconds"]) == 2 and min(own["seconds"]) <= own["median_seconds"] <= max(own["seconds"])
+        assert f"{name}: {own['median_seconds']:.4f} s a step" in printed
 
 
 def test_checkpoints_are_evaluated_where_the_run_held_images_out(ablate, in_process, line, images, tmp_path):
@@ -351,6 +498,29 @@ def test_the_grids_that_ship(ablate, line, grid, expected, settings):
     # digits have blocks of three layers; of two, the middle is as deep as a quarter
     layers = [variants[name].places[0][1] for name in variants if "early" in name]
     assert layers == ([1, 2, 3] if "digits" in settings.name else [1, 2])
+
+
+def test_the_grids_of_the_glyphs(ablate, line):
+    """The reasons are compared with baselines of their own, and share cells with the strategies."""
+    variants = {}
+    for name in ("glyphs", "glyphs_why"):
+        grid = REPOSITORY / "training" / "ablations" / f"{name}.json"
+        settings = REPOSITORY / "training" / "ablations" / "settings" / "glyphs.json"
+        variants[name] = variants_of(
+            ablate.parse_args(line({}, {}, grid=grid, settings=settings, other_teacher="mae"))
+        )
+    strategies, reasons = variants.values()
+    for name in strategies.keys() & reasons.keys():
+        assert strategies[name].train == reasons[name].train
+    assert {variant.baseline for variant in strategies.values()} == {"none"}
+    for variant in reasons.values():
+        baseline = reasons[variant.baseline]
+        assert baseline.train["alignment"] == "none" and baseline.baseline == baseline.name
+        for name in ("num_attention_heads", "max_train_samples"):
+            assert variant.train.get(name) == baseline.train.get(name)
+    assert len({variant.baseline for variant in reasons.values()}) == 5
+    assert reasons["reverse-0-late-mae"].train["teacher_model_name_or_path"] == "mae"
+    assert reasons["reverse-0-late-shuffled-all"].shuffle == "all"
 
 
 def test_names_and_arguments_of_variants(ablate, line):
@@ -466,6 +636,9 @@ def test_layers_are_the_papers():
 # Results
 
 
+REPORT = {"command": "", "commit": "", "machine": {}, "cell_hours": 0.0, "settings": {}, "cells": []}
+
+
 def make_row(variant, seed, accuracy, distance=()):
     """A row with evaluated checkpoints if it has distances."""
     curve = {"step": list(range(0, 100 * len(accuracy), 100)), "accuracy": accuracy}
@@ -502,7 +675,7 @@ def test_how_many_times_fewer_steps():
         {"variant": "slow", "seed": 1, "status": "failed"},
     ]
     summary = summarise(rows)
-    assert summary["baseline_final"] == {
+    assert summary["baseline_final"]["none"] == {
         "accuracy": pytest.approx(0.6), "nll": pytest.approx(-0.6), "distance": pytest.approx(3.0)
     }  # fmt: skip
     # 0.6 lies at 100 * 0.5 / 0.6; the baseline's seeds reach it at the end, if at all, and at 100 + 100 * 0.2 / 0.3
@@ -517,6 +690,70 @@ def test_how_many_times_fewer_steps():
     slow = summary["variants"]["slow"]
     assert slow["metrics"] == {} and (slow["num_cells"], slow["num_done"]) == (2, 1)
     assert format_figure({"mean": 0.5, "standard_error": 0.01, "num_seeds": 2}, 100, 1, 3) == ("50.0 ± 1.0 (2 of 3)")
+
+
+def test_how_many_times_less_time():
+    """A step of each variant takes what was measured of all in turn, whatever the cells took."""
+    rows = [make_row("none", 0, [0.0, 0.3, 0.6]), make_row("fast", 0, [0.0, 0.6, 0.6])]
+    for row, seconds in zip(rows, (5.0, 1.0)):
+        row["metrics"]["seconds_per_step"] = seconds
+    metrics = summarise(copy.deepcopy(rows), step_seconds={"none": 0.2, "fast": 0.25})["variants"]["fast"]["metrics"]
+    assert metrics["times_fewer_steps_accuracy"]["mean"] == pytest.approx(2.0)
+    assert metrics["times_less_time_accuracy"]["mean"] == pytest.approx(2.0 * 0.2 / 0.25)
+    assert metrics["times_less_time_nll"]["mean"] == pytest.approx(1.6)
+    for step_seconds in ({}, {"none": 0.2}, {"fast": 0.2}):
+        metrics = summarise(copy.deepcopy(rows), step_seconds=step_seconds)["variants"]["fast"]["metrics"]
+        assert "times_less_time_accuracy" not in metrics and "times_fewer_steps_accuracy" in metrics
+
+
+def test_a_variant_is_compared_with_its_own_baseline():
+    rows = [
+        make_row("none", 0, [0.0, 0.4, 0.8]),
+        make_row("none-small", 0, [0.0, 0.1, 0.2]),
+        make_row("fast-small", 0, [0.0, 0.2, 0.2]),
+        make_row("none-long", 0, [0.0, 0.4, 0.8, 0.9]),
+    ]
+    for row in rows:
+        row["metrics"]["nll"] = row["curve"]["nll"][-1]
+    summary = summarise(rows, {"none-small": "none-small", "fast-small": "none-small"})
+    assert summary["baseline_final"]["none"]["accuracy"] == 0.8
+    assert summary["baseline_final"]["none-small"]["accuracy"] == 0.2
+    times = {name: own["metrics"]["times_fewer_steps_accuracy"]["mean"] for name, own in summary["variants"].items()}
+    assert times == {"none": 1.0, "none-small": 1.0, "fast-small": pytest.approx(2.0), "none-long": 1.0}
+    small = summary["variants"]["fast-small"]
+    assert small["baseline"] == "none-small" and small["minus_baseline"]["nll"]["mean"] == pytest.approx(0.0)
+    page = markdown({**REPORT, **summary})
+    assert "none: 80.0 %, -0.8000, none-small: 20.0 %, -0.2000" in page
+
+
+def test_how_the_factor_grows_over_training(tmp_path):
+    """At each point of the baseline: its step there over the variant's step to the same value."""
+    baseline = [make_row("none", seed, [0.0, 0.1, 0.2, 0.3, 0.4], [9.0, 8.0, 7.0, 6.0, 5.0]) for seed in (0, 1)]
+    fast = [
+        make_row("fast", 0, [0.0, 0.1, 0.3, 0.5, 0.7], [9.0, 8.0, 6.0, 4.0, 2.0]),  # 0.3 at step 200, 0.4 at 250
+        make_row("fast", 1, [0.0, 0.1, 0.2, 0.3, 0.4], [7.5, 7.0, 6.0, 5.0, 4.0]),
+    ]
+    variants = summarise([*baseline, *fast])["variants"]
+    accuracy = variants["fast"]["speed_up_curves"]["accuracy"]
+    assert accuracy["step"] == [100, 200, 300, 400]
+    assert accuracy["mean"] == pytest.approx([1.0, (200 / 150 + 1) / 2, (300 / 200 + 1) / 2, (400 / 250 + 1) / 2])
+    assert accuracy["standard_error"][3] == pytest.approx((400 / 250 - 1) / 2)
+    assert accuracy["mean"][-1] == variants["fast"]["metrics"]["times_fewer_steps_accuracy"]["mean"]
+    # the second seed is below 8 from the start: how long before is not known
+    distance = variants["fast"]["speed_up_curves"]["distance"]
+    assert distance["step"] == [200, 300, 400]
+    assert distance["mean"] == pytest.approx([(200 / 150 + 200 / 100) / 2, (300 / 200 + 300 / 200) / 2,
+                                              (400 / 250 + 400 / 300) / 2])  # fmt: skip
+    # one that never arrives has no factor there
+    slow = summarise([*baseline, make_row("slow", 0, [0.0, 0.1, 0.15, 0.2, 0.2], [9.0] * 5)])["variants"]["slow"]
+    assert slow["speed_up_curves"]["accuracy"] == {
+        "step": [100, 200], "mean": pytest.approx([1.0, 200 / 300]), "standard_error": [None, None]
+    }  # fmt: skip
+
+    draw_speed_ups(variants, tmp_path / "speed_ups.png")
+    assert min(PIL.Image.open(tmp_path / "speed_ups.png").size) > 300
+    draw_speed_ups({"none": variants["none"]}, tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
 
 
 def test_differences_to_the_baseline_are_of_the_same_seeds():
@@ -535,7 +772,7 @@ def test_differences_to_the_baseline_are_of_the_same_seeds():
 
 def test_no_baseline_is_no_target():
     summary = summarise([make_row("detach", 0, [0.1, 0.2])])
-    assert summary["baseline_final"] == {"accuracy": None, "nll": None, "distance": None}
+    assert summary["baseline_final"]["none"] == {"accuracy": None, "nll": None, "distance": None}
     assert summary["variants"]["detach"]["metrics"] == summary["variants"]["detach"]["minus_baseline"] == {}
 
 
@@ -551,7 +788,10 @@ GRID = {"alignment": ["none", "reverse"], "seeds": [0]}
         (GRID | {"strategy": ["x"]}, r"grid.json has the unknown keys \['strategy'\]; it may have \['alignment', "),
         ({"alignment": ["none"]}, "grid.json has no 'seeds', but every cell needs one"),
         (GRID | {"alignment_weight": 0.1}, "must have a list of values for 'alignment_weight', but has 0.1"),
-        (GRID | {"teacher": ["strict"]}, r"names the teachers \['strict'\], but they are \['given', 'random'\]"),
+        (
+            GRID | {"teacher": ["strict"]},
+            r"names the teachers \['strict'\], but they are \['given', 'other', 'random', ",
+        ),
         ("{", "grid.json is not a JSON file: Expecting"),
         ("[]", "grid.json must hold a JSON object, but holds"),
         (GRID | {"alignment_blocks": [[4]]}, "variant 'reverse' cannot be run: `places` names flow block 4"),
@@ -573,7 +813,21 @@ GRID = {"alignment": ["none", "reverse"], "seeds": [0]}
         ),
         (
             {"variants": {"a": {"alignment": "detach", "teacher": "strict"}}, "seeds": [0]},
-            r"names the teachers \['strict'\], but they are \['given', 'random'\]",
+            r"names the teachers \['strict'\], but they are \['given', 'other', 'random', ",
+        ),
+        (
+            {"variants": {"a": {"alignment": "detach", "baseline": "none"}}, "seeds": [0]},
+            r"variant 'a' of `--grid` .* must have a baseline of the grid that is not aligned, one of \[\], but has"
+            " 'none'",
+        ),
+        (
+            {"variants": {"a": {"alignment": "detach"}, "b": {"alignment": "detach", "baseline": "a"}}, "seeds": [0]},
+            r"variant 'b' of `--grid` .* must have a baseline of the grid that is not aligned, one of \[\], but has"
+            " 'a'",
+        ),
+        (
+            GRID | {"confirmation_seeds": [0, 1]},
+            r"must have other 'confirmation_seeds' than 'seeds', but both have \[0\]",
         ),
         (GRID | {"alignment_order": [-1]}, "variant 'reverse' cannot be run: argument --alignment_order: must be 0"),
     ],

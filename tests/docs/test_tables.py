@@ -23,10 +23,11 @@ def tables():
 
 @pytest.fixture
 def copy(tables, tmp_path, monkeypatch) -> Iterator[Path]:
-    """A copy of the pages, which the script takes for the repository's."""
+    """A copy of the pages and of what they are written from, which the script takes for the repository's."""
     shutil.copy(REPOSITORY / "README.md", tmp_path)
     shutil.copytree(REPOSITORY / "docs", tmp_path / "docs")
     shutil.copytree(REPOSITORY / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    shutil.copytree(REPOSITORY / "training" / "ablations", tmp_path / "training" / "ablations")
     monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
     tables.read.cache_clear()
     yield tmp_path
@@ -66,7 +67,9 @@ def test_the_records_of_an_ablation_become_a_table(tables, copy):
     assert tables.TABLES["ablation-glyphs"]().markdown(page) == "Nothing has been measured yet."
 
     machine = {"cpu": "Test CPU", "cores": 2, "threads": 1, "torch": "2.0"}
-    cells = [("none", 0, 0.5, 400), ("none", 1, 0.5, 400), ("fast", 0, 0.7, 100)]
+    fast, slow = "reverse-0-late", "reverse-0-late-600-images"
+    cells = [("none", 0, 0.5, 400), ("none", 1, 0.5, 400), (fast, 0, 0.7, 100), (fast, 3, 0.9, 100)]
+    cells += [("none-600-images", 0, 0.2, 300), (slow, 0, 0.3, 200)]
     for variant, seed, accuracy, step in cells:
         curve = {"step": [0, step, 400 + step], "accuracy": [0.0, 0.5, 0.5], "nll": [1.0] * 3, "distance": [1.0] * 3}
         row = {"variant": variant, "seed": seed, "status": "done", "curve": curve, "checkpoint_curve": curve}
@@ -76,12 +79,29 @@ def test_the_records_of_an_ablation_become_a_table(tables, copy):
         (records / variant / f"seed-{seed}.json").write_text(json.dumps(content))
     table = tables.TABLES["ablation-glyphs"]()
     rows = {cells[0]: dict(zip(table.header, cells)) for cells in table.rows}
-    assert list(rows) == ["`none`", "`fast`"]
+    assert list(rows) == ["`none`", "`reverse-0-late`"]
     assert rows["`none`"]["seeds"] == "2" and rows["`none`"]["accuracy, one gradient, %"] == "55.0 ± 5.0"
-    assert rows["`fast`"]["× fewer steps, accuracy"] == "4.00"
+    assert rows["`reverse-0-late`"]["× fewer steps, accuracy"] == "4.00"
+    assert "× less time, accuracy" not in table.header
     assert table.markdown(page).count("\n- ") == 1
-    links = [f"[`ablation_glyphs/{variant}/seed-{seed}.json`]" for variant, seed, *_ in cells]
+    links = [f"[`ablation_glyphs/{variant}/seed-{seed}.json`]" for variant, seed, *_ in cells[:3]]
     assert all(link in table.markdown(page) for link in links)
+
+    # each is compared with its own baseline, in steps and in the time of a step, as all were measured in turn
+    times = {"none-600-images": {"median_seconds": 0.1}, slow: {"median_seconds": 0.2}}
+    content = {"command": "--time_steps", "commit": "abc", "machine": machine, "results": times}
+    (records / "step_seconds-glyphs_why.json").write_text(json.dumps(content))
+    table = tables.TABLES["ablation-glyphs-why"]()
+    rows = {cells[0]: dict(zip(table.header, cells)) for cells in table.rows}
+    assert list(rows) == ["`none`", "`reverse-0-late`", "`none-600-images`", f"`{slow}`"]
+    assert rows[f"`{slow}`"]["baseline"] == "`none-600-images`"
+    assert rows[f"`{slow}`"]["× fewer steps, accuracy"] == "1.50"
+    assert rows[f"`{slow}`"]["× less time, accuracy"] == "0.75"
+    assert "--time_steps" in table.markdown(page)
+
+    # fresh seeds stand alone
+    table = tables.TABLES["ablation-glyphs-confirmation"]()
+    assert [row[0] for row in table.rows] == ["`reverse-0-late`"] and "120.0" in table.rows[0]
 
 
 def test_an_unknown_table_is_refused(tables):

@@ -11,6 +11,7 @@ import torch
 
 from flowback_hf import RepresentationTeacher
 from flowback_hf.data import ImageDataset, ImageSource, Splits, load_splits, load_teacher_features
+from flowback_hf.data.teacher_features import shuffle_within
 from flowback_hf.training import flow
 
 from ..conftest import REPOSITORY, command_line, image_rows, load_script, start_two_processes
@@ -70,6 +71,55 @@ def test_both_flips_of_every_training_image(
         for features, image in zip(item["teacher_features"], (item["images"], item["images"].flip(-1))):
             # float16 has 11 bits
             torch.testing.assert_close(features.float(), encoder(image[None])[0], rtol=2**-11, atol=1e-4)
+
+
+@pytest.mark.parametrize("shuffle", ["class", "all"])
+def test_shuffled_features_are_those_of_another_image(
+    precompute_features, train_rra, features_arguments, arguments, tmp_path, shuffle
+):
+    options = {"shuffle": shuffle, "output_dir": tmp_path / "shuffled"}
+    run(precompute_features, features_arguments())
+    run(precompute_features, features_arguments(**options, seed=1))
+    settings = json.loads((tmp_path / "shuffled" / "features.json").read_text())
+    assert (settings["shuffle"], settings["shuffle_seed"]) == (shuffle, 1)
+
+    config = make_config(sample_size=8, patch_size=2, in_channels=3)
+    own, shuffled = (load_teacher_features(str(tmp_path / name), config, 20)[0] for name in ("features", "shuffled"))
+    assert list(own["checksum"]) == list(shuffled["checksum"])  # a run finds its images
+    own_features, shuffled_features = (
+        torch.tensor(rows[:]["features"]).float().flatten(1) for rows in (own, shuffled)
+    )
+    distances, partners = torch.cdist(shuffled_features, own_features).min(dim=1)  # of the image and its mirror image
+    partners = partners.tolist()
+    assert distances.max() < 0.1 < torch.pdist(own_features).min()
+    assert sorted(partners) == list(range(20)) and all(number != partner for number, partner in enumerate(partners))
+    labels = load_splits(train_rra.parse_args(arguments(output_dir="o"))).train["label"]
+    same_class = [labels[number] == labels[partner] for number, partner in enumerate(partners)]
+    assert all(same_class) if shuffle == "class" else not all(same_class)
+
+    with pytest.raises(ValueError, match=r"holds other features; they differ in shuffle_seed \(1 then, 0 now\)"):
+        run(precompute_features, features_arguments(**options))
+    options = {"teacher_model_name_or_path": None, "teacher_features": tmp_path / "shuffled"}
+    train_rra.main(train_rra.parse_args(arguments(output_dir=tmp_path / "run", max_train_steps=1, **options)))
+
+
+def test_images_without_another_keep_their_place():
+    labels = ["cat", "dog", "cat", None, "cat"]
+    partners = shuffle_within(labels, seed=0)
+    assert [labels[partner] for partner in partners] == labels
+    assert [number for number, partner in enumerate(partners) if number == partner] == [1, 3]
+    # other permutations by other seeds, without a fixed point
+    drawn = {tuple(shuffle_within([0] * 6, seed)) for seed in range(10)}
+    assert len(drawn) > 5 and all(number != partner for each in drawn for number, partner in enumerate(each))
+
+
+def test_what_cannot_be_shuffled_is_refused(precompute_features, features_arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        precompute_features.parse_args([*features_arguments(shuffle="class"), "--unconditional"])
+    assert "--shuffle class needs labels: leave --unconditional out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="`--shuffle all` must have images to exchange, but each is the only one"):
+        run(precompute_features, features_arguments(shuffle="all", max_train_samples=1))
+    assert not (tmp_path / "features").exists()
 
 
 def make_config(**values):

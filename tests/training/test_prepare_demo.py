@@ -1,3 +1,4 @@
+import importlib.util
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, Dinov2Model
 
+from flowback_hf import RepresentationTeacher
 from flowback_hf.data.demo import glyphs, icons, make, networks
 from flowback_hf.data.demo.kind import image_generator
 
@@ -253,10 +255,76 @@ def test_the_judge_of_the_glyphs_is_trained_on_images_of_its_own(monkeypatch, tm
     }  # fmt: skip
 
 
+def test_a_second_teacher_is_trained_without_labels(demos, tmp_path, capsys):
+    line = [*ARGUMENTS["glyphs"], "--mae_epochs", "2", "--output_dir"]
+    run([*line, str(tmp_path / "demo")])
+    first, second = read_files(demos["glyphs"]), read_files(tmp_path / "demo")
+    report = json.loads(second.pop("demo.json"))
+    printed = capsys.readouterr().out
+    probed = report["mae_linear_probe_accuracy"]
+    assert f"teacher_mae: {probed:.1%} validation accuracy of a linear probe (epochs: 2)" in printed
+    assert 0 < probed < 1 and report["seconds"]["mae"] > 0 and "mae_epochs" not in read_report(demos["glyphs"])
+    # all else is as without it, to the bit
+    assert {name: content for name, content in second.items() if "teacher_mae" not in name} == {
+        name: content for name, content in first.items() if name != "demo.json"
+    }
+
+    teacher = RepresentationTeacher.from_pretrained(tmp_path / "demo" / "teacher_mae", grid_size=4)
+    images = torch.rand(2, 1, 16, 16) * 2 - 1
+    assert teacher(images).shape == (2, 16, 64)
+    untrained = networks.make_masked_autoencoder(16, 4, seed=3).vit.state_dict()
+    moved = [name for name, weight in teacher.encoder.state_dict().items() if not torch.equal(weight, untrained[name])]
+    assert len(moved) > 30
+
+    # labels play no part in it
+    pixel_values = networks.make_image_processor(16)(
+        [draw_glyph_image(3, "train", index, 16) for index in range(102)], return_tensors="pt"
+    ).pixel_values
+    again = networks.make_masked_autoencoder(16, 4, seed=3)
+    networks.train_masked_autoencoder(again, pixel_values, 2, quarter_turns=False, seed=3)
+    assert all(torch.equal(again.vit.state_dict()[name], teacher.encoder.state_dict()[name]) for name in moved)
+
+
+def test_a_masked_autoencoder_learns_what_it_does_not_see():
+    torch.manual_seed(0)
+    signs = torch.randint(2, (256, 1, 1, 1)) * 2.0 - 1
+    images = signs * torch.linspace(-1, 1, 16).expand(3, 16, 16)  # a patch tells the sign of all others
+    model = networks.make_masked_autoencoder(16, 4, seed=0)
+    noise = torch.rand(256, 16)
+
+    networks.train_masked_autoencoder(model, images, num_epochs=30, quarter_turns=False, seed=0)
+    with torch.no_grad():
+        error = model.eval()(images, noise=noise).loss.item()
+    assert error < 0.5  # 1 is the variance of a patch
+
+
+def test_the_probe_of_a_teacher_reads_its_patch_tokens():
+    """Classes that differ by a patch only, which every encoder sees, are told apart; random labels are not."""
+    torch.manual_seed(0)
+    labels = {"train": torch.arange(60) % 2, "validation": torch.arange(40) % 2}
+    pixel_values = {split: 0.1 * torch.randn(len(own), 3, 16, 16) for split, own in labels.items()}
+    for split, own in labels.items():
+        pixel_values[split][own == 1, :, :4, :4] += 1.0
+    teacher = RepresentationTeacher(networks.make_masked_autoencoder(16, 4, seed=0).vit, grid_size=4)
+    assert networks.probe_teacher(teacher, pixel_values, labels) == 1.0
+    pixel_values["validation"] = 0.1 * torch.randn(40, 3, 16, 16)
+    assert networks.probe_teacher(teacher, pixel_values, labels) < 0.8
+
+
 def test_a_missing_typeface_is_named_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(glyphs, "TYPEFACES", (*glyphs.TYPEFACES[:2], "Garamond", "Bodoni"))
     line = [*ARGUMENTS["glyphs"], "--output_dir", str(tmp_path / "demo")]
     assert "typefaces of matplotlib, but Garamond, Bodoni are not in" in end_of_command(SCRIPT, line, monkeypatch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_teacher_without_scikit_learn_says_what_to_install(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
+    line = [*ARGUMENTS["glyphs"], "--mae_epochs", "1", "--output_dir", str(tmp_path / "demo")]
+    assert '--mae_epochs needs scikit-learn: pip install "flowback_hf[demo]"' in end_of_command(
+        SCRIPT, line, monkeypatch
+    )
     assert list(tmp_path.iterdir()) == []
 
 

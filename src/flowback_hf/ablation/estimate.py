@@ -1,5 +1,5 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
-"""How long a grid would take, from a few steps of each variant."""
+"""What a step of each variant takes, and how long a grid would take."""
 
 import math
 import tempfile
@@ -8,12 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from flowback_hf.ablation.grids import RANDOM_TEACHER, Cell, Variant, parse_train_options
 from flowback_hf.ablation.runner import Runner, error_message
 from flowback_hf.files import read_metrics_log
 
 
 TIMED_STEPS = 10
+# Of a measurement of steps alone, where each variant has several turns.
+STEPS_PER_TURN = 40
+TURNS = 3
 
 
 @dataclass
@@ -54,7 +59,7 @@ def print_estimate(cells: Sequence[Cell], runner: Runner, jobs: int, teacher: st
         cells (`Sequence[Cell]`): The cells.
         runner ([`~flowback_hf.ablation.Runner`]): Runs what is timed.
         jobs (`int`): How many cells would run side by side.
-        teacher (`str`): Stands in for the random teacher, which is as large.
+        teacher (`str`): Stands in for the random teacher, which is as large, and for shuffled features.
     """
     variants = list({cell.variant.name: cell.variant for cell in cells}.values())
     costs = measure(variants, runner, teacher)
@@ -80,27 +85,51 @@ def measure(variants: Sequence[Variant], runner: Runner, teacher: str) -> Costs:
     steps have left.
     """
     with tempfile.TemporaryDirectory() as folder:
-        cell, seconds, step = train(variants[0], TIMED_STEPS, runner, teacher, Path(folder))
-        _, longer, _ = train(variants[0], TIMED_STEPS // 5, runner, teacher, Path(folder))
+        cell, seconds, step = train(variants[0], TIMED_STEPS, TIMED_STEPS, runner, teacher, Path(folder, "once"))
+        _, longer, _ = train(variants[0], TIMED_STEPS, TIMED_STEPS // 5, runner, teacher, Path(folder, "often"))
         validation = max(0.0, longer - seconds) / 4
         start_up = max(0.0, seconds - TIMED_STEPS * step - 2 * validation)
         evaluation = run_timed(runner, runner.scripts.evaluate_command(cell), cell)
         steps = {variants[0].name: step}
         for variant in variants[1:]:
-            steps[variant.name] = train(variant, TIMED_STEPS, runner, teacher, Path(folder))[2]
+            timed_in = Path(folder, variant.name)
+            steps[variant.name] = train(variant, TIMED_STEPS, TIMED_STEPS, runner, teacher, timed_in)[2]
     return Costs(start_up, validation, evaluation, steps)
 
 
+def time_each_step(variants: Sequence[Variant], runner: Runner, teacher: str) -> dict[str, list[float]]:
+    """
+    The seconds of a training step of each variant, one for each of its turns.
+
+    Variants take turns, so that what slows the machine down for a while slows all of them.
+
+    Args:
+        variants (`Sequence[Variant]`): The variants.
+        runner ([`~flowback_hf.ablation.Runner`]): Runs what is timed.
+        teacher (`str`): Stands in for the random teacher, which is as large, and for shuffled features.
+    """
+    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(TURNS):
+            for variant in tqdm(variants, desc=f"Turn {turn + 1} of {TURNS}"):
+                timed_in = Path(folder, f"{variant.name}-{turn}")
+                step = train(variant, STEPS_PER_TURN, STEPS_PER_TURN, runner, teacher, timed_in)[2]
+                seconds[variant.name].append(step)
+    return seconds
+
+
 def train(
-    variant: Variant, validation_steps: int, runner: Runner, teacher: str, folder: Path
+    variant: Variant, num_steps: int, validation_steps: int, runner: Runner, teacher: str, folder: Path
 ) -> tuple[Cell, float, float]:
-    """The cell that was trained for a few steps, the seconds that it took, and those of a step."""
-    own = {"max_train_steps": TIMED_STEPS, "logging_steps": TIMED_STEPS // 2}
-    own |= {"validation_steps": validation_steps, "checkpointing_steps": TIMED_STEPS}
-    if Path(variant.train.get("teacher_model_name_or_path") or "").name == RANDOM_TEACHER:
-        own["teacher_model_name_or_path"] = teacher
+    """The cell that was trained for a few steps, the seconds that it took, and those of a step of the second half."""
+    own = {"max_train_steps": num_steps, "logging_steps": num_steps // 2}
+    own |= {"validation_steps": validation_steps, "checkpointing_steps": num_steps}
+    # What may not have been made yet. A shuffled control is given the cost of what it is the control of.
+    is_random = Path(variant.train.get("teacher_model_name_or_path") or "").name == RANDOM_TEACHER
+    if is_random or variant.shuffle is not None:
+        own |= {"teacher_model_name_or_path": teacher, "teacher_features": None}
     timed = Variant(variant.name, variant.train | own, variant.evaluate)
-    cell = Cell(timed, 0, folder / f"{variant.name}-{validation_steps}")
+    cell = Cell(timed, 0, folder)
     cell.folder.mkdir()
     seconds = run_timed(runner, runner.scripts.train_command(cell), cell)
     records = read_metrics_log(cell.flow_folder)
@@ -112,6 +141,6 @@ def train(
 def run_timed(runner: Runner, command: list[str], cell: Cell) -> float:
     """The seconds that a command takes. Raises RuntimeError if it fails."""
     start = time.perf_counter()
-    if runner.run(command, cell) != 0:
+    if runner.run(command, cell.log_file) != 0:
         raise RuntimeError(f"{cell.variant.name} cannot be timed. {error_message(cell.log_file)}")
     return time.perf_counter() - start

@@ -7,7 +7,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from flowback_hf_cli.training import parse_args as parse_training
 
 
 AXES = ("alignment", "alignment_order", "alignment_blocks", "alignment_layer", "alignment_weight", "teacher")
-TEACHERS = ("given", "random")
+# How the stored features of a control are shuffled, by the name of its teacher.
+SHUFFLES = {"shuffled-class": "class", "shuffled-all": "all"}
+TEACHERS = ("given", "other", "random", *SHUFFLES)
 # What an ablation decides, cell by cell; the settings hold the rest. The grid's weight wins over the settings'.
 OWN_TRAIN_ARGUMENTS = {*AXES, "teacher_model_name_or_path", "teacher_features", "train_data_dir", "dataset_name"}
 OWN_TRAIN_ARGUMENTS |= {"output_dir", "seed", "resume_from_checkpoint"}
@@ -50,6 +52,8 @@ class Variant:
         checkpoint_guidance_scale (`float`, *optional*):
             The scale at which its checkpoints are sampled. `None` samples none.
         places (`list[Place]`): Where it is aligned; for the baseline, where it would be by default.
+        baseline (`str`): The variant that it is compared with; a baseline's is itself.
+        shuffle (`str`, *optional*): How the stored features that it reads are shuffled: `"class"` or `"all"`.
     """
 
     name: str
@@ -57,6 +61,8 @@ class Variant:
     evaluate: dict[str, Any]
     checkpoint_guidance_scale: float | None = None
     places: list[Place] = field(default_factory=list)
+    baseline: str = BASELINE
+    shuffle: str | None = None
 
 
 @dataclass
@@ -193,12 +199,12 @@ def check_keys(content: Any, what: str, keys: Iterable[str]):
 def read_grid(path: Path) -> Grid:
     """
     Read a grid: lists of values for `alignment`, `seeds` and whatever else is varied, or `seeds` and `variants`, which
-    names variants one by one, each with its own arguments.
+    names variants one by one, each with its own arguments. Either may have `confirmation_seeds`.
 
     Raises:
         ValueError: if the file is not a grid.
     """
-    grid = read_object(path, "grid", {*AXES, "seeds", "variants"})
+    grid = read_object(path, "grid", {*AXES, "seeds", "confirmation_seeds", "variants"})
     named = grid.get("variants")
     if named is not None:
         check_named_variants(grid, path)
@@ -208,6 +214,9 @@ def read_grid(path: Path) -> Grid:
     for name, values in grid.items():
         if name != "variants" and (not isinstance(values, list) or not values):
             raise ValueError(f"`--grid` {path} must have a list of values for {name!r}, but has {values!r}.")
+    both = sorted(set(grid["seeds"]) & set(grid.get("confirmation_seeds", [])))
+    if both:
+        raise ValueError(f"`--grid` {path} must have other 'confirmation_seeds' than 'seeds', but both have {both}.")
     teachers = grid.get("teacher", []) + [own["teacher"] for own in (named or {}).values() if "teacher" in own]
     unknown = [teacher for teacher in teachers if teacher not in TEACHERS]
     if unknown:
@@ -222,16 +231,23 @@ def train_arguments() -> set[str]:
 
 def check_named_variants(grid: Grid, path: Path):
     """Raise ValueError unless `variants` of a grid are objects of arguments, by names that folders can have."""
-    others = sorted(set(grid) - {"variants", "seeds"})
+    others = sorted(set(grid) - {"variants", "seeds", "confirmation_seeds"})
     if others:
         raise ValueError(f"`--grid` {path} must have either 'variants' or lists of values, but also has {others}.")
     check_keys(grid["variants"], f"'variants' of `--grid` {path}", grid["variants"])
     for name, own in grid["variants"].items():
         if not re.fullmatch(r"[\w.+-]+", name):
             raise ValueError(f"`--grid` {path} names the variant {name!r}, but a folder has to have its name.")
-        check_keys(own, f"the variant {name!r} of `--grid` {path}", {*AXES, *train_arguments()})
+        check_keys(own, f"the variant {name!r} of `--grid` {path}", {*AXES, "baseline", *train_arguments()})
         if "alignment" not in own:
             raise ValueError(f"The variant {name!r} of `--grid` {path} has no 'alignment', but every cell needs one.")
+    unaligned = [name for name, own in grid["variants"].items() if own["alignment"] == BASELINE]
+    for name, own in grid["variants"].items():
+        if "baseline" in own and own["baseline"] not in unaligned:
+            raise ValueError(
+                f"The variant {name!r} of `--grid` {path} must have a baseline of the grid that is not aligned, one of"
+                f" {unaligned}, but has {own['baseline']!r}."
+            )
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -335,8 +351,26 @@ def name_choices(grid: Grid) -> dict[str, dict[str, Any]]:
     return {name_variant(choice, grid): choice for choice in list_choices(grid)}
 
 
+def find_baselines(grid: Grid) -> dict[str, str]:
+    """
+    The variant that each variant is compared with, by its name.
+
+    It is the one that the variant names as its `baseline`, or else `none`. A variant that others name is compared with
+    itself, as `none` is.
+    """
+    choices = name_choices(grid)
+    named = {choice["baseline"] for choice in choices.values() if "baseline" in choice}
+    return {name: choice.get("baseline", name if name in named else BASELINE) for name, choice in choices.items()}
+
+
 def make_variants(
-    grid: Grid, settings: dict[str, Any], source: DataSource, teacher: str, judge: str, output_dir: Path
+    grid: Grid,
+    settings: dict[str, Any],
+    source: DataSource,
+    teacher: str,
+    judge: str,
+    output_dir: Path,
+    other_teacher: str | None = None,
 ) -> dict[str, Variant]:
     """
     Make every variant of a grid, once.
@@ -346,7 +380,8 @@ def make_variants(
         settings (`dict`): As [`read_settings`] returns them.
         source ([`~flowback_hf.data.DataSource`]): The data set.
         teacher, judge (`str`): The encoders to align with and to compare samples by: Hub ids or folders.
-        output_dir (`pathlib.Path`): Holds the random teacher, if the grid has one.
+        output_dir (`pathlib.Path`): Holds the random teacher and shuffled features, if the grid has them.
+        other_teacher (`str`, *optional*): The encoder of variants whose teacher is `"other"`.
     Returns:
         `dict` of `str` to [`Variant`]: by name.
     Raises:
@@ -355,48 +390,69 @@ def make_variants(
     name, folder = (None, source.name) if source.is_image_folder else (source.name, None)
     evaluate = settings["evaluate"] | {"dataset_name": name, "data_dir": folder, "features": judge}
     shared = settings["train"] | {"dataset_name": name, "train_data_dir": folder}
-    flow = make_shapes(parse_train_options(shared))
-    num_layers = [len(block.layers) for block in flow.blocks]
+    teachers = {"given": teacher, "other": other_teacher, "random": str(output_dir / RANDOM_TEACHER)}
+    baselines = find_baselines(grid)
     variants, known_arguments = {}, []
     for variant_name, choice in name_choices(grid).items():
-        own = dict(choice)
-        if "alignment_blocks" in own:
-            own["alignment_blocks"] = resolve_blocks(own["alignment_blocks"], len(num_layers))
-        if "alignment_layer" in own:
-            own["alignment_layer"] = resolve_layer(own["alignment_layer"], min(num_layers))
-        if choice["alignment"] != BASELINE:
-            is_random = own.pop("teacher", "given") == "random"
-            own["teacher_model_name_or_path"] = str(output_dir / RANDOM_TEACHER) if is_random else teacher
-        if own in known_arguments:  # in a block of two layers, middle and shallow are the same
-            continue
-        known_arguments.append(own)
-        scale = settings["checkpoint_guidance_scale"]
-        variant = Variant(variant_name, shared | own, evaluate, scale)
-        variant.places = check_variant(variant, flow)
-        variants[variant.name] = variant
+        with naming_variant(variant_name):
+            own = dict(choice)
+            kind = own.pop("teacher", "given")
+            own.pop("baseline", None)
+            # A variant may have a flow of its own, of another width or depth.
+            flow = make_shapes(shared | {name: value for name, value in own.items() if name not in AXES})
+            num_layers = [len(block.layers) for block in flow.blocks]
+            if "alignment_blocks" in own:
+                own["alignment_blocks"] = resolve_blocks(own["alignment_blocks"], len(num_layers))
+            if "alignment_layer" in own:
+                own["alignment_layer"] = resolve_layer(own["alignment_layer"], min(num_layers))
+            if kind in SHUFFLES:
+                own["teacher_features"] = str(output_dir / f"shuffled_{SHUFFLES[kind]}" / "features")
+            elif choice["alignment"] != BASELINE:
+                own["teacher_model_name_or_path"] = teachers[kind]
+            if own in known_arguments:  # in a block of two layers, middle and shallow are the same
+                continue
+            known_arguments.append(own)
+            scale = settings["checkpoint_guidance_scale"]
+            variant = Variant(variant_name, shared | own, evaluate, scale, baseline=baselines[variant_name])
+            variant.shuffle = SHUFFLES.get(kind)
+            variant.places = check_variant(variant, flow)
+            variants[variant.name] = variant
     return variants
 
 
-def make_shapes(train_args: argparse.Namespace) -> torch.nn.Module:
-    """The flow without its weights, which is enough to check places."""
+@contextlib.contextmanager
+def naming_variant(name: str) -> Iterator[None]:
+    """A context whose errors of value say which variant they are of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"The variant {name!r} cannot be run: {error}") from error
+
+
+def make_shapes(options: dict[str, Any]) -> torch.nn.Module:
+    """The flow of options of `training/train_rra.py` without its weights, which is enough to check places."""
+    train_args = parse_train_options(options)
     with torch.device("cpu" if train_args.pretrained_model_name_or_path else "meta"):
         return make_flow(train_args, None if train_args.unconditional else ["any"], data_sizes={})[0]
 
 
 def check_variant(variant: Variant, flow: torch.nn.Module) -> list[Place]:
-    """Its places. Raises ValueError, with its name, for what the scripts or the objective would refuse."""
-    try:
-        train_args = parse_train_options(variant.train)
-        parse_evaluate_options(variant.evaluate)
-        num_layers = [len(block.layers) for block in flow.blocks]
-        places = choose_places(num_layers, train_args.alignment_blocks, train_args.alignment_layer)
-        arguments = {"strategy": train_args.alignment, "weight": train_args.alignment_weight}
-        if train_args.alignment != BASELINE:
-            arguments |= {"places": places, "teacher_dim": 1, "projector_dim": 1}
-        with torch.device("meta"):
-            AlignedFlowObjective(flow, order=train_args.alignment_order, **arguments)
-    except ValueError as error:
-        raise ValueError(f"The variant {variant.name!r} cannot be run: {error}") from error
+    """Its places. Raises ValueError for what the scripts or the objective would refuse."""
+    train_args = parse_train_options(variant.train)
+    parse_evaluate_options(variant.evaluate)
+    if "teacher_model_name_or_path" in variant.train and train_args.teacher_model_name_or_path is None:
+        raise ValueError("its teacher is 'other', but `--other_teacher` names none.")
+    if variant.shuffle is not None and train_args.max_train_samples is not None:
+        raise ValueError(
+            "`max_train_samples` draws other images for each seed, but shuffled features are stored once."
+        )
+    num_layers = [len(block.layers) for block in flow.blocks]
+    places = choose_places(num_layers, train_args.alignment_blocks, train_args.alignment_layer)
+    arguments = {"strategy": train_args.alignment, "weight": train_args.alignment_weight}
+    if train_args.alignment != BASELINE:
+        arguments |= {"places": places, "teacher_dim": 1, "projector_dim": 1}
+    with torch.device("meta"):
+        AlignedFlowObjective(flow, order=train_args.alignment_order, **arguments)
     return places
 
 

@@ -1,8 +1,9 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """What an ablation shows: a table in Markdown, its numbers in JSON, and figures."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ COLUMNS = (
     ("× fewer steps, accuracy", "times_fewer_steps_accuracy", 1, 2),
     ("× fewer steps, nll", "times_fewer_steps_nll", 1, 2),
     ("× fewer steps, FD", "times_fewer_steps_distance", 1, 2),
+    ("× less time, accuracy", "times_less_time_accuracy", 1, 2),
+    ("× less time, nll", "times_less_time_nll", 1, 2),
+    ("× less time, FD", "times_less_time_distance", 1, 2),
     ("ms a step", "seconds_per_step", 1000, 0),
 )
 
@@ -47,6 +51,7 @@ def write_report(
     command: Sequence[str] = (),
     threads: int = 1,
     jobs: int = 1,
+    step_seconds: Mapping[str, float] = MappingProxyType({}),
 ):
     """
     Write `results.json`, `results.md` and figures of all cells, finished or not.
@@ -57,9 +62,11 @@ def write_report(
         output_dir (`pathlib.Path`): Where the files are written.
         command (`Sequence[str]`): The command line that the report says it came from.
         threads, jobs (`int`): Threads of each cell, and cells that run side by side.
+        step_seconds (`Mapping` of `str` to `float`): What a step of each variant takes, measured in turn.
     """
     rows = [read_row(cell) for cell in cells]
-    summary = summarise(rows)
+    baselines = {cell.variant.name: cell.variant.baseline for cell in cells}
+    summary = summarise(rows, baselines, step_seconds)
     seconds = sum(sum(row["seconds"].values()) for row in rows)
     machine = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
     report = {
@@ -76,6 +83,7 @@ def write_report(
     done = [row for row in rows if row["status"] == "done"]
     if done:
         draw_curves(done, summary, output_dir / "curves.png")
+        draw_speed_ups(summary["variants"], output_dir / "speed_ups.png")
         draw_distance_against_accuracy(summary, output_dir / "distance_against_accuracy.png")
         draw_probes(done, output_dir / "linear_probe.png")
 
@@ -135,6 +143,8 @@ def markdown(report: dict[str, Any]) -> str:
         *list_unfinished(report["cells"]),
     ]
     figures = {"curves": "Over steps", "distance_against_accuracy": "Distance and accuracy"}
+    if any(has_speed_ups(variant) for variant in variants.values()):
+        figures["speed_ups"] = "Times fewer steps"
     if any("linear_probe_best" in variant["metrics"] for variant in variants.values()):
         figures["linear_probe"] = "Linear probe"
     lines += [f"\n![{title}]({name}.png)" for name, title in figures.items()]
@@ -143,25 +153,31 @@ def markdown(report: dict[str, Any]) -> str:
 
 def explain_table(report: dict[str, Any]) -> str:
     """What the columns mean."""
-    accuracy, nll, distance = (report["baseline_final"][name] for name in ("accuracy", "nll", "distance"))
+    finals = [(name, final) for name, final in report["baseline_final"].items() if final["accuracy"] is not None]
+    by_distance = [f"{final['distance']:.3f}" for _, final in finals if final["distance"] is not None]
     text = (
         "Mean ± standard error over seeds. Do not read anything into differences smaller than their errors. nll: nats"
         " per dimension. Guided: at the scale with the lowest distance. Probe at its places: a linear classifier on"
         " the hidden states where the variant is aligned; for the baseline, where it would be by default."
     )
-    if accuracy is not None:
+    if finals:
+        reached = ", ".join(f"{name}: {100 * final['accuracy']:.1f} %, {final['nll']:.4f}" for name, final in finals)
         text += (
-            " × fewer steps: the step at which the baseline first reaches its own final accuracy by one gradient"
-            f" ({100 * accuracy:.1f} %, the mean over seeds) and nll ({nll:.4f}), divided by the step at which the"
-            " variant does. A seed that never reaches it is left out and counted."
+            " × fewer steps: the step at which the baseline first reaches its own final accuracy by one gradient and"
+            f" nll (the means over seeds, {reached}), divided by the step at which the variant does. A seed that"
+            " never reaches it is left out and counted."
         )
-    if distance is not None:
+    if by_distance:
         scale = report["settings"]["checkpoint_guidance_scale"]
-        text += f" The same for its final FD, {distance:.3f} at guidance {scale}."
+        text += f" The same for its final FD, {', '.join(by_distance)} at guidance {scale}."
         text += " All are measured at checkpoints, as the final flow is, on straight lines between them."
-    elif accuracy is not None:
+    elif finals:
         text += " They are measured at the validations of training with one draw of noise."
-    return text
+    if any("times_less_time_accuracy" in variant["metrics"] for variant in report["variants"].values()):
+        text += (
+            " × less time: that times the ratio of what a step takes, from one measurement of all variants in turn."
+        )
+    return f"{text} ms a step: as each cell ran, which other processes may have slowed down."
 
 
 def compare_with_baseline(variants: dict[str, Any], columns: list[tuple[str, str, float, int]]) -> list[str]:
@@ -169,17 +185,20 @@ def compare_with_baseline(variants: dict[str, Any], columns: list[tuple[str, str
     differences = {
         name: variant["minus_baseline"]
         for name, variant in variants.items()
-        if name != BASELINE and variant["minus_baseline"] and variant["num_done"] > 1
+        if name != variant["baseline"] and variant["minus_baseline"] and variant["num_done"] > 1
     }
     if not differences:
         return []
     compared = [column for column in columns if all(column[1] in figures for figures in differences.values())]
     table = [
-        [name, *(format_figure(figures[key], factor, digits, None) for _, key, factor, digits in compared)]
+        [
+            f"{name} − {variants[name]['baseline']}",
+            *(format_figure(figures[key], factor, digits, None) for _, key, factor, digits in compared),
+        ]
         for name, figures in differences.items()
     ]
     intro = "Differences from the baseline with the same seed, which leave out what a seed does to both:"
-    return ["", intro, "", markdown_table(["variant", *(title for title, *_ in compared)], table)]
+    return ["", intro, "", markdown_table(["difference", *(title for title, *_ in compared)], table)]
 
 
 def list_unfinished(rows: list[Row]) -> list[str]:
@@ -236,9 +255,9 @@ def draw_curves(rows: list[Row], summary: dict[str, Any], path: Path):
             values = [factor * mean for mean in means]
             axis.plot(steps, values, color=colors[variant], marker="o", markersize=3, label=variant)
             axis.fill_between(steps, lower, upper, color=colors[variant], alpha=0.15, linewidth=0)
-        final = summary["baseline_final"].get(name)
-        if final is not None:
-            axis.axhline(factor * final, color=colors[BASELINE], linestyle="--", linewidth=1)
+        for baseline, final in summary["baseline_final"].items():
+            if final[name] is not None:
+                axis.axhline(factor * final[name], color=colors[baseline], linestyle="--", linewidth=1)
         axis.set(xlabel="step", ylabel=label, xlim=(0, None))
         axis.grid(alpha=0.3)
     zoom_in(axes[0, -1], curves["nll"])
@@ -264,7 +283,45 @@ def zoom_in(axis: Any, curves: dict[str, tuple[list[int], list[float], list[floa
 
 def legend_entry(variant: str, summary: dict[str, Any]) -> str:
     times = summary["variants"][variant]["metrics"].get("times_fewer_steps_accuracy")
-    return variant if times is None or variant == BASELINE else f"{variant} ({times['mean']:.1f}×)"
+    is_baseline = variant == summary["variants"][variant]["baseline"]
+    return variant if times is None or is_baseline else f"{variant} ({times['mean']:.1f}×)"
+
+
+def has_speed_ups(variant: dict[str, Any]) -> bool:
+    """Whether a variant of a summary has reached its baseline somewhere."""
+    return any(points["step"] for points in variant["speed_up_curves"].values())
+
+
+def draw_speed_ups(variants: dict[str, Any], path: Path):
+    """
+    Draw how many times fewer steps each variant needs to be where its baseline is, over the baseline's steps.
+
+    Args:
+        variants (`dict`): Those of [`summarise`]. Without any that reaches its baseline, nothing is drawn.
+        path (`pathlib.Path`): Where the figure is saved.
+    """
+    shown = {name: own for name, own in variants.items() if name != own["baseline"] and has_speed_ups(own)}
+    if not shown:
+        return
+    plt = import_pyplot()
+    colors = colors_of(variants)
+    titles = {"accuracy": "accuracy by one gradient", "nll": "nll", "distance": "Fréchet distance"}
+    panels = [name for name in titles if any(own["speed_up_curves"][name]["step"] for own in shown.values())]
+    size = (4.6 * len(panels) + 1.5, 3.8)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], panels):
+        for variant, own in shown.items():
+            points = own["speed_up_curves"][name]
+            means, errors = points["mean"], [error or 0.0 for error in points["standard_error"]]
+            lower, upper = ([mean + sign * error for mean, error in zip(means, errors)] for sign in (-1, 1))
+            axis.plot(points["step"], means, color=colors[variant], marker="o", markersize=3, label=variant)
+            axis.fill_between(points["step"], lower, upper, color=colors[variant], alpha=0.15, linewidth=0)
+        axis.axhline(1, color=colors[BASELINE], linestyle="--", linewidth=1)
+        axis.set(xlabel="step of the baseline", ylabel="× fewer steps", title=titles[name], xlim=(0, None))
+        axis.grid(alpha=0.3)
+    drawn = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
+    axes[0, -1].legend(drawn.values(), drawn, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save_figure(figure, path)
 
 
 def draw_distance_against_accuracy(summary: dict[str, Any], path: Path):

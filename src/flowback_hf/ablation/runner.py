@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from tqdm.auto import tqdm
 
-from flowback_hf.ablation.grids import Cell, command_line, parse_evaluate_options
+from flowback_hf.ablation.grids import Cell, Variant, command_line, parse_evaluate_options
 from flowback_hf.ablation.statistics import read_checkpoint, read_row
 from flowback_hf.data.splits import DataSource, HoldOut
 from flowback_hf.files import compare_settings, read_json, write_json, write_whole
@@ -30,12 +30,18 @@ from flowback_hf.reporting import current_commit, describe_machine
 from flowback_hf.training.checkpoints import checksum_of_file, load_averaged_parameters
 
 
+# Arguments that training and `precompute_features.py` share.
+PRECOMPUTE_ARGUMENTS = ("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "label_column")
+PRECOMPUTE_ARGUMENTS += ("cache_dir", "resolution", "patch_size", "in_channels", "mixed_precision")
+
+
 @dataclass(frozen=True)
 class Scripts:
-    """Where the scripts are that a cell runs: `train_rra.py` and `evaluate_flow.py`."""
+    """Where the scripts are that cells run: `train_rra.py`, `evaluate_flow.py` and `precompute_features.py`."""
 
     train: Path
     evaluate: Path
+    precompute: Path
 
     def train_command(self, cell: Cell) -> list[str]:
         """The command that trains a cell's flow, from its last checkpoint if it has one."""
@@ -46,6 +52,13 @@ class Scripts:
         """The command that evaluates a cell's flow."""
         own = {"seed": cell.seed, "model": cell.flow_folder, "output_dir": cell.evaluation_file.parent}
         return [sys.executable, str(self.evaluate), *command_line(cell.variant.evaluate | own)]
+
+    def shuffle_command(self, variant: Variant, teacher: str) -> list[str]:
+        """The command that stores the shuffled features that a variant reads."""
+        own = {name: value for name, value in variant.train.items() if name in PRECOMPUTE_ARGUMENTS}
+        own |= {"teacher_model_name_or_path": teacher, "shuffle": variant.shuffle}
+        own |= {"output_dir": variant.train["teacher_features"]}
+        return [sys.executable, str(self.precompute), *command_line(own)]
 
     def checkpoint_command(self, cell: Cell, checkpoint: Path) -> list[str]:
         """The command that evaluates a checkpoint: likelihood, accuracy by one gradient, and samples at one scale."""
@@ -139,7 +152,7 @@ class Runner:
             if stage.checkpoint is not None:
                 save_checkpoint_pipeline(cell, stage.checkpoint)
             start = time.perf_counter()
-            returncode = self.run(stage.command, cell)
+            returncode = self.run(stage.command, cell.log_file)
             if self.stopped:
                 return
             state["seconds"][stage.name] = round(time.perf_counter() - start, 1)
@@ -166,11 +179,28 @@ class Runner:
         }
         write_json(cell.record_file, record)
 
-    def run(self, command: list[str], cell: Cell) -> int:
-        """Run a command, whose output goes to the cell's log. Returns its exit status."""
-        with cell.log_file.open("a") as log:
+    def store_shuffled_features(self, cells: Sequence[Cell], teacher: str):
+        """
+        Store the shuffled features that cells which are not done read, each kind once for all seeds.
+
+        Raises:
+            RuntimeError: if they cannot be stored.
+        """
+        needed = [
+            cell.variant for cell in cells if cell.variant.shuffle is not None and not self.scripts.is_done(cell)
+        ]
+        for variant in {variant.train["teacher_features"]: variant for variant in needed}.values():
+            folder = Path(variant.train["teacher_features"]).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.run(self.scripts.shuffle_command(variant, teacher), folder / "log.txt") != 0:
+                error = error_message(folder / "log.txt")
+                raise RuntimeError(f"The features of {variant.name} cannot be stored. {error}")
+
+    def run(self, command: list[str], log_file: Path) -> int:
+        """Run a command, whose output is added to a log. Returns its exit status."""
+        with log_file.open("a") as log:
             # The process inherits the lock with the file: it is held for as long as it lives, whoever else is killed.
-            lock(log, cell)
+            lock(log)
             log.write(f"{shlex.join(command)}\n")
             log.flush()
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
@@ -224,12 +254,13 @@ def ablate_command(arguments: Sequence[str]) -> str:
     return shlex.join(["python", "training/ablate.py", *arguments])
 
 
-def lock(log: Any, cell: Cell):
-    """Lock a cell's open log. Raises ValueError if another process runs the cell."""
+def lock(log: TextIO):
+    """Lock an open log. Raises ValueError if another process writes it."""
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"The cell {cell.folder} is being run by another process: wait for it, or end it.") from error
+        folder = Path(log.name).parent
+        raise ValueError(f"{folder} is being run by another process: wait for it, or end it.") from error
 
 
 def error_message(log: Path) -> str:
@@ -274,7 +305,7 @@ def check_output_dir(output_dir: Path, axes: dict[str, list], cells: Sequence[Ce
                 )
         if cell.log_file.exists():
             with cell.log_file.open("a") as log:
-                lock(log, cell)
+                lock(log)
 
 
 def checksum_of_path(path: Path) -> str:
@@ -299,8 +330,8 @@ def check_records(cells: Sequence[Cell], checksums: Mapping[str, str]):
             continue
         earlier = cell.record["config"] | {"checksums": cell.record["checksums"]}
         now = cell.recorded_config | {"checksums": checksums}
-        # A table can be written where the data set is not.
-        missing = earlier["checksums"].keys() - checksums.keys()
+        # A table can be written where the data set is not, and only some variants have another teacher.
+        missing = earlier["checksums"].keys() ^ checksums.keys()
         different = [text for part in now for text in compare_settings(earlier[part], now[part], may_differ=missing)]
         if different:
             raise ValueError(

@@ -8,6 +8,7 @@ A teacher's features, computed once: a folder that `training/precompute_features
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,68 @@ def load_teacher(
     return teacher.to(accelerator.device)
 
 
+class ShuffledImages(torch.utils.data.Dataset):
+    """
+    Images of a data set, each with the image whose features it gets, `seen`.
+
+    Args:
+        dataset ([`ImageDataset`]): The images.
+        partners (`Sequence[int]`): For each row, that of the image whose features it gets.
+    """
+
+    def __init__(self, dataset: ImageDataset, partners: Sequence[int]):
+        self.dataset = dataset
+        self.partners = partners
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.dataset[index] | {"seen": self.dataset[self.partners[index]]["images"]}
+
+
+def shuffle_within(labels: Sequence[Any], seed: int) -> list[int]:
+    """
+    Give each row another row with the same label, each once. A row that is alone with its label keeps itself.
+
+    Args:
+        labels (`Sequence`): The label of each row.
+        seed (`int`): Decides which row.
+    Returns:
+        `list[int]`: The other row of each row.
+
+    Example:
+        ```py
+        >>> from flowback_hf.data.teacher_features import shuffle_within
+
+        >>> shuffle_within(["cat", "dog", "cat", "bird"], seed=0)
+        [2, 1, 0, 3]
+        ```
+    """
+    rows_of_label: dict[Any, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows_of_label.setdefault(label, []).append(row)
+    rng = np.random.default_rng(seed)
+    partners = np.empty(len(labels), dtype=int)
+    for rows in rows_of_label.values():
+        # A cycle through all rows in a random order leaves none in its place.
+        cycle = rng.permutation(rows)
+        partners[cycle] = np.roll(cycle, 1)
+    return partners.tolist()
+
+
 def describe_features(
-    teacher_name: str | None, teacher: RepresentationTeacher, dataset: ImageDataset, images_per_shard: int
+    teacher_name: str | None,
+    teacher: RepresentationTeacher,
+    dataset: ImageDataset,
+    images_per_shard: int,
+    shuffle: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """What `features.json` says: the teacher, the grid, and how many images of which size there are in each shard."""
+    """
+    What `features.json` says: the teacher, the grid, how many images of which size there are in each shard, and how
+    their features are shuffled.
+    """
     return {
         "teacher": teacher_name or DEFAULT_TEACHER,
         "feature_dim": teacher.feature_dim,
@@ -66,6 +125,8 @@ def describe_features(
         "images_per_shard": images_per_shard,
         "num_shards": -(-len(dataset) // images_per_shard),
         "bytes_per_image": 2 * teacher.grid_size**2 * teacher.feature_dim * BYTES_PER_NUMBER,
+        "shuffle": shuffle,
+        "shuffle_seed": None if shuffle is None else seed,
     }
 
 
@@ -100,7 +161,7 @@ def open_features_folder(folder: Path, settings: dict[str, Any]):
 
 
 def write_missing_shards(
-    dataset: ImageDataset,
+    dataset: ImageDataset | ShuffledImages,
     teacher: RepresentationTeacher,
     folder: Path,
     accelerator: Accelerator,
@@ -112,7 +173,7 @@ def write_missing_shards(
     Compute the features of every image and its mirror image, shard by shard, where a shard is missing.
 
     Args:
-        dataset ([`ImageDataset`]): The training images.
+        dataset ([`ImageDataset`] or [`ShuffledImages`]): The training images.
         teacher ([`RepresentationTeacher`]): The encoder.
         folder (`pathlib.Path`): Where the shards go.
         accelerator (`accelerate.Accelerator`): Its processes take turns.
@@ -133,7 +194,7 @@ def write_missing_shards(
             )
             features, checksums = [], []
             for batch in loader:
-                images = batch["images"].to(accelerator.device)
+                images = batch.get("seen", batch["images"]).to(accelerator.device)
                 both = torch.stack([teacher(images), teacher(images.flip(-1))], dim=1)
                 features.append(both.half().cpu().numpy())
                 checksums += [checksum(image) for image in batch["images"]]

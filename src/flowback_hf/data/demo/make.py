@@ -11,11 +11,19 @@ import datasets
 import torch
 from PIL import Image
 
+from flowback_hf.alignment.teacher import RepresentationTeacher
 from flowback_hf.data.demo.digits import DIGITS
 from flowback_hf.data.demo.glyphs import GLYPHS
 from flowback_hf.data.demo.icons import ICONS
 from flowback_hf.data.demo.kind import JUDGE_SPLIT
-from flowback_hf.data.demo.networks import fit_and_measure, make_image_processor, make_judge
+from flowback_hf.data.demo.networks import (
+    fit_and_measure,
+    make_image_processor,
+    make_judge,
+    make_masked_autoencoder,
+    probe_teacher,
+    train_masked_autoencoder,
+)
 from flowback_hf.data.demo.shapes import SHAPES
 
 
@@ -44,6 +52,7 @@ def make_demo(
     num_images: dict[str, int],
     teacher_epochs: int,
     judge_epochs: int,
+    mae_epochs: int | None = None,
 ) -> dict[str, Any]:
     """
     Write images, a teacher and a judge into a folder.
@@ -57,6 +66,7 @@ def make_demo(
         resolution (`int`): Height and width of the images, in pixels: 8 for digits, else a multiple of 8.
         num_images (`dict`): Of drawn kinds, for `"train"` and `"validation"`.
         teacher_epochs (`int`), judge_epochs (`int`): How long the two networks are trained.
+        mae_epochs (`int`, *optional*): How long a second teacher, without labels, is trained. `None` makes none.
     Returns:
         `dict`: what was made, the networks' accuracies in [0, 1], and the seconds that each stage took.
     """
@@ -83,6 +93,18 @@ def make_demo(
     image_processor.save_pretrained(folder / "teacher")
     teacher_done = time.perf_counter()
 
+    second_teacher, seconds = {}, {}
+    if mae_epochs is not None:
+        mae = make_masked_autoencoder(resolution, patch_size, seed)
+        train_masked_autoencoder(mae, pixel_values["train"], mae_epochs, kind_of_images.quarter_turns, seed)
+        mae.vit.save_pretrained(folder / "teacher_mae")
+        image_processor.save_pretrained(folder / "teacher_mae")
+        teacher_mae = RepresentationTeacher.from_pretrained(folder / "teacher_mae", kind_of_images.teacher_grid_size)
+        accuracy = probe_teacher(teacher_mae, pixel_values, labels)
+        second_teacher = {"mae_epochs": mae_epochs, "mae_linear_probe_accuracy": accuracy}
+        seconds = {"mae": round(time.perf_counter() - teacher_done, 1)}
+    mae_done = time.perf_counter()
+
     # The judge shares neither architecture nor seed with the teacher, so that it does not repeat its mistakes.
     judge = make_judge(class_names, seed + 1)
     if JUDGE_SPLIT in splits:
@@ -103,9 +125,11 @@ def make_demo(
         "judge_epochs": judge_epochs,
         "teacher_validation_accuracy": teacher_accuracy,
         "judge_validation_accuracy": judge_accuracy,
+        **second_teacher,
         "seconds": {
             "images": round(images_done - start, 1),
             "teacher": round(teacher_done - images_done, 1),
-            "judge": round(judge_done - teacher_done, 1),
+            **seconds,
+            "judge": round(judge_done - mae_done, 1),
         },
     }

@@ -1,6 +1,8 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """The demo's networks: a small teacher, an independent judge, and their training."""
 
+from collections.abc import Callable
+
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from tqdm.auto import tqdm
@@ -11,9 +13,14 @@ from transformers import (
     Dinov2Model,
     ResNetConfig,
     ResNetForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
     get_cosine_schedule_with_warmup,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
+
+from flowback_hf.alignment.teacher import RepresentationTeacher
+from flowback_hf.metrics.linear_probe import linear_probe
 
 
 BATCH_SIZE = 64
@@ -84,6 +91,26 @@ def make_teacher(resolution: int, patch_size: int, class_names: list[str], seed:
     return teacher
 
 
+def make_masked_autoencoder(resolution: int, patch_size: int, seed: int) -> ViTMAEForPreTraining:
+    """A masked autoencoder, whose encoder is as large as the teacher of [`make_teacher`] and needs no labels."""
+    torch.manual_seed(seed)
+    config = ViTMAEConfig(
+        image_size=resolution,
+        patch_size=patch_size,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        decoder_hidden_size=64,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=4,
+        decoder_intermediate_size=128,
+        initializer_range=0.1,  # as the teacher's
+        norm_pix_loss=True,
+    )
+    return ViTMAEForPreTraining(config)
+
+
 def make_judge(class_names: list[str], seed: int) -> ResNetForImageClassification:
     torch.manual_seed(seed)
     config = ResNetConfig(
@@ -110,29 +137,37 @@ def augment(pixel_values: torch.Tensor, quarter_turns: bool, generator: torch.Ge
     return shifted.contiguous()
 
 
-def train_classifier(
+def train_network(
     model: torch.nn.Module,
     pixel_values: torch.Tensor,
-    labels: torch.Tensor,
+    compute_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     num_epochs: int,
     quarter_turns: bool,
-    seed: int,
+    generator: torch.Generator,
     description: str,
 ) -> None:
-    """Train either network in place, with cross-entropy."""
-    generator = torch.Generator().manual_seed(seed)
-    batch_size = min(BATCH_SIZE, len(labels))
-    steps_per_epoch = len(labels) // batch_size
+    """
+    Train a network in place.
+
+    Args:
+        model (`torch.nn.Module`): The network.
+        pixel_values (`torch.Tensor` of shape `(num_images, 3, resolution, resolution)`): The training images.
+        compute_loss (`Callable`): The loss of a batch of augmented images, and of their numbers.
+        num_epochs (`int`), quarter_turns (`bool`): Passes over the images, and how they are augmented.
+        generator (`torch.Generator`): Decides the order and the augmentation.
+        description (`str`): What the progress bar says.
+    """
+    batch_size = min(BATCH_SIZE, len(pixel_values))
+    steps_per_epoch = len(pixel_values) // batch_size
     num_steps = num_epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     scheduler = get_cosine_schedule_with_warmup(optimizer, int(WARMUP_FRACTION * num_steps), num_steps)
     model.train()
     with tqdm(total=num_steps, desc=description) as progress:
         for _ in range(num_epochs):
-            shuffled = torch.randperm(len(labels), generator=generator)
+            shuffled = torch.randperm(len(pixel_values), generator=generator)
             for batch in shuffled[: steps_per_epoch * batch_size].split(batch_size):
-                logits = model(pixel_values=augment(pixel_values[batch], quarter_turns, generator)).logits
-                loss = torch.nn.functional.cross_entropy(logits, labels[batch])
+                loss = compute_loss(augment(pixel_values[batch], quarter_turns, generator), batch)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -157,6 +192,41 @@ def fit_and_measure(
     seed: int,
     description: str,
 ) -> float:
-    """Train a network on the training split. Returns its accuracy on the validation split, in [0, 1]."""
-    train_classifier(model, pixel_values["train"], labels["train"], num_epochs, quarter_turns, seed, description)
+    """Train a classifier on the training split. Returns its accuracy on the validation split, in [0, 1]."""
+
+    def cross_entropy(images: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(pixel_values=images).logits, labels["train"][batch])
+
+    generator = torch.Generator().manual_seed(seed)
+    train_network(model, pixel_values["train"], cross_entropy, num_epochs, quarter_turns, generator, description)
     return measure_accuracy(model, pixel_values["validation"], labels["validation"])
+
+
+def train_masked_autoencoder(
+    model: ViTMAEForPreTraining, pixel_values: torch.Tensor, num_epochs: int, quarter_turns: bool, seed: int
+) -> None:
+    """Train a masked autoencoder in place. Its loss is the error of the patches that it does not see."""
+    generator = torch.Generator().manual_seed(seed)
+    num_patches = model.vit.embeddings.patch_embeddings.num_patches
+
+    def reconstruction_error(images: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        return model(images, noise=torch.rand(len(images), num_patches, generator=generator)).loss
+
+    description = "masked autoencoder"
+    train_network(model, pixel_values, reconstruction_error, num_epochs, quarter_turns, generator, description)
+
+
+def probe_teacher(
+    teacher: RepresentationTeacher, pixel_values: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]
+) -> float:
+    """
+    The accuracy of a linear classifier on the mean of a teacher's patch tokens.
+
+    It is fitted to the training split and measured on the validation split, in [0, 1].
+    """
+    splits = []
+    for split in ("train", "validation"):
+        with torch.inference_mode():
+            tokens = [teacher(images).mean(dim=1) for images in pixel_values[split].split(500)]
+        splits += [torch.cat(tokens).numpy(), labels[split].numpy()]
+    return linear_probe(*splits)
