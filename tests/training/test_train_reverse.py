@@ -1,5 +1,6 @@
 """Training the learned inverse of a flow, as its users do."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
 from flowback_hf.alignment import reverse_objective
-from flowback_hf.data import HoldOut
+from flowback_hf.data import HoldOut, load_splits
 from flowback_hf.hub import write_repository
 from flowback_hf.models.transformer_reverse import HEADS_FILE
 from flowback_hf.training import TrainingArguments, reverse
@@ -148,19 +149,18 @@ def test_a_run_leaves_a_pipeline_with_both_networks(train_reverse, line, flow_fo
 
 
 def test_images_that_the_flow_has_not_seen_stay_unseen(train_reverse, line, images, flow_folder, tmp_path):
-    num_images = len(list((images / "train").glob("*/*")))
     flow = tmp_path / "flow"
     shutil.copytree(flow_folder, flow)
-    options = {"model": flow, "train_data_dir": images / "train", "max_train_steps": 1}
+    data = {"train_data_dir": images / "train", "cache_dir": tmp_path / "cache"}
+    of_the_flow = command_line(**data, train_val_split=0.4, seed=7, output_dir=flow)
+    record = load_splits(training.parse_args(of_the_flow)).hold_out
     held_out = {}
-    for name, record in {
-        "of the flow": HoldOut(0.4, seed=7, num_images=num_images),
-        "other data": HoldOut(0.4, seed=7, num_images=num_images + 1),
-    }.items():
-        record.write(flow)
-        train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / name, **options)))
-        held_out[name] = HoldOut.read(tmp_path / name, source=None)
-    assert (held_out["of the flow"].share, held_out["of the flow"].seed) == (0.4, 7)
+    for name, num_images in {"of the flow": record.num_images, "other data": record.num_images + 1}.items():
+        dataclasses.replace(record, num_images=num_images).write(flow)
+        options = data | {"model": flow, "max_train_steps": 1, "output_dir": tmp_path / name}
+        train_reverse.main(train_reverse.parse_args(line(**options)))
+        held_out[name] = HoldOut.read(tmp_path / name, str(images / "train"))
+    assert held_out["of the flow"] == record and record.checksum is not None
     assert (held_out["other data"].share, held_out["other data"].seed) == (0.05, 0)
 
 

@@ -121,7 +121,7 @@ class Evaluation:
         # Evaluations from before there was a choice do not name it.
         self.solver = {} if options.solver == "auto" else {"solver": options.solver}
         self.source = DataSource.from_args(options)
-        self.hold_out = HoldOut.read(options.model, self.source) if Path(options.model).is_dir() else None
+        self.hold_out = HoldOut.read(options.model, self.source.name) if Path(options.model).is_dir() else None
         self.images = self.load_images(options.split, options.max_images)
         self.extractor = self.reference = self.reference_images = self.probe_images = None
         if options.features is not None:
