@@ -174,6 +174,24 @@ def test_it_learns_to_undo_the_flow(train_reverse, line, tmp_path):
     assert metrics[-2]["reconstruction"] < 0.07 and metrics[-1]["validation_reconstruction"] < 0.27
 
 
+def test_a_compiled_run_learns_what_a_plain_one_does_and_goes_on(train_reverse, line, tmp_path, fresh_compiler):
+    def run(name, **options):
+        options |= {"output_dir": tmp_path / name, "checkpointing_steps": 3, "max_guidance_scale": 1.0}
+        train_reverse.main(train_reverse.parse_args(line(**options)))
+        return [record["loss"] for record in read_metrics(tmp_path / name) if "loss" in record]
+
+    plain = run("plain")
+    assert not torch._dynamo.utils.counters["frames"]
+    compiled = run("compiled", torch_compile=True)
+    assert len(plain) == 4 and compiled == pytest.approx(plain, abs=1e-4) and plain[3] != plain[0]
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    expected = state_of(tmp_path / "compiled")
+    shutil.rmtree(tmp_path / "compiled" / "checkpoint-4")
+    assert run("compiled", torch_compile=True, resume_from_checkpoint="latest") == compiled
+    for name, tensor in state_of(tmp_path / "compiled").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_a_killed_run_goes_on_exactly(line, tmp_path):
     """With pairs of the sampler, which are drawn once."""
     options = {"max_train_steps": 12, "gradient_accumulation_steps": 2, "random_flip": True, "validation_steps": 3}
@@ -245,6 +263,74 @@ def test_a_teacher_compares_features(train_reverse, line, teacher, tmp_path):
     record = read_metrics(tmp_path / "run")[1]
     total = record["reconstruction"] + record["hidden"] + 0.5 * record["perceptual"]
     assert record["loss"] == pytest.approx(total, abs=1e-5) and record["perceptual"] > 0
+
+
+# Latent flows
+
+
+@pytest.fixture
+def latent_line(line, images, tiny_vae, tmp_path):
+    """As `line`, on latents of the training images: 4x4 with 4 channels. There is no validation split."""
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    script = load_script(REPOSITORY / "training" / "precompute_latents.py")
+    source = {"train_data_dir": images / "train", "vae_model_name_or_path": tmp_path / "vae", "resolution": 8}
+    script.main(script.parse_args(command_line(**source, output_dir=tmp_path / "latents")))
+    config = {"num_blocks": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4, "num_classes": 2}
+    flow = TarFlowTransformer2DModel(4, 2, in_channels=4, noise_std=0.1, **config)
+    randomise_weights(flow, seed=0)
+    FlowBackPipeline(flow, tiny_vae, id2label={0: "dog", 1: "cat"}).save_pretrained(tmp_path / "latent_flow")
+    return lambda **options: line(
+        **{"model": tmp_path / "latent_flow", "train_data_dir": None, "latents": tmp_path / "latents", **options}
+    )
+
+
+def test_a_latent_flow_from_latents_to_samples(train_reverse, latent_line, teacher, tiny_vae, tmp_path):
+    output_dir = tmp_path / "run"
+    options = {"output_dir": output_dir, "teacher_model_name_or_path": teacher, "perceptual_weight": 0.5}
+    options |= {"pairs": "both", "num_sampled_pairs": 6}
+    train_reverse.main(train_reverse.parse_args(latent_line(**options)))
+    metrics = read_metrics(output_dir)
+    total = metrics[1]["reconstruction"] + metrics[1]["hidden"] + 0.5 * metrics[1]["perceptual"]
+    assert metrics[1]["loss"] == pytest.approx(total, abs=1e-5) and metrics[1]["perceptual"] > 0
+    assert metrics[-1]["validation_reconstruction"] != metrics[0]["validation_reconstruction"]
+    # decoded images of 8x8 pixels
+    assert PIL.Image.open(output_dir / "samples" / "step-0000004.png").size == (8 * 64, 2 * 64)
+    checkpoint = load_file(output_dir / "checkpoint-4" / "model.safetensors")
+    assert {name.split(".")[0] for name in checkpoint} == {"reverse_transformer"}
+
+    pipeline = FlowBackPipeline.from_pretrained(output_dir)
+    for name, tensor in tiny_vae.state_dict().items():
+        assert torch.equal(pipeline.vae.state_dict()[name], tensor)
+    options = {"class_labels": ["cat", "dog"], "generator": torch.Generator().manual_seed(0), "solver": "learned"}
+    latents = pipeline(**options, output_type="latent").images
+    assert latents.shape == (2, 4, 4, 4) and latents.std() > 0.01
+    assert pipeline(**options).images[0].size == (8, 8)
+
+
+def test_latents_that_the_flow_has_not_seen_stay_unseen(train_reverse, latent_line, tmp_path):
+    options = {"output_dir": tmp_path / "run", "train_batch_size": 20, "train_val_split": 0.1}
+    flow_arguments = {"latents": str(tmp_path / "latents"), "train_val_split": 0.4, "seed": 7}
+    for written, num_left in ((None, 18), (flow_arguments, 12)):
+        (tmp_path / "latent_flow" / "training_args.json").write_text(json.dumps(written or {}))
+        with pytest.raises(ValueError, match=f"needs 20 images a step, but the training split has {num_left}"):
+            train_reverse.main(train_reverse.parse_args(latent_line(**options)))
+
+
+def test_latents_and_flows_that_do_not_fit(train_reverse, latent_line, flow_folder, images, tiny_vae, tmp_path):
+    tiny_vae.decoder.conv_out.bias.data.add_(1.0)
+    shutil.copytree(tmp_path / "latent_flow", tmp_path / "other")
+    tiny_vae.save_pretrained(tmp_path / "other" / "vae")
+    for options, message in (
+        ({"model": flow_folder}, "A latent flow needs `--latents`, .* but this flow has no VAE"),
+        ({"latents": None, "train_data_dir": images}, "A latent flow needs `--latents`, .*--latents are not given"),
+        ({"model": tmp_path / "other"}, "were made with another VAE .* would be decoded wrongly"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_reverse.main(train_reverse.parse_args(latent_line(output_dir=tmp_path / "run", **options)))
+        assert not (tmp_path / "run").exists()
+
+
+# Pairs
 
 
 def test_pairs_are_what_the_exact_sampler_draws(flow_folder, tmp_path):
