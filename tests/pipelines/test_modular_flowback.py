@@ -160,5 +160,7 @@ def test_every_block_describes_itself():
     blocks = leaves(FlowBackBlocks())
     assert len(blocks) == 9 and all(isinstance(block, FlowBackBlock) for block in blocks)
     assert all(block.description.endswith(".") for block in blocks)
+    # an input that exact solvers would ignore
+    assert "denoise" not in {param.name for block in blocks for param in block.inputs}
     text = FlowBackBlocks().init_pipeline().doc
     assert "TODO" not in text and "As in `FlowBackPipeline.invert_blocks`." in text

@@ -357,7 +357,12 @@ def test_pairs_are_what_the_exact_sampler_draws(flow_folder, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"validation_guidance_scale": 4.0}, "`guidance_scale` must be between 1.0 and 3.0, for which"),
+        ({"validation_guidance_scale": 4.0}, "`validation_guidance_scale` must be between 1.0 and 3.0, for which"),
+        (
+            {"pairs": "sampler", "sampled_guidance_scale": 1.5},
+            "`validation_guidance_scale` must be 1.5, for which this learned inverse was trained, but is 1.0",
+        ),
+        ({"teacher_model_name_or_path": "./nowhere"}, "cannot be loaded.* To train without a teacher, leave it out"),
         ({"train_batch_size": 21}, "`--train_batch_size` 21 on 1 process with .* needs 21 images a step"),
         ({"patch_size": 3}, "`sample_size` must be divisible by `patch_size`"),
         (
@@ -380,6 +385,24 @@ def test_classes_that_the_flow_does_not_know(train_reverse, line, images, tmp_pa
     FlowBackPipeline(flow, id2label={0: "cat"}).save_pretrained(tmp_path / "flow")
     with pytest.raises(ValueError, match=r"must know the classes of the data, but does not know \['dog'\]"):
         train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", model=tmp_path / "flow")))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_guidance_scale": 2.0}, "`--max_guidance_scale` and .* must be 1.0 for a flow without classes, but are"),
+        ({"sampled_guidance_scale": 2.0}, "`--sampled_guidance_scale` must be 1.0 for a flow without classes, but"),
+        ({"validation_guidance_scale": 2.0}, "`validation_guidance_scale` must be 1.0 for a learned inverse without"),
+        ({"unconditional": None}, "The pretrained flow has `num_classes` None, but the data set has labels"),
+    ],
+)
+def test_guidance_and_labels_of_an_unconditional_flow(train_reverse, line, tmp_path, options, message):
+    flow = TarFlowTransformer2DModel(8, 4, num_blocks=2, num_layers=1, num_attention_heads=2, num_classes=None)
+    FlowBackPipeline(flow).save_pretrained(tmp_path / "flow")
+    options = {"model": tmp_path / "flow", "output_dir": tmp_path / "run", "unconditional": True} | options
+    with pytest.raises(ValueError, match=message):
+        train_reverse.main(train_reverse.parse_args(line(**options)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_flow_that_is_not_finite_on_the_data(train_reverse, line, flow_folder, tmp_path):

@@ -257,7 +257,7 @@ class Evaluation:
                     batch_size=options.batch_size,
                     seed=options.seed,
                     guidance_scale=scale,
-                    guidance_rule=self.guidance_rule,
+                    guidance_rule=options.guidance_rule,
                     guidance_schedule=options.guidance_schedule or "constant",
                     guidance_temperature=options.guidance_temperature,
                     **self.solver,
@@ -323,7 +323,8 @@ def check_flow(pipeline: FlowBackPipeline, options: EvaluationArguments):
     if pipeline.transformer.config.num_classes is None:
         if options.linear_probe:
             raise ValueError("`--linear_probe` needs classes, but this flow is unconditional.")
-        if samples and options.guidance_temperature == 1.0 and max(options.guidance_scales) > 1:
+        guides_itself = samples and options.solver != "learned" and max(options.guidance_scales) > 1
+        if guides_itself and options.guidance_temperature == 1.0:
             raise ValueError(
                 "An unconditional flow guides itself: give --guidance_temperature, or --guidance_scales 1.0, which is"
                 " off."

@@ -5,7 +5,8 @@
 """
 The steps of [`FlowBackPipeline`] and [`FlowBackClassificationPipeline`] as Modular blocks.
 
-Each block calls one method of a pipeline. Its inputs are the method's arguments, with the same names and defaults.
+Each block calls one method of a pipeline. Its inputs are the method's arguments, with the same names and defaults,
+except `denoise`.
 """
 
 import inspect
@@ -67,7 +68,8 @@ class FlowBackBlock(ModularPipelineBlocks):
     @property
     def inputs(self) -> list[InputParam]:
         _, *parameters = inspect.signature(getattr(self.pipeline_class, self.method_name)).parameters.values()
-        return [self._input_param(parameter) for parameter in parameters]
+        # Noise is kept by leaving out a block, not by an input.
+        return [self._input_param(parameter) for parameter in parameters if parameter.name != "denoise"]
 
     def _input_param(self, parameter: inspect.Parameter) -> InputParam:
         required = parameter.default is parameter.empty
@@ -119,11 +121,6 @@ class FlowBackInvertBlock(FlowBackBlock):
 class FlowBackReverseTransformerBlock(FlowBackBlock):
     method_name = "apply_reverse_transformer"
     output_names = ("sample",)
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        # Noise is kept by leaving out a block, not by an input.
-        return [param for param in super().inputs if param.name != "denoise"]
 
 
 class FlowBackInvertBlocks(ConditionalPipelineBlocks):
