@@ -13,8 +13,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-readonly PIECES=(tests train_step train_step_compiled flow sampling_1 sampling_16 sampling_64 latent_memory train_loop
-    fsdp2)
+readonly PIECES=(tests train_step train_step_compiled flow sampling_1 sampling_16 sampling_64 sampling_learned
+    train_reverse latent_memory train_loop fsdp2)
 readonly PIECE_SECONDS=540
 python=${PYTHON:-python3}
 output_dir=outputs/gpu
@@ -62,6 +62,8 @@ if $tiny; then
         --num_train_images 40)
     sampling=(--repeats 1)
     largest_batch=2
+    learned=(--num_layers 1 --max_train_steps 2 --train_batch_size 2 --max_validation_samples 2)
+    uncompiled=(env TORCHDYNAMO_DISABLE=1)
     latents=(--configs demo_digits --batch_size 2 --repeats 1)
     loop=(--batch_size 2 --num_steps 2 --repeats 1 --image_size 32)
     sharded=(--model_config training/configs/demo_shapes.json --train_batch_size 2 --max_train_steps 2 --logging_steps 1
@@ -73,6 +75,8 @@ else
     trained_flow=(--num_blocks 8 --num_layers 8 --num_attention_heads 16 --learning_rate 1e-4)
     sampling=(--repeats 3 --compile)
     largest_batch=64
+    learned=(--train_batch_size 32 --max_train_steps 100 --lr_warmup_steps 20 --max_validation_samples 64)
+    uncompiled=()
     latents=(--batch_size 32)
     loop=(--batch_size 32 --num_steps 50 --repeats 1)
     sharded=(--model_config training/configs/imagenet64_p4.json --train_batch_size 32 --max_train_steps 20
@@ -119,7 +123,20 @@ run_piece() {
             run "$python" benchmarks/prepare_flow.py "${trained_flow[@]}" --output_dir "$flow" &&
                 run rm -rf "$flow"/flow/checkpoint-* # 13 GB each at the paper's size
             ;;
+        sampling_learned)
+            run "${uncompiled[@]}" "$python" benchmarks/sampling.py --learned --model "$flow/flow" \
+                --batch_sizes 1 $((largest_batch < 16 ? largest_batch : 16)) --guidance_scales 2 \
+                --device "$device" --output "$output_dir/$name.json"
+            ;;
         sampling_*) sample "${name#sampling_}" ;;
+        # The images are those of the piece `flow`.
+        train_reverse)
+            run "$python" benchmarks/reverse_step.py "${sizes[@]}" "${step[@]}" --dtype bfloat16 --device "$device" \
+                --output "$output_dir/$name.json" &&
+                run "$python" training/train_reverse.py --model "$flow/flow" --train_data_dir "$flow/shapes/images" \
+                    "${learned[@]}" --mixed_precision bf16 --resume_from_checkpoint latest \
+                    --output_dir "$output_dir/learned_inverse"
+            ;;
         latent_memory)
             run "$python" benchmarks/latent_train_step.py "${latents[@]}" --output "$output_dir/latent_train_step.json" &&
                 run "$python" benchmarks/latent_train_step.py "${latents[@]}" --gradient_checkpointing \

@@ -47,6 +47,7 @@ REPOSITORY_FILES = [
     "modular_model_index.json",
     "pipeline_flowback.py",
     "pipeline_flowback_classification.py",
+    "reverse_transformer/transformer_reverse.py",
     "samples/step-0000020.png",
     "transformer/config.json",
     "transformer/diffusion_pytorch_model.safetensors",
@@ -128,6 +129,10 @@ if way == "without the package":
         classes = pipe(images=generated, output="classes")
         log_prob = pipe(images=generated, class_labels=["felis", 3], output="log_prob")
         assert len(classes) == len(log_prob) == 2 and torch.isfinite(log_prob).all()
+        if repo_id == "tester/pixels":
+            continue
+        arguments = {"solver": "learned", "generator": generator.manual_seed(5), "output_type": "pt"}
+        assert torch.equal(pipe(class_labels=["felis", 3], output="images", **arguments), images[True]), repo_id
 else:
     from flowback_hf import FlowBackClassificationPipeline
     from flowback_hf.hub import load_pipeline

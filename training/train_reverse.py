@@ -45,8 +45,8 @@ def main(args: argparse.Namespace):
     settings = vars(args) | describe_processes(arguments, accelerator)
     decide(accelerator, check_run_folder, args.output_dir, settings, args.resume_from_checkpoint)
     # Images that the flow has not seen stay unseen.
-    knows = args.latents is None and Path(args.model).is_dir()
-    splits = load_splits(args, HoldOut.read(args.model, DataSource.from_args(args)) if knows else None)
+    data = args.latents or DataSource.from_args(args).name
+    splits = load_splits(args, HoldOut.read(args.model, data) if Path(args.model).is_dir() else None)
     source = make_reverse_source(args, splits, flow_pipeline)
     if args.push_to_hub:
         check_repository(hub_model_id, dict(flow_pipeline.transformer.config), args.hub_private_repo, hub_token)

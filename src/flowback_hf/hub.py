@@ -272,15 +272,14 @@ def write_repository(
     index = read_json(folder / "model_index.json")
     index["_class_name"] = [PIPELINE_MODULE, "FlowBackPipeline"]
     index["transformer"] = [TRANSFORMER_MODULE, "TarFlowTransformer2DModel"]
-    has_reverse_transformer = pipeline.reverse_transformer is not None
-    if has_reverse_transformer:
+    if pipeline.reverse_transformer is not None:
         index["reverse_transformer"] = [REVERSE_TRANSFORMER_MODULE, "TarFlowReverseTransformer2DModel"]
         copy_heads(folder, run_dir)
     write_config(folder / "model_index.json", index)
     for module, name in REPOSITORY_MODULES.items():
-        if module is transformer_reverse and not has_reverse_transformer:
-            continue
-        write_text(folder / f"{name.replace('.', '/')}.py", repository_code(module))
+        code_file = folder / f"{name.replace('.', '/')}.py"
+        code_file.parent.mkdir(exist_ok=True)
+        write_text(code_file, repository_code(module))
     write_modular_files(folder, repo_id, index)
     for config_file in folder.glob("*/config.json"):
         write_config(config_file, read_json(config_file))

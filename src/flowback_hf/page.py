@@ -223,7 +223,8 @@ class FlowPage:
                     yield step, num_steps, images
             finally:
                 abandoned.set()
-            yield num_steps, num_steps, future.result().images
+            images = future.result().images  # raises what the call has raised
+            yield num_steps, num_steps, images
 
     def classify(self, upload: dict[str, Any] | None) -> tuple[dict[str, float] | None, str, PIL.Image.Image]:
         """Return p(class) for an uploaded image, how likely and how typical it is, and what the flow sees of it."""

@@ -11,7 +11,10 @@ from ..conftest import REPOSITORY
 from ..docs.conftest import parse_script_options
 
 
-PIECES = "tests train_step train_step_compiled flow sampling_1 sampling_16 sampling_64 latent_memory train_loop fsdp2"
+PIECES = (
+    "tests train_step train_step_compiled flow sampling_1 sampling_16 sampling_64 sampling_learned train_reverse"
+    " latent_memory train_loop fsdp2"
+)
 
 # In place of Python: notes what it is asked to run. Sampling fails, and loops take too long.
 STAND_IN = """#!/bin/sh

@@ -222,3 +222,7 @@ def test_the_learned_inverse_is_timed_against_finished_samples(benchmark_script,
     assert capsys.readouterr().out.count("| batch | guidance | published loop | auto |") == 1
     default = sampling.parse_args([*options[:-2], "--learned"]).output
     assert default.name == "sampling_learned.json"
+    right = sampling.sample
+    monkeypatch.setattr(sampling, "sample", lambda *arguments: right(*arguments) + 0.1)
+    with pytest.raises(SystemExit, match=r"residual of auto's samples is .*: times of wrong results are not compared"):
+        sampling.main([*options, "--learned", "--guidance_scales", "2", "--batch_sizes", "1"])

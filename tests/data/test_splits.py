@@ -66,7 +66,7 @@ def test_evaluation_finds_the_images_that_training_held_out(request, arguments, 
         cache_dir=str(tmp_path / "cache"),
     )
     data = DataSource.from_args(evaluation)
-    hold_out = HoldOut.read(tmp_path / "run", data)
+    hold_out = HoldOut.read(tmp_path / "run", data.name)
     held_out, rest, everything = (load_split(data, name, "image", hold_out) for name in ("validation", "train", "all"))
     assert (len(held_out), len(rest), len(everything)) == (6, 18, 24)
     assert contents(held_out) == contents(splits.validation) and contents(rest) == contents(splits.train)
@@ -76,11 +76,10 @@ def test_evaluation_finds_the_images_that_training_held_out(request, arguments, 
     (tmp_path / "run" / "held_out.json").unlink()
     earlier = vars(parse_args(line))
     (tmp_path / "run" / "training_args.json").write_text(json.dumps(earlier, default=str))
-    hold_out = HoldOut.read(tmp_path / "run", data)
+    hold_out = HoldOut.read(tmp_path / "run", data.name)
     assert contents(load_split(data, "validation", "image", hold_out)) == contents(splits.validation)
     # which say nothing of other data
-    other = DataSource("--data_dir", str(tmp_path), True)
-    assert HoldOut.read(tmp_path / "run", other) is None
+    assert HoldOut.read(tmp_path / "run", str(tmp_path)) is None
 
 
 def test_held_out_images_that_cannot_be_told_are_an_error(flat_folder, arguments, tmp_path):

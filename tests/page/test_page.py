@@ -6,6 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import numpy as np
 import PIL.Image
@@ -59,6 +60,8 @@ def test_a_learned_inverse_is_one_of_the_solvers(page):
     generator = torch.Generator().manual_seed(7)
     expected = pipeline([1, 3, 1], guidance_scale=1.5, generator=generator, solver="learned").images
     assert torch.equal(pixels(images), pixels(expected))
+    with pytest.raises(gr.Error, match="`guidance_scale` must be between 1.0 and 2.0, for which this learned inverse"):
+        list(other.sample([1, 3], 2.5, 7, 3, "learned", progress=lambda *args, **options: None))
     (menu,) = [component for component in other.build().blocks.values() if getattr(component, "label", "") == "Solver"]
     assert [value for _, value in menu.choices] == list(other.solvers)
 

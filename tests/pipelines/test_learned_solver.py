@@ -12,7 +12,7 @@ from flowback_hf import (
 )
 from flowback_hf.models.transformer_reverse import HEADS_FILE
 
-from ..conftest import randomise_weights
+from ..conftest import command_line, randomise_weights
 
 
 @pytest.fixture
@@ -176,6 +176,7 @@ def test_compiled_with_the_flow(make_pipe, fresh_compiler):
     "options, message",
     [
         ({"guidance_scale": 4.0}, "`guidance_scale` must be between 1.0 and 3.0, for which .* but is 4.0"),
+        ({"guidance_rule": "linear"}, "`guidance_rule`, .*`tolerance` are for the exact solvers: leave them out"),
         ({"guidance_schedule": "linear"}, "`tolerance` are for the exact solvers: leave them out"),
         ({"guidance_temperature": 2.0}, "`tolerance` are for the exact solvers: leave them out"),
         ({"tolerance": 0.1}, "`tolerance` are for the exact solvers: leave them out"),
@@ -206,6 +207,75 @@ def test_a_learned_inverse_of_another_flow(make_pipe, randomised_model):
     larger = FlowBackPipeline(randomised_model(num_classes=7).float(), reverse_transformer=pipe.reverse_transformer)
     with pytest.raises(ValueError, match="must have the flow's `num_classes`, 7, but has 5"):
         sample(larger)
+
+
+@pytest.mark.parametrize(
+    "edit, arguments",
+    [
+        ("swap_class", {"source": 0, "target": 1}),
+        ("interpolate", {"class_labels": [0, 1], "num_steps": 3}),
+        ("vary", {"class_labels": 0}),
+    ],
+)
+def test_an_edit_without_the_heads(make_pipe, edit, arguments):
+    pipe = make_pipe(with_heads=False)
+    images = [torch.rand(3, 4, 4)] * (2 if edit == "interpolate" else 1)
+    calls = count_calls(pipe.reverse_transformer), count_calls(pipe.transformer)
+    with pytest.raises(ValueError, match="`denoise=False` needs the learned inverse's heads"):
+        getattr(pipe, edit)(*images, solver="learned", **arguments)
+    assert not any(calls)
+    getattr(pipe, edit)(*images, solver="learned", denoise=True, **arguments)
+    assert calls[0] == [1]
+
+
+@pytest.fixture
+def pipes(make_pipe, randomised_model):
+    """Pipelines that a learned inverse does not belong to, and one that it does."""
+    right, unconditional = make_pipe(), make_pipe(flow_config={"num_classes": None}, max_guidance_scale=1.0)
+
+    def of(flow):
+        return FlowBackPipeline(flow.float(), reverse_transformer=right.reverse_transformer)
+
+    return {
+        "no component": FlowBackPipeline(right.transformer),
+        "other weights": of(randomised_model(seed=1)),
+        "other size": of(randomised_model(sample_size=8)),
+        "other classes": of(randomised_model(num_classes=7)),
+        "unconditional": unconditional,
+        "right": right,
+    }
+
+
+MISTAKES = {
+    "no component": ({}, "has no `reverse_transformer`. Train one with"),
+    "other weights": ({}, "is that of a flow with other weights"),
+    "other size": ({}, "must have the flow's `sample_size`, 8, but has 4"),
+    "other classes": ({}, "must have the flow's `num_classes`, 7, but has 5"),
+    "unconditional": ({}, "`guidance_scale` must be 1.0 for a learned inverse without classes, but is 1.5"),
+    "right: guidance": ({"guidance_scale": 4.0}, "must be between 1.0 and 3.0, for which this learned inverse"),
+    "right: rule": ({"guidance_rule": "linear"}, "`guidance_rule`, .* are for the exact solvers: leave them out"),
+    "right: noise": ({"no_denoise": True}, "`denoise=False` needs the learned inverse's heads"),
+}
+
+
+@pytest.mark.parametrize(
+    "command, mistake",
+    # an evaluation always removes the noise
+    [("sample", mistake) for mistake in MISTAKES] + [("evaluate_flow", mistake) for mistake in list(MISTAKES)[:-1]],
+)
+def test_the_commands_say_it_before_anything_is_written(pipes, script, tmp_path, command, mistake):
+    options, message = MISTAKES[mistake]
+    options = {"guidance_scale": 1.5, **options}
+    if command == "evaluate_flow":
+        # Neither the data nor the encoder is looked for.
+        options |= {"guidance_scales": options.pop("guidance_scale"), "data_dir": "nowhere", "features": "nowhere"}
+    pipes[mistake.partition(":")[0]].save_pretrained(tmp_path / "flow")
+    line = command_line(model=tmp_path / "flow", output_dir=tmp_path / "out", solver="learned", **options)
+    module = script(command)
+    arguments = [module.parse_args(line)] + ([line] if command == "evaluate_flow" else [])
+    with pytest.raises(ValueError, match=message):
+        module.main(*arguments)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_flow_with_an_adapter(make_pipe):

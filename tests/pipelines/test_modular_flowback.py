@@ -4,8 +4,15 @@ import pytest
 import torch
 from diffusers import ModularPipeline
 
-from flowback_hf import FlowBackBlocks, FlowBackClassificationPipeline, FlowBackPipeline
+from flowback_hf import (
+    FlowBackBlocks,
+    FlowBackClassificationPipeline,
+    FlowBackPipeline,
+    TarFlowReverseTransformer2DModel,
+)
 from flowback_hf.pipelines.modular_flowback import FlowBackBlock, FlowBackScoreBlock
+
+from ..conftest import randomise_weights
 
 
 ID2LABEL = {0: "cat, felis", 1: "dog"}
@@ -53,6 +60,33 @@ def test_blocks_give_the_images_of_the_pipeline_to_the_bit(request, fixture, arg
     expected = pipeline(generator=seeded(), **arguments).images
     images = make_modular(pipeline)(generator=seeded(), output="images", **arguments)
     assert torch.equal(images, expected) and images.std() > 0.01
+
+
+@pytest.mark.parametrize("denoises", [True, False])
+@pytest.mark.parametrize("fixture", ["pipe", "latent_pipe"])
+def test_a_learned_inverse_gives_the_images_of_the_pipeline_to_the_bit(request, fixture, denoises):
+    pipeline = request.getfixturevalue(fixture)
+    reverse_transformer = TarFlowReverseTransformer2DModel.for_flow(
+        pipeline.transformer, max_guidance_scale=3.0, denoises=denoises
+    )
+    randomise_weights(reverse_transformer, seed=1)
+    pipeline.register_modules(reverse_transformer=reverse_transformer.eval())
+    modular = make_modular(pipeline)
+    seen = []
+    arguments = {"class_labels": ["felis", 4], "guidance_scale": 2.0, "num_images_per_prompt": 2, "output_type": "pt"}
+    for solver in ("learned", "auto"):
+        images = modular(
+            solver=solver,
+            generator=seeded(),
+            output="images",
+            callback_on_step_end=lambda _, step, block, tensors: seen.append((step, block)),
+            **arguments,
+        )
+        assert torch.equal(images, pipeline(solver=solver, generator=seeded(), **arguments).images)
+        assert images.std() > 0.01
+    assert seen == [(0, 0), (0, 3), (1, 2), (2, 1)]
+    steps = modular.blocks.sub_blocks["generate"].get_execution_blocks(solver="learned").sub_blocks
+    assert [type(step).__name__ for step in steps.values()][3] == "FlowBackReverseTransformerBlock"
 
 
 def test_steps_can_be_left_out_and_run_on(pipe):
@@ -105,6 +139,7 @@ def test_an_unconditional_flow_is_scored_by_its_own_block(randomised_model):
         ({"class_labels": ["bird"]}, "`class_labels` must be known names or numbers, but 'bird' is not one"),
         ({"guidance_scale": 0.5}, "`guidance_scale` must be a finite number of at least 1.0"),
         ({"output_type": "gif"}, "`output_type` must be one of"),
+        ({"solver": "learned"}, "`solver='learned'` needs a learned inverse, but .* no `reverse_transformer`. Train"),
     ],
 )
 def test_mistakes_raise_before_any_work(pipe, monkeypatch, arguments, message):
@@ -123,7 +158,9 @@ def test_every_block_describes_itself():
         return [leaf for sub_block in block.sub_blocks.values() for leaf in leaves(sub_block)] or [block]
 
     blocks = leaves(FlowBackBlocks())
-    assert len(blocks) == 8 and all(isinstance(block, FlowBackBlock) for block in blocks)
+    assert len(blocks) == 9 and all(isinstance(block, FlowBackBlock) for block in blocks)
     assert all(block.description.endswith(".") for block in blocks)
+    # an input that exact solvers would ignore
+    assert "denoise" not in {param.name for block in blocks for param in block.inputs}
     text = FlowBackBlocks().init_pipeline().doc
     assert "TODO" not in text and "As in `FlowBackPipeline.invert_blocks`." in text

@@ -1,5 +1,6 @@
 """Training the learned inverse of a flow, as its users do."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
 from flowback_hf.alignment import reverse_objective
-from flowback_hf.data import HoldOut
+from flowback_hf.data import HoldOut, load_splits
 from flowback_hf.hub import write_repository
 from flowback_hf.models.transformer_reverse import HEADS_FILE
 from flowback_hf.training import TrainingArguments, reverse
@@ -148,19 +149,18 @@ def test_a_run_leaves_a_pipeline_with_both_networks(train_reverse, line, flow_fo
 
 
 def test_images_that_the_flow_has_not_seen_stay_unseen(train_reverse, line, images, flow_folder, tmp_path):
-    num_images = len(list((images / "train").glob("*/*")))
     flow = tmp_path / "flow"
     shutil.copytree(flow_folder, flow)
-    options = {"model": flow, "train_data_dir": images / "train", "max_train_steps": 1}
+    data = {"train_data_dir": images / "train", "cache_dir": tmp_path / "cache"}
+    of_the_flow = command_line(**data, train_val_split=0.4, seed=7, output_dir=flow)
+    record = load_splits(training.parse_args(of_the_flow)).hold_out
     held_out = {}
-    for name, record in {
-        "of the flow": HoldOut(0.4, seed=7, num_images=num_images),
-        "other data": HoldOut(0.4, seed=7, num_images=num_images + 1),
-    }.items():
-        record.write(flow)
-        train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / name, **options)))
-        held_out[name] = HoldOut.read(tmp_path / name, source=None)
-    assert (held_out["of the flow"].share, held_out["of the flow"].seed) == (0.4, 7)
+    for name, num_images in {"of the flow": record.num_images, "other data": record.num_images + 1}.items():
+        dataclasses.replace(record, num_images=num_images).write(flow)
+        options = data | {"model": flow, "max_train_steps": 1, "output_dir": tmp_path / name}
+        train_reverse.main(train_reverse.parse_args(line(**options)))
+        held_out[name] = HoldOut.read(tmp_path / name, str(images / "train"))
+    assert held_out["of the flow"] == record and record.checksum is not None
     assert (held_out["other data"].share, held_out["other data"].seed) == (0.05, 0)
 
 
@@ -172,6 +172,24 @@ def test_it_learns_to_undo_the_flow(train_reverse, line, tmp_path):
     # the images are uniform noise, whose second moment is 1/3
     assert metrics[0]["validation_reconstruction"] == pytest.approx(1 / 3, abs=0.02)
     assert metrics[-2]["reconstruction"] < 0.07 and metrics[-1]["validation_reconstruction"] < 0.27
+
+
+def test_a_compiled_run_learns_what_a_plain_one_does_and_goes_on(train_reverse, line, tmp_path, fresh_compiler):
+    def run(name, **options):
+        options |= {"output_dir": tmp_path / name, "checkpointing_steps": 3, "max_guidance_scale": 1.0}
+        train_reverse.main(train_reverse.parse_args(line(**options)))
+        return [record["loss"] for record in read_metrics(tmp_path / name) if "loss" in record]
+
+    plain = run("plain")
+    assert not torch._dynamo.utils.counters["frames"]
+    compiled = run("compiled", torch_compile=True)
+    assert len(plain) == 4 and compiled == pytest.approx(plain, abs=1e-4) and plain[3] != plain[0]
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    expected = state_of(tmp_path / "compiled")
+    shutil.rmtree(tmp_path / "compiled" / "checkpoint-4")
+    assert run("compiled", torch_compile=True, resume_from_checkpoint="latest") == compiled
+    for name, tensor in state_of(tmp_path / "compiled").items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_a_killed_run_goes_on_exactly(line, tmp_path):
@@ -252,6 +270,74 @@ def test_a_teacher_compares_features(train_reverse, line, teacher, tmp_path):
     assert record["loss"] == pytest.approx(total, abs=1e-5) and record["perceptual"] > 0
 
 
+# Latent flows
+
+
+@pytest.fixture
+def latent_line(line, images, tiny_vae, tmp_path):
+    """As `line`, on latents of the training images: 4x4 with 4 channels. There is no validation split."""
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    script = load_script(REPOSITORY / "training" / "precompute_latents.py")
+    source = {"train_data_dir": images / "train", "vae_model_name_or_path": tmp_path / "vae", "resolution": 8}
+    script.main(script.parse_args(command_line(**source, output_dir=tmp_path / "latents")))
+    config = {"num_blocks": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4, "num_classes": 2}
+    flow = TarFlowTransformer2DModel(4, 2, in_channels=4, noise_std=0.1, **config)
+    randomise_weights(flow, seed=0)
+    FlowBackPipeline(flow, tiny_vae, id2label={0: "dog", 1: "cat"}).save_pretrained(tmp_path / "latent_flow")
+    return lambda **options: line(
+        **{"model": tmp_path / "latent_flow", "train_data_dir": None, "latents": tmp_path / "latents", **options}
+    )
+
+
+def test_a_latent_flow_from_latents_to_samples(train_reverse, latent_line, teacher, tiny_vae, tmp_path):
+    output_dir = tmp_path / "run"
+    options = {"output_dir": output_dir, "teacher_model_name_or_path": teacher, "perceptual_weight": 0.5}
+    options |= {"pairs": "both", "num_sampled_pairs": 6}
+    train_reverse.main(train_reverse.parse_args(latent_line(**options)))
+    metrics = read_metrics(output_dir)
+    total = metrics[1]["reconstruction"] + metrics[1]["hidden"] + 0.5 * metrics[1]["perceptual"]
+    assert metrics[1]["loss"] == pytest.approx(total, abs=1e-5) and metrics[1]["perceptual"] > 0
+    assert metrics[-1]["validation_reconstruction"] != metrics[0]["validation_reconstruction"]
+    # decoded images of 8x8 pixels
+    assert PIL.Image.open(output_dir / "samples" / "step-0000004.png").size == (8 * 64, 2 * 64)
+    checkpoint = load_file(output_dir / "checkpoint-4" / "model.safetensors")
+    assert {name.split(".")[0] for name in checkpoint} == {"reverse_transformer"}
+
+    pipeline = FlowBackPipeline.from_pretrained(output_dir)
+    for name, tensor in tiny_vae.state_dict().items():
+        assert torch.equal(pipeline.vae.state_dict()[name], tensor)
+    options = {"class_labels": ["cat", "dog"], "generator": torch.Generator().manual_seed(0), "solver": "learned"}
+    latents = pipeline(**options, output_type="latent").images
+    assert latents.shape == (2, 4, 4, 4) and latents.std() > 0.01
+    assert pipeline(**options).images[0].size == (8, 8)
+
+
+def test_latents_that_the_flow_has_not_seen_stay_unseen(train_reverse, latent_line, tmp_path):
+    options = {"output_dir": tmp_path / "run", "train_batch_size": 20, "train_val_split": 0.1}
+    flow_arguments = {"latents": str(tmp_path / "latents"), "train_val_split": 0.4, "seed": 7}
+    for written, num_left in ((None, 18), (flow_arguments, 12)):
+        (tmp_path / "latent_flow" / "training_args.json").write_text(json.dumps(written or {}))
+        with pytest.raises(ValueError, match=f"needs 20 images a step, but the training split has {num_left}"):
+            train_reverse.main(train_reverse.parse_args(latent_line(**options)))
+
+
+def test_latents_and_flows_that_do_not_fit(train_reverse, latent_line, flow_folder, images, tiny_vae, tmp_path):
+    tiny_vae.decoder.conv_out.bias.data.add_(1.0)
+    shutil.copytree(tmp_path / "latent_flow", tmp_path / "other")
+    tiny_vae.save_pretrained(tmp_path / "other" / "vae")
+    for options, message in (
+        ({"model": flow_folder}, "A latent flow needs `--latents`, .* but this flow has no VAE"),
+        ({"latents": None, "train_data_dir": images}, "A latent flow needs `--latents`, .*--latents are not given"),
+        ({"model": tmp_path / "other"}, "were made with another VAE .* would be decoded wrongly"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_reverse.main(train_reverse.parse_args(latent_line(output_dir=tmp_path / "run", **options)))
+        assert not (tmp_path / "run").exists()
+
+
+# Pairs
+
+
 def test_pairs_are_what_the_exact_sampler_draws(flow_folder, tmp_path):
     pipeline = FlowBackPipeline.from_pretrained(flow_folder)
     guidance = reverse.Guidance(2.0)
@@ -276,7 +362,12 @@ def test_pairs_are_what_the_exact_sampler_draws(flow_folder, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"validation_guidance_scale": 4.0}, "`guidance_scale` must be between 1.0 and 3.0, for which"),
+        ({"validation_guidance_scale": 4.0}, "`validation_guidance_scale` must be between 1.0 and 3.0, for which"),
+        (
+            {"pairs": "sampler", "sampled_guidance_scale": 1.5},
+            "`validation_guidance_scale` must be 1.5, for which this learned inverse was trained, but is 1.0",
+        ),
+        ({"teacher_model_name_or_path": "./nowhere"}, "cannot be loaded.* To train without a teacher, leave it out"),
         ({"train_batch_size": 21}, "`--train_batch_size` 21 on 1 process with .* needs 21 images a step"),
         ({"patch_size": 3}, "`sample_size` must be divisible by `patch_size`"),
         (
@@ -299,6 +390,24 @@ def test_classes_that_the_flow_does_not_know(train_reverse, line, images, tmp_pa
     FlowBackPipeline(flow, id2label={0: "cat"}).save_pretrained(tmp_path / "flow")
     with pytest.raises(ValueError, match=r"must know the classes of the data, but does not know \['dog'\]"):
         train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", model=tmp_path / "flow")))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_guidance_scale": 2.0}, "`--max_guidance_scale` and .* must be 1.0 for a flow without classes, but are"),
+        ({"sampled_guidance_scale": 2.0}, "`--sampled_guidance_scale` must be 1.0 for a flow without classes, but"),
+        ({"validation_guidance_scale": 2.0}, "`validation_guidance_scale` must be 1.0 for a learned inverse without"),
+        ({"unconditional": None}, "The pretrained flow has `num_classes` None, but the data set has labels"),
+    ],
+)
+def test_guidance_and_labels_of_an_unconditional_flow(train_reverse, line, tmp_path, options, message):
+    flow = TarFlowTransformer2DModel(8, 4, num_blocks=2, num_layers=1, num_attention_heads=2, num_classes=None)
+    FlowBackPipeline(flow).save_pretrained(tmp_path / "flow")
+    options = {"model": tmp_path / "flow", "output_dir": tmp_path / "run", "unconditional": True} | options
+    with pytest.raises(ValueError, match=message):
+        train_reverse.main(train_reverse.parse_args(line(**options)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_flow_that_is_not_finite_on_the_data(train_reverse, line, flow_folder, tmp_path):

@@ -109,7 +109,8 @@ def save_checkpoint_pipeline(cell: Cell, checkpoint: Path):
     folder = cell.checkpoint_folder(checkpoint) / "flow"
     pipeline.save_pretrained(folder)
     # Its evaluation asks what the run held out.
-    hold_out = HoldOut.read(cell.flow_folder, DataSource.from_args(parse_evaluate_options(cell.variant.evaluate)))
+    source = DataSource.from_args(parse_evaluate_options(cell.variant.evaluate))
+    hold_out = HoldOut.read(cell.flow_folder, source.name)
     if hold_out is not None:
         hold_out.write(folder)
 

@@ -140,18 +140,24 @@ class HoldOut:
         write_json(folder / HOLD_OUT_FILE, asdict(self))
 
     @classmethod
-    def read(cls, folder: str | Path, source: DataSource) -> "HoldOut | None":
+    def read(cls, folder: str | Path, data: str) -> "HoldOut | None":
         """
         Read what the run in a folder held out of a data set; `None` if nothing is known of it.
 
-        A run of version 0.1.0 left no such file. If its arguments name this data set, they say what it held out.
+        A run on latents, and any of version 0.1.0, left no such file. If its arguments name these data, they say what
+        it held out.
+
+        Args:
+            folder (`str`): The output folder of the run.
+            data (`str`): The name of a [`DataSource`], or the folder of latents.
         """
         record = read_json(Path(folder) / HOLD_OUT_FILE)
         if record is not None:
             return cls(**record)
         arguments = read_json(Path(folder) / "training_args.json") or {}
-        trained_on = arguments.get("train_data_dir") or arguments.get("dataset_name")
-        if trained_on is None or Path(trained_on).resolve() != Path(source.name).resolve():
+        named = (arguments.get(name) for name in ("latents", "train_data_dir", "dataset_name"))
+        trained_on = next((name for name in named if name is not None), None)
+        if trained_on is None or Path(trained_on).resolve() != Path(data).resolve():
             return None
         return cls(arguments["train_val_split"], arguments["seed"])
 

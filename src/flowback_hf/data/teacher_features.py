@@ -48,7 +48,8 @@ def load_teacher(
         )
     except OSError as error:
         raise ValueError(
-            f"`--teacher_model_name_or_path` cannot be loaded. {error} Training without a teacher: --alignment none."
+            f"`--teacher_model_name_or_path` cannot be loaded. {error} To train without a teacher, leave it out;"
+            " training/train_rra.py then needs --alignment none."
         ) from error
     return teacher.to(accelerator.device)
 

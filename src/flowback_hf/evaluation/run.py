@@ -121,7 +121,7 @@ class Evaluation:
         # Evaluations from before there was a choice do not name it.
         self.solver = {} if options.solver == "auto" else {"solver": options.solver}
         self.source = DataSource.from_args(options)
-        self.hold_out = HoldOut.read(options.model, self.source) if Path(options.model).is_dir() else None
+        self.hold_out = HoldOut.read(options.model, self.source.name) if Path(options.model).is_dir() else None
         self.images = self.load_images(options.split, options.max_images)
         self.extractor = self.reference = self.reference_images = self.probe_images = None
         if options.features is not None:
@@ -257,7 +257,7 @@ class Evaluation:
                     batch_size=options.batch_size,
                     seed=options.seed,
                     guidance_scale=scale,
-                    guidance_rule=self.guidance_rule,
+                    guidance_rule=options.guidance_rule,
                     guidance_schedule=options.guidance_schedule or "constant",
                     guidance_temperature=options.guidance_temperature,
                     **self.solver,
@@ -323,7 +323,8 @@ def check_flow(pipeline: FlowBackPipeline, options: EvaluationArguments):
     if pipeline.transformer.config.num_classes is None:
         if options.linear_probe:
             raise ValueError("`--linear_probe` needs classes, but this flow is unconditional.")
-        if samples and options.guidance_temperature == 1.0 and max(options.guidance_scales) > 1:
+        guides_itself = samples and options.solver != "learned" and max(options.guidance_scales) > 1
+        if guides_itself and options.guidance_temperature == 1.0:
             raise ValueError(
                 "An unconditional flow guides itself: give --guidance_temperature, or --guidance_scales 1.0, which is"
                 " off."

@@ -135,17 +135,16 @@ def sample_into_folder(
     pipeline = pipeline.to(state.device)
     pipeline.set_progress_bar_config(disable=True)
     class_labels = choose_class_labels(pipeline, class_labels)
-    arguments = {
-        "guidance_scale": pipeline.config.guidance_scale if guidance_scale is None else guidance_scale,
-        "guidance_rule": pipeline.config.guidance_rule if guidance_rule is None else guidance_rule,
-        **arguments,
-    }
+    arguments = {"guidance_scale": guidance_scale, "guidance_rule": guidance_rule, **arguments}
     check_number("num_images", num_images, int, at_least=1)
     check_number("batch_size", batch_size, int, at_least=1)
     check_number("seed", seed, int, at_least=0)
-    pipeline.check_inputs(class_labels, **{name: value for name, value in arguments.items() if name != "denoise"})
+    pipeline.check_inputs(class_labels, **arguments)
     # What decides an image; how many and in what batches does not.
     settings = {"model": model, "class_labels": class_labels, "seed": seed, **arguments}
+    settings |= {
+        name: pipeline.config[name] for name in ("guidance_scale", "guidance_rule") if arguments[name] is None
+    }
     check_settings(output_dir / "sampling.json", settings)
     state.wait_for_everyone()
     if state.is_main_process:

@@ -615,19 +615,16 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     # Checks, which a pipeline makes before it draws noise
 
-    def check_guidance_scale(self, guidance_scale: float):
-        """Raise ValueError unless this model was trained for a guidance scale."""
-        check_number("guidance_scale", guidance_scale, float, at_least=1.0)
+    def check_guidance_scale(self, guidance_scale: float, name: str = "guidance_scale"):
+        """Raise ValueError unless this model was trained for a guidance scale, the value of the argument `name`."""
+        check_number(name, guidance_scale, float, at_least=1.0)
         lowest, highest = self.config.min_guidance_scale, self.config.max_guidance_scale
         if self.config.num_classes is None and guidance_scale != 1.0:
-            raise ValueError(
-                f"`guidance_scale` must be 1.0 for a learned inverse without classes, but is {guidance_scale}."
-            )
+            raise ValueError(f"`{name}` must be 1.0 for a learned inverse without classes, but is {guidance_scale}.")
         if not lowest <= guidance_scale <= highest:
             expected = f"{lowest}" if lowest == highest else f"between {lowest} and {highest}"
             raise ValueError(
-                f"`guidance_scale` must be {expected}, for which this learned inverse was trained, but is"
-                f" {guidance_scale}."
+                f"`{name}` must be {expected}, for which this learned inverse was trained, but is {guidance_scale}."
             )
 
     def check_heads(self, name: str):

@@ -5,7 +5,8 @@
 """
 The steps of [`FlowBackPipeline`] and [`FlowBackClassificationPipeline`] as Modular blocks.
 
-Each block calls one method of a pipeline. Its inputs are the method's arguments, with the same names and defaults.
+Each block calls one method of a pipeline. Its inputs are the method's arguments, with the same names and defaults,
+except `denoise`.
 """
 
 import inspect
@@ -22,6 +23,7 @@ from diffusers.modular_pipelines import (
     SequentialPipelineBlocks,
 )
 
+from flowback_hf.models.transformer_reverse import TarFlowReverseTransformer2DModel
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
 from flowback_hf.pipelines.pipeline_flowback_classification import FlowBackClassificationPipeline
@@ -29,6 +31,13 @@ from flowback_hf.pipelines.pipeline_flowback_classification import FlowBackClass
 
 # A Modular repository names the class of a component, which diffusers then looks up in diffusers itself.
 diffusers.TarFlowTransformer2DModel = TarFlowTransformer2DModel
+diffusers.TarFlowReverseTransformer2DModel = TarFlowReverseTransformer2DModel
+
+COMPONENT_CLASSES = {
+    "transformer": TarFlowTransformer2DModel,
+    "vae": AutoencoderKL,
+    "reverse_transformer": TarFlowReverseTransformer2DModel,
+}
 
 
 class FlowBackBlock(ModularPipelineBlocks):
@@ -49,7 +58,8 @@ class FlowBackBlock(ModularPipelineBlocks):
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
-        return [ComponentSpec("transformer", TarFlowTransformer2DModel), ComponentSpec("vae", AutoencoderKL)]
+        names = ("transformer", *self.pipeline_class._optional_components)
+        return [ComponentSpec(name, COMPONENT_CLASSES[name]) for name in names]
 
     @property
     def expected_configs(self) -> list[ConfigSpec]:
@@ -58,7 +68,8 @@ class FlowBackBlock(ModularPipelineBlocks):
     @property
     def inputs(self) -> list[InputParam]:
         _, *parameters = inspect.signature(getattr(self.pipeline_class, self.method_name)).parameters.values()
-        return [self._input_param(parameter) for parameter in parameters]
+        # Noise is kept by leaving out a block, not by an input.
+        return [self._input_param(parameter) for parameter in parameters if parameter.name != "denoise"]
 
     def _input_param(self, parameter: inspect.Parameter) -> InputParam:
         required = parameter.default is parameter.empty
@@ -107,6 +118,27 @@ class FlowBackInvertBlock(FlowBackBlock):
     output_names = ("sample",)
 
 
+class FlowBackReverseTransformerBlock(FlowBackBlock):
+    method_name = "apply_reverse_transformer"
+    output_names = ("sample",)
+
+
+class FlowBackInvertBlocks(ConditionalPipelineBlocks):
+    """Map noise to data: with the learned inverse if `solver` is `"learned"`, else block by block."""
+
+    block_names = ["exact", "learned"]
+    block_classes = [FlowBackInvertBlock, FlowBackReverseTransformerBlock]
+    block_trigger_inputs = ["solver"]
+    default_block_name = "exact"
+
+    @property
+    def description(self) -> str:
+        return inspect.getdoc(FlowBackInvertBlocks)
+
+    def select_block(self, solver: str | None = None) -> str:
+        return "learned" if solver == "learned" else "exact"
+
+
 class FlowBackDenoiseBlock(FlowBackBlock):
     method_name = "denoise"
     output_names = ("sample",)
@@ -130,14 +162,14 @@ class FlowBackClassifyBlock(FlowBackBlock):
 
 
 class FlowBackGenerateBlocks(SequentialPipelineBlocks):
-    """Generate images. Without the block `"denoise"`, they keep the noise of training."""
+    """Generate images. Without the block `"denoise"`, those of exact solvers keep the noise of training."""
 
     block_names = ["check_inputs", "encode_labels", "prepare_latents", "invert", "denoise", "decode"]
     block_classes = [
         FlowBackCheckInputsBlock,
         FlowBackEncodeLabelsBlock,
         FlowBackPrepareLatentsBlock,
-        FlowBackInvertBlock,
+        FlowBackInvertBlocks,
         FlowBackDenoiseBlock,
         FlowBackDecodeBlock,
     ]

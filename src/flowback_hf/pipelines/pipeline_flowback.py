@@ -1151,14 +1151,12 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             guidance_temperature,
             solver,
             tolerance,
+            denoise,
         )
-        is_learned = solver == "learned"
-        if is_learned and not denoise and self.reverse_transformer.config.denoises:
-            self.reverse_transformer.check_heads("`denoise=False`")
         class_labels, num_images = self.encode_labels(class_labels, num_images_per_prompt)
         latents = self.prepare_latents(num_images, generator, latents)
         callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-        if is_learned:
+        if solver == "learned":
             sample = self.apply_reverse_transformer(latents, class_labels, guidance_scale, denoise, *callback)
         else:
             sample = self.invert_blocks(
@@ -1172,8 +1170,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 tolerance,
                 *callback,
             )
-        if denoise and not (is_learned and self.reverse_transformer.config.denoises):
-            sample = self.denoise(sample, class_labels)
+        if denoise:
+            sample = self.denoise(sample, class_labels, solver)
         images = self.decode(sample, output_type, on_overflow)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -1193,6 +1191,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         guidance_temperature: float = 1.0,
         solver: str = "auto",
         tolerance: float | None = None,
+        denoise: bool = True,
     ):
         """
         Check the arguments of a call.
@@ -1200,7 +1199,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         Args:
             class_labels, guidance_scale, num_images_per_prompt, generator, latents: Arguments of a call.
             output_type, callback_on_step_end_tensor_inputs, on_overflow: Arguments of a call.
-            guidance_rule, guidance_schedule, guidance_temperature, solver, tolerance: Arguments of a call.
+            guidance_rule, guidance_schedule, guidance_temperature, solver, tolerance, denoise: Arguments of a call.
         Raises:
             ValueError: for the first argument that is out of its range, in one sentence.
         """
@@ -1209,7 +1208,9 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         rule = self.config.guidance_rule if guidance_rule is None else guidance_rule
         if solver == "learned":
-            self._check_learned_solver(scale, guidance_schedule, guidance_temperature, tolerance)
+            self._check_learned_solver(
+                scale, guidance_rule, guidance_schedule, guidance_temperature, tolerance, denoise
+            )
             solver = "auto"  # the other arguments must be right, too
         self.transformer.check_inverse_arguments(
             scale, rule, guidance_schedule, guidance_temperature, solver, tolerance
@@ -1235,9 +1236,11 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
     def _check_learned_solver(
         self,
         guidance_scale: float,
+        guidance_rule: str | None,
         guidance_schedule: str,
         guidance_temperature: float,
         tolerance: float | None,
+        denoise: bool,
     ):
         """Raise ValueError unless there is a learned inverse of this flow, which takes these arguments."""
         if self.reverse_transformer is None:
@@ -1245,13 +1248,16 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 "`solver='learned'` needs a learned inverse, but this pipeline has no `reverse_transformer`. Train one"
                 " with `python training/train_reverse.py --model FLOW --train_data_dir IMAGES --output_dir OUTPUT`."
             )
-        if (guidance_schedule, guidance_temperature, tolerance) != ("constant", 1.0, None):
+        exact_only = guidance_rule, guidance_schedule, guidance_temperature, tolerance
+        if exact_only != (None, "constant", 1.0, None):
             raise ValueError(
-                "`guidance_schedule`, `guidance_temperature` and `tolerance` are for the exact solvers: leave them out"
-                " with `solver='learned'`."
+                "`guidance_rule`, `guidance_schedule`, `guidance_temperature` and `tolerance` are for the exact"
+                " solvers: leave them out with `solver='learned'`."
             )
         self.reverse_transformer.check_guidance_scale(guidance_scale)
         self.reverse_transformer.check_flow(self.transformer)
+        if not denoise and self.reverse_transformer.config.denoises:
+            self.reverse_transformer.check_heads("`denoise=False`")
 
     def encode_labels(
         self,
@@ -1406,17 +1412,22 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 sample = self.reverse_transformer(latents, class_labels, scale, output_trajectory=True).trajectory[0]
             return self._end_step(0, 0, sample, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-    def denoise(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+    def denoise(
+        self, sample: torch.Tensor, class_labels: torch.Tensor | None = None, solver: str = "auto"
+    ) -> torch.Tensor:
         """
         Remove the Gaussian noise of training with the exact score (TARFlow, section 3.4).
 
         Args:
             sample (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): Noisy data.
             class_labels (`torch.Tensor`, *optional*): Class ids or weights from [`~FlowBackPipeline.encode_labels`].
+            solver (`str`, defaults to `"auto"`): What drew the sample.
         Returns:
             `torch.Tensor` of the same shape: `x + sigma^2 grad_x log p(x | y)`, Tweedie's formula. For a flow that was
-            trained with uniform noise or none, `sample` itself.
+            trained with uniform noise or none, and for a learned inverse that returns clean data, `sample` itself.
         """
+        if solver == "learned" and self.reverse_transformer.config.denoises:
+            return sample
         noise_std = self.transformer.config.noise_std
         if self.transformer.config.noise_type != "gaussian" or noise_std == 0:
             return sample
@@ -1623,13 +1634,14 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             "guidance_temperature": guidance_temperature,
             "solver": solver,
             "tolerance": tolerance,
+            "denoise": denoise,
             "on_overflow": on_overflow,
             "output_type": output_type,
         }
         self.check_inputs(**options)
         sample, source, target = self._encode_labelled(images, source=source, target=target)
         latents = self.transformer(sample, source).sample
-        options |= {"denoise": denoise, "return_dict": return_dict, "callback_on_step_end": callback_on_step_end}
+        options |= {"return_dict": return_dict, "callback_on_step_end": callback_on_step_end}
         return self._sample_from(latents, target, **options)
 
     @torch.no_grad()
@@ -1690,6 +1702,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             "guidance_temperature": guidance_temperature,
             "solver": solver,
             "tolerance": tolerance,
+            "denoise": denoise,
             "on_overflow": on_overflow,
             "output_type": output_type,
         }
@@ -1708,7 +1721,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             first, last = self._class_weights(labels, latents.dtype)
             weights = torch.lerp(first, last, fractions.unsqueeze(1))
         latents = slerp(*latents, fractions)
-        options |= {"denoise": denoise, "return_dict": return_dict, "callback_on_step_end": callback_on_step_end}
+        options |= {"return_dict": return_dict, "callback_on_step_end": callback_on_step_end}
         return self._sample_from(latents, weights, **options)
 
     @torch.no_grad()
@@ -1778,6 +1791,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             "guidance_temperature": guidance_temperature,
             "solver": solver,
             "tolerance": tolerance,
+            "denoise": denoise,
             "on_overflow": on_overflow,
             "output_type": output_type,
         }
@@ -1788,7 +1802,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         noise = self.prepare_latents(len(latents), generator).to(latents.device)
         latents = math.sqrt(1 - strength**2) * latents + strength * noise
         labels = None if labels is None else labels.repeat_interleave(num_images_per_prompt, dim=0)
-        options |= {"denoise": denoise, "return_dict": return_dict, "callback_on_step_end": callback_on_step_end}
+        options |= {"return_dict": return_dict, "callback_on_step_end": callback_on_step_end}
         return self._sample_from(latents, labels, **options)
 
     def _sample_from(

@@ -304,7 +304,9 @@ class ReverseTrainer(Trainer):
     def _make_pipeline(self, id2label: None) -> FlowBackPipeline:
         """The flow's pipeline, with the averaged weights of the learned inverse."""
         pipeline = FlowBackPipeline.from_pipe(self.flow_pipeline, reverse_transformer=self.evaluated_model)
-        pipeline.check_inputs(guidance_scale=self.arguments.validation_guidance_scale, solver="learned")
+        guidance_scale = self.arguments.validation_guidance_scale
+        pipeline.reverse_transformer.check_guidance_scale(guidance_scale, "validation_guidance_scale")
+        pipeline.check_inputs(guidance_scale=guidance_scale, solver="learned")
         return pipeline
 
     def _prepare(self, objective: ReverseFlowObjective):
