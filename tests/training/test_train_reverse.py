@@ -174,6 +174,8 @@ def test_it_learns_to_undo_the_flow(train_reverse, line, tmp_path):
     assert metrics[-2]["reconstruction"] < 0.07 and metrics[-1]["validation_reconstruction"] < 0.27
 
 
+# A compiler without a cache takes half a minute.
+@pytest.mark.drill
 def test_a_compiled_run_learns_what_a_plain_one_does_and_goes_on(train_reverse, line, tmp_path, fresh_compiler):
     def run(name, **options):
         options |= {"output_dir": tmp_path / name, "checkpointing_steps": 3, "max_guidance_scale": 1.0}
