@@ -2,7 +2,8 @@
 What the heads of a learned inverse know: whether they can tell a good sample from a bad one, and whether the Jacobi
 solver settles earlier when it starts from what they estimate.
 
-    python benchmarks/learned_guesses.py --model outputs/learned
+    python benchmarks/learned_inverse.py --variants data_pairs --seeds 0
+    python benchmarks/learned_guesses.py
 
 The first is a rank correlation over samples, within each class, of the true error `|x' - F^-1(z)|` and the certificate
 `|F(x') - z|`, where `x'` is the heads' estimate of the noisy sample. The second counts sweeps of all flow blocks.
@@ -28,8 +29,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         type=Path,
-        default=Path("outputs/learned"),
-        help="Output folder of training/train_reverse.py, trained with heads. Default: %(default)s.",
+        default=Path("outputs/learned_inverse/digits-data_pairs-seed0"),
+        help="Output folder of training/train_reverse.py, trained with heads and for these guidance scales. Default:"
+        " %(default)s.",
     )
     parser.add_argument("--num_samples", type=int, default=300, help="Samples that are judged. Default: %(default)s.")
     parser.add_argument("--batch_size", type=int, default=50, help="Samples that are inverted. Default: %(default)s.")
