@@ -96,6 +96,11 @@ def draw(cases: list[dict[str, Any]], path: Path):
     )
     axis.plot(learned["num_evaluations"], learned["frechet_distance"], "*", markersize=14, label="learned inverse")
     axis.set(xlabel="network evaluations, one after another", ylabel="Fréchet distance", xscale="log", yscale="log")
+    axis.set_xticks([1, 2, 4, 8, 16], [])
+    axis.set_yticks([2, 5, 10, 20, 50, 100], [])
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter("{x:g}")
+        side.set_minor_formatter("")
     axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)
