@@ -574,18 +574,11 @@ def learned_quality() -> Table:
 
 @table("learned-training")
 def learned_training() -> Table:
-    rows, reports = [], []
-    for variant, records in learned_records().items():
-        costs = {name: results for name, results in records.items() if "training_steps" in results}
-        if not costs:
-            continue
-        reports += costs
-        num_steps = next(iter(costs.values()))["training_steps"]
-        taken = statistics.mean(cost["training_seconds_per_step"] for cost in costs.values())
-        memory = max(cost["training_peak_memory_bytes"] for cost in costs.values())
-        row = [f"`{variant}`", f"{num_steps:,}", seconds(taken), minutes(taken * num_steps)]
-        rows.append([*row, mebibytes(memory)])
-    return Table(["sampler", "steps", "a step", "all steps", "peak memory of the process"], rows, reports)
+    rows = []
+    for step in read("reverse_step")["results"]:
+        row = [step["step"], f"{step['num_trained_parameters'] / 1e6:.1f} million", seconds(step["median_seconds"])]
+        rows.append([*row, f"{step['times_flow']:.2f}", f"{step['peak_bytes'] / 2**30:.2f} GiB"])
+    return Table(["step of", "trained parameters", "time", "of the flow's", "peak memory"], rows, ["reverse_step"])
 
 
 @table("learned-speed")
@@ -599,6 +592,14 @@ def learned_speed() -> Table:
         rows.append([*row, *(f"{each:.3f} s ({each / learned:.1f}×)" for each in taken.values())])
     columns = [f"`{name}`" if name in ("auto", "learned") else name for name in cases[0]["samplers"]]
     return Table(["batch", "guidance", *columns], rows, ["sampling_learned"])
+
+
+@table("learned-certificate")
+def learned_certificate() -> Table:
+    certificate = read("learned_guesses_digits")["results"]["certificate"]
+    row = [f"{certificate[name]:.2f}" for name in ("rank_correlation", "rank_correlation_within_classes")]
+    header = ["rank correlation of certificate and true error", "within classes", "relative error of the estimates"]
+    return Table(header, [[*row, percent(certificate["relative_error"], 0)]], ["learned_guesses_digits"])
 
 
 @table("learned-guesses")
