@@ -222,7 +222,13 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     owner = folder / OWNER_FILE
     lock = FileLock(folder / LOCK_FILE)
-    acquire(lock, folder, owner)
+    try:
+        lock.acquire(timeout=1, cancel_check=owner.exists)  # whoever has just taken it needs a moment to say so
+    except Timeout as error:
+        raise ValueError(
+            f"`--output_dir` {folder} is in use by {describe_owner(owner)}: wait until it ends, or choose another"
+            " folder."
+        ) from error
     try:
         write_json(owner, {"host": socket.gethostname(), "pid": os.getpid()})
         yield
@@ -230,19 +236,6 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         remove(owner)
         remove(folder / LOCK_FILE)  # before another process can hold it; one that waits for it opens it again
         lock.release()
-
-
-def acquire(lock: FileLock, folder: Path, owner: Path):
-    """Take a folder's lock. Raises ValueError if another process holds it, once that has said who it is."""
-    for remaining in reversed(range(100)):
-        try:
-            return lock.acquire(timeout=0.01)
-        except Timeout as error:
-            if remaining == 0 or owner.exists():
-                raise ValueError(
-                    f"`--output_dir` {folder} is in use by {describe_owner(owner)}: wait until it ends, or choose"
-                    " another folder."
-                ) from error
 
 
 def describe_owner(owner: Path) -> str:
