@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from demo_samples import load_images
+from learned_guesses import draw_noise
 from reporting import add_run_arguments, write_report
 from tqdm.auto import tqdm
 
@@ -66,8 +67,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     extractor = load_feature_extractor(str(args.data_dir / "judge"))
     images, _ = load_images(args.data_dir / "images" / "train")
     reference = ReferenceFeatures.from_batches([extractor(images).features], "training images", extractor.name)
-    noise = pipeline.prepare_latents(args.num_samples, torch.Generator().manual_seed(0))
-    class_labels = torch.arange(args.num_samples) % pipeline.transformer.config.num_classes
+    noise, class_labels = draw_noise(pipeline, args.num_samples)
     samplers = {"learned": None} | {f"{sweeps} sweeps": sweeps for sweeps in args.sweeps}
     cases = []
     for name, num_sweeps in tqdm(samplers.items(), desc="Sampling"):

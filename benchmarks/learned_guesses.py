@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from reporting import add_run_arguments, seconds_of, write_report
 
-from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
+from flowback_hf import FlowBackPipeline
 from flowback_hf.models.transformer_tarflow import Guidance, SolverSettings, allocate_state, run_jacobi_solver
 from flowback_hf.reporting import markdown_table
 
@@ -87,19 +87,15 @@ def draw_noise(pipeline: FlowBackPipeline, num_samples: int) -> tuple[torch.Tens
     return noise, None if num_classes is None else torch.arange(num_samples) % num_classes
 
 
-def num_tokens_of(flow: TarFlowTransformer2DModel) -> int:
-    return (flow.config.sample_size // flow.config.patch_size) ** 2
-
-
 @torch.no_grad()
 def count_sweeps(
     pipeline: FlowBackPipeline, guess: str, batch_size: int, guidance_scale: float, tolerance: float
 ) -> float:
     """Invert all blocks from a guess. Returns the sweeps of a sample over all of them, averaged over samples."""
     flow, (noise, class_labels) = pipeline.transformer, draw_noise(pipeline, batch_size)
-    settings = SolverSettings(num_tokens_of(flow) - 1, "latents", tolerance)
     guidance = Guidance(guidance_scale, pipeline.config.guidance_rule)
     tokens, sweeps = flow.patchify(noise), 0.0
+    settings = SolverSettings(tokens.shape[1] - 1, "latents", tolerance)
     if guess == "heads":
         trajectory = pipeline.reverse_transformer(
             noise, class_labels, guidance_scale, output_trajectory=True
@@ -141,10 +137,11 @@ def main(args: argparse.Namespace, arguments: list[str] | None = None):
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     pipeline = load(args.model)
-    flow = pipeline.transformer
+    config = pipeline.transformer.config
+    num_tokens = (config.sample_size // config.patch_size) ** 2
     results = {
         "certificate": judge_certificate(load(args.model).to(torch.float64), args.num_samples),
-        "token_by_token": flow.config.num_blocks * (num_tokens_of(flow) - 1),
+        "token_by_token": config.num_blocks * (num_tokens - 1),
         "num_samples": args.batch_size,
         "cases": measure_sweeps(pipeline, args),
     }

@@ -106,7 +106,7 @@ def measure(steps: dict[str, Step], args: argparse.Namespace) -> list[dict]:
         results.append(
             {
                 "step": name,
-                "num_trained_parameters": sum(len(w.flatten()) for w in step.optimizer.param_groups[0]["params"]),
+                "num_trained_parameters": sum(weight.numel() for weight in step.optimizer.param_groups[0]["params"]),
                 "median_seconds": statistics.median(seconds[name]),
                 "min_seconds": min(seconds[name]),
                 "max_seconds": max(seconds[name]),
