@@ -31,22 +31,20 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 EXACT = "exact"
 # What each variant adds to the command of training. The first learns from pairs of the exact sampler, and most others
 # differ from it in one thing.
-SAMPLED = ["--pairs", "sampler", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "1.5"]
-SAMPLED += ["--validation_guidance_scale", "1.5"]
+SAMPLED = ["--pairs", "sampler", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "{guidance_scale}"]
+SAMPLED += ["--validation_guidance_scale", "{guidance_scale}"]
 VARIANTS: dict[str, list[str]] = {
     "sampled_pairs": SAMPLED,
     "less_guidance": [*SAMPLED, "--sampled_guidance_scale", "1.25", "--validation_guidance_scale", "1.25"],
     "final": [*SAMPLED, "--supervision", "final"],
     "data_space": [*SAMPLED, "--supervision", "data_space"],
     "no_denoising": [*SAMPLED, "--no_denoising"],
-    "no_normalization": [*SAMPLED, "--no_normalization"],
-    "adaptive": [*SAMPLED, "--adaptive_power", "0.5"],
     "features": [*SAMPLED, "--teacher_model_name_or_path", "{data_dir}/teacher"],
     "more_pairs": [*SAMPLED, "--num_sampled_pairs", "24000"],
     "flow_width": [*SAMPLED, "--num_attention_heads", "4"],
     "data_pairs": [],
     "no_guidance": ["--max_guidance_scale", "1"],
-    "both_pairs": ["--pairs", "both", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "1.5"],
+    "both_pairs": ["--pairs", "both", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "{guidance_scale}"],
 }
 TRAINING = ["--num_layers", "2", "--train_batch_size", "64", "--learning_rate", "2e-3", "--lr_warmup_steps", "50"]
 TRAINING += ["--ema_decay", "0.99", "--eval_batch_size", "297", "--validation_steps", "500"]
@@ -87,6 +85,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Attention heads of the learned inverse, as wide as the flow's. Default: %(default)s.",
     )
     parser.add_argument(
+        "--sampled_guidance_scale",
+        type=float,
+        default=1.5,
+        help="Guidance scale of the exact sampler's pairs: the best one for the flow. Default: %(default)s, that of the"
+        " quickstart's digits.",
+    )
+    parser.add_argument(
         "--guidance_scales",
         type=float,
         nargs="+",
@@ -114,7 +119,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
     """Train a variant, or go on with it. Returns its folder."""
     folder = args.work_dir / f"{args.name}-{variant}-seed{seed}"
-    options = [option.format(data_dir=args.data_dir) for option in VARIANTS[variant]]
+    settings = {"data_dir": args.data_dir, "guidance_scale": args.sampled_guidance_scale}
+    options = [option.format(**settings) for option in VARIANTS[variant]]
     run(
         "training/train_reverse.py",
         *["--model", args.model, *data_flag(args, "--train_data_dir"), "--output_dir", folder, *TRAINING],
