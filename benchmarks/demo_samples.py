@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nearest_images import distances_to_nearest
 from PIL import Image
 from reporting import add_run_arguments, write_report
 from tqdm.auto import tqdm
@@ -55,15 +56,11 @@ def to_pixels(images: list[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).flatten(1) / 255
 
 
-def distances_to_nearest(images: list[Image.Image], train_pixels: torch.Tensor) -> list[float]:
-    """Of each image, the root mean square difference of pixels, from 0 to 1, to the training image nearest to it."""
-    nearest = torch.cdist(to_pixels(images), train_pixels).amin(dim=1)
-    return (nearest / train_pixels.shape[1] ** 0.5).tolist()
-
-
 def describe(judge, images: list[Image.Image], labels: list[str], train_pixels: torch.Tensor) -> dict:
     read = [judge.id2label[label] for label in judge(images).logits.argmax(dim=1).tolist()]
-    distances = distances_to_nearest(images, train_pixels)
+    distances = distances_to_nearest(to_pixels(images), train_pixels)
+    # Root mean square differences of pixels.
+    distances = (distances / train_pixels.shape[1] ** 0.5).tolist()
     return {
         "num_images": len(images),
         "judge_reads_label": statistics.mean(a == b for a, b in zip(read, labels)),

@@ -10,8 +10,6 @@ A record is `results/learned_inverse_<name>/<variant>-seed<seed>.json`; remove i
 
 import argparse
 import json
-import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -20,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import torch
+from nearest_images import distances_to_nearest
 from reporting import write_report
 
 from flowback_hf.data.splits import DataSource, load_split
-from flowback_hf.files import read_metrics_log
 from flowback_hf.reporting import markdown_table
 
 
@@ -32,22 +31,20 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 EXACT = "exact"
 # What each variant adds to the command of training. The first learns from pairs of the exact sampler, and most others
 # differ from it in one thing.
-SAMPLED = ["--pairs", "sampler", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "1.5"]
-SAMPLED += ["--validation_guidance_scale", "1.5"]
+SAMPLED = ["--pairs", "sampler", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "{guidance_scale}"]
+SAMPLED += ["--validation_guidance_scale", "{guidance_scale}"]
 VARIANTS: dict[str, list[str]] = {
     "sampled_pairs": SAMPLED,
     "less_guidance": [*SAMPLED, "--sampled_guidance_scale", "1.25", "--validation_guidance_scale", "1.25"],
     "final": [*SAMPLED, "--supervision", "final"],
     "data_space": [*SAMPLED, "--supervision", "data_space"],
     "no_denoising": [*SAMPLED, "--no_denoising"],
-    "no_normalization": [*SAMPLED, "--no_normalization"],
-    "adaptive": [*SAMPLED, "--adaptive_power", "0.5"],
     "features": [*SAMPLED, "--teacher_model_name_or_path", "{data_dir}/teacher"],
     "more_pairs": [*SAMPLED, "--num_sampled_pairs", "24000"],
     "flow_width": [*SAMPLED, "--num_attention_heads", "4"],
     "data_pairs": [],
     "no_guidance": ["--max_guidance_scale", "1"],
-    "both_pairs": ["--pairs", "both", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "1.5"],
+    "both_pairs": ["--pairs", "both", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "{guidance_scale}"],
 }
 TRAINING = ["--num_layers", "2", "--train_batch_size", "64", "--learning_rate", "2e-3", "--lr_warmup_steps", "50"]
 TRAINING += ["--ema_decay", "0.99", "--eval_batch_size", "297", "--validation_steps", "500"]
@@ -88,6 +85,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Attention heads of the learned inverse, as wide as the flow's. Default: %(default)s.",
     )
     parser.add_argument(
+        "--sampled_guidance_scale",
+        type=float,
+        default=1.5,
+        help="Guidance scale of the exact sampler's pairs: the best one for the flow. Default: %(default)s, that of the"
+        " quickstart's digits.",
+    )
+    parser.add_argument(
         "--guidance_scales",
         type=float,
         nargs="+",
@@ -112,23 +116,18 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def train(args: argparse.Namespace, variant: str, seed: int) -> tuple[Path, dict[str, Any]]:
-    """Train a variant, or go on with it. Returns its folder, and what training took."""
+def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
+    """Train a variant, or go on with it. Returns its folder."""
     folder = args.work_dir / f"{args.name}-{variant}-seed{seed}"
-    options = [option.format(data_dir=args.data_dir) for option in VARIANTS[variant]]
-    peak_memory_bytes = run(
+    settings = {"data_dir": args.data_dir, "guidance_scale": args.sampled_guidance_scale}
+    options = [option.format(**settings) for option in VARIANTS[variant]]
+    run(
         "training/train_reverse.py",
         *["--model", args.model, *data_flag(args, "--train_data_dir"), "--output_dir", folder, *TRAINING],
         *["--num_attention_heads", args.num_attention_heads, "--max_train_steps", args.max_train_steps],
         *["--seed", seed, "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 1, *options],
     )
-    batch_size = json.loads((folder / "training_args.json").read_text())["train_batch_size"]
-    speeds = [record["images_per_second"] for record in read_metrics_log(folder) if "images_per_second" in record]
-    return folder, {
-        "training_steps": args.max_train_steps,
-        "training_seconds_per_step": batch_size / statistics.median(speeds),
-        "training_peak_memory_bytes": peak_memory_bytes,
-    }
+    return folder
 
 
 def evaluate(args: argparse.Namespace, variant: str, seed: int, model: Path) -> dict[str, Any]:
@@ -152,17 +151,14 @@ def evaluate(args: argparse.Namespace, variant: str, seed: int, model: Path) -> 
     for scale in scales:
         files = sorted((folder / "samples" / f"guidance_{scale}").glob("[0-9]*.png"))
         drawn = to_rows(map(PIL.Image.open, files), config)
-        results[f"nearest_training_image/guidance_{scale}"] = mean_distance_to_nearest(drawn, real)
+        results[f"nearest_training_image/guidance_{scale}"] = distances_to_nearest(drawn, real).mean().item()
     return results | {"evaluated_guidance_scales": scales}
 
 
-def run(script: str, *options: Any) -> int:
-    """Run a script of this repository. Returns the most memory that it held, in bytes."""
-    process = subprocess.Popen([sys.executable, str(REPOSITORY / script), *map(str, options)])
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+def run(script: str, *options: Any) -> None:
+    """Run a script of this repository."""
+    if subprocess.run([sys.executable, str(REPOSITORY / script), *map(str, options)]).returncode:
         raise SystemExit(f"{script} failed.")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def is_parquet(folder: Path) -> bool:
@@ -175,17 +171,11 @@ def data_flag(args: argparse.Namespace, folder_flag: str) -> list[Any]:
     return ["--dataset_name" if is_parquet(images) else folder_flag, images]
 
 
-def to_rows(images: Iterable[PIL.Image.Image], config: dict[str, Any]) -> np.ndarray:
+def to_rows(images: Iterable[PIL.Image.Image], config: dict[str, Any]) -> torch.Tensor:
     """Images of a flow's size and channels in [-1, 1] as rows."""
     size, mode = config["sample_size"], "L" if config["in_channels"] == 1 else "RGB"
     arrays = (np.asarray(image.convert(mode).resize((size, size)), dtype=np.float32) for image in images)
-    return np.stack([array.ravel() / 127.5 - 1 for array in arrays])
-
-
-def mean_distance_to_nearest(samples: np.ndarray, images: np.ndarray) -> float:
-    """Mean over samples of the Euclidean distance to the nearest image: copies would be at 0."""
-    squared = (samples**2).sum(1)[:, None] - 2 * samples @ images.T + (images**2).sum(1)
-    return float(np.sqrt(np.maximum(squared.min(axis=1), 0)).mean())
+    return torch.from_numpy(np.stack([array.ravel() / 127.5 - 1 for array in arrays]))
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -204,8 +194,8 @@ def main(args: argparse.Namespace, arguments: list[str] | None = None):
             record = args.results_dir / f"learned_inverse_{args.name}" / f"{variant}-seed{seed}.json"
             if record.exists():
                 continue
-            model, cost = (args.model, {}) if variant == EXACT else train(args, variant, seed)
-            results = evaluate(args, variant, seed, model) | cost
+            model = args.model if variant == EXACT else train(args, variant, seed)
+            results = evaluate(args, variant, seed, model)
             write_report(record, arguments, "cpu", results, describe(results))
             print(f"== {record}\n{describe(results)}", flush=True)
 

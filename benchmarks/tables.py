@@ -533,13 +533,13 @@ def editing_maps() -> Table:
 # The learned inverse
 
 
-def learned_records() -> dict[str, dict[str, dict[str, Any]]]:
-    """Of each variant, in the order of the benchmark, its records by name."""
+def learned_records(name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of a comparison, of each variant, in the order of the benchmark, its records by name."""
     from learned_inverse import EXACT, VARIANTS
 
     records = {}
     for variant in (EXACT, *VARIANTS):
-        files = sorted((REPOSITORY / RESULTS / "learned_inverse_digits").glob(f"{variant}-seed*.json"))
+        files = sorted((REPOSITORY / RESULTS / f"learned_inverse_{name}").glob(f"{variant}-seed*.json"))
         names = [str(file.relative_to(REPOSITORY / RESULTS).with_suffix("")) for file in files]
         if names:
             records[variant] = {name: read(name)["results"] for name in names}
@@ -551,25 +551,44 @@ def over_seeds(values: list[float]) -> dict[str, Any]:
     return {"mean": statistics.mean(values), "standard_error": error}
 
 
-@table("learned-quality")
-def learned_quality() -> Table:
-    columns = [
-        ("Fréchet distance", "frechet_distance", 1, 2),
-        ("precision, %", "precision", 100, 0),
-        ("recall, %", "recall", 100, 0),
-        ("read as the class, %", "classifier_reads_label", 100, 1),
-        ("nearest training image", "nearest_training_image", 1, 2),
-    ]
+def learned_quality_rows(name: str) -> tuple[list[list[str]], list[str]]:
+    """A row for each variant and guidance scale of a comparison, and the reports with their figures."""
     rows, reports = [], []
-    for variant, records in learned_records().items():
+    for variant, records in learned_records(name).items():
         reports += records
         for scale in next(iter(records.values()))["evaluated_guidance_scales"]:
             row = [f"`{variant}`", str(len(records)), f"{scale:g}"]
-            for _, key, factor, digits in columns:
+            for _, key, factor, digits in LEARNED_COLUMNS:
                 figures = [results[f"{key}/guidance_{scale}"] for results in records.values()]
                 row.append(mean_and_error(over_seeds(figures), digits, factor))
             rows.append(row)
-    return Table(["sampler", "seeds", "guidance", *(title for title, *_ in columns)], rows, reports)
+    return rows, reports
+
+
+LEARNED_COLUMNS = [
+    ("Fréchet distance", "frechet_distance", 1, 2),
+    ("precision, %", "precision", 100, 0),
+    ("recall, %", "recall", 100, 0),
+    ("read as the class, %", "classifier_reads_label", 100, 1),
+    ("nearest training image", "nearest_training_image", 1, 2),
+]
+LEARNED_HEADER = ["sampler", "seeds", "guidance", *(title for title, *_ in LEARNED_COLUMNS)]
+
+
+@table("learned-quality")
+def learned_quality() -> Table:
+    return Table(LEARNED_HEADER, *learned_quality_rows("digits"))
+
+
+@table("learned-quality-glyphs")
+def learned_quality_glyphs() -> Table:
+    """Of a flow that was aligned, and of one that was not."""
+    rows, reports = [], []
+    for flow in ("none", "reverse"):
+        flow_rows, flow_reports = learned_quality_rows(f"glyphs_{flow}")
+        rows += [[f"`{flow}`", *row] for row in flow_rows]
+        reports += flow_reports
+    return Table(["flow", *LEARNED_HEADER], rows, reports)
 
 
 @table("learned-training")

@@ -12,7 +12,7 @@ Make a demo data set, a small teacher and an independent judge, with nothing dow
 `digits` are the 1,797 handwritten digits of scikit-learn (8x8 pixels, greyscale). The others are drawn, as many and as
 large as asked for. `icons` are upright silhouettes of one color on a soft background of another (RGB), which a small
 flow can learn. `shapes` are light shapes of any hue, place, size and rotation, on dark cluttered backgrounds (RGB).
-`glyphs` are 26 letters and 8 digits in twenty typefaces that come with matplotlib, lighter or darker than the
+`glyphs` are the capital letters in twenty typefaces that come with matplotlib, lighter or darker than the
 cluttered background (greyscale).
 
 The output folder then holds:
@@ -46,13 +46,13 @@ from flowback_hf_cli.command import add_debug_argument, run_command
 from flowback_hf_cli.numbers import COUNT, SEED
 
 
-NUM_CLASSES = {"digits": 10, "glyphs": 34, "icons": 10, "shapes": 10}
+NUM_CLASSES = {"digits": 10, "glyphs": 26, "icons": 10, "shapes": 10}
 DEFAULTS = {
     "digits": {"resolution": 8, "teacher_epochs": 30, "judge_epochs": 40},
     "glyphs": {
         "resolution": 16,
         "num_train_images": 60000,
-        "num_validation_images": 2040,
+        "num_validation_images": 2080,
         "teacher_epochs": 10,
         "judge_epochs": 10,
     },
