@@ -88,7 +88,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--sampled_guidance_scale",
         type=float,
         default=1.5,
-        help="Guidance scale of the exact sampler's pairs: the best one for the flow. Default: %(default)s, that of the"
+        help="Guidance scale of the exact sampler's pairs: the flow's best one. Default: %(default)s, that of the"
         " quickstart's digits.",
     )
     parser.add_argument(
