@@ -33,6 +33,7 @@ EXACT = "exact"
 # differ from it in one thing.
 SAMPLED = ["--pairs", "sampler", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "{guidance_scale}"]
 SAMPLED += ["--validation_guidance_scale", "{guidance_scale}"]
+BOTH = ["--pairs", "both", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "{guidance_scale}"]
 VARIANTS: dict[str, list[str]] = {
     "sampled_pairs": SAMPLED,
     "less_guidance": [*SAMPLED, "--sampled_guidance_scale", "1.25", "--validation_guidance_scale", "1.25"],
@@ -44,7 +45,8 @@ VARIANTS: dict[str, list[str]] = {
     "flow_width": [*SAMPLED, "--num_attention_heads", "4"],
     "data_pairs": [],
     "no_guidance": ["--max_guidance_scale", "1"],
-    "both_pairs": ["--pairs", "both", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "{guidance_scale}"],
+    "both_pairs": BOTH,
+    "both_pairs_flow_width": [*BOTH, "--num_attention_heads", "4"],
 }
 TRAINING = ["--num_layers", "2", "--train_batch_size", "64", "--learning_rate", "2e-3", "--lr_warmup_steps", "50"]
 TRAINING += ["--ema_decay", "0.99", "--eval_batch_size", "297", "--validation_steps", "500"]
@@ -88,7 +90,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--sampled_guidance_scale",
         type=float,
         default=1.5,
-        help="Guidance scale of the exact sampler's pairs: the best one for the flow. Default: %(default)s, that of the"
+        help="Guidance scale of the exact sampler's pairs: the flow's best one. Default: %(default)s, that of the"
         " quickstart's digits.",
     )
     parser.add_argument(

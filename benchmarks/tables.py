@@ -792,6 +792,8 @@ def measured() -> Table:
         case["sampler"]: case["median_seconds"] for case in read("sampling_cold")["results"] if case["batch_size"] == 1
     }
     loop, ours = cold["published loop"], cold["compiled"]
+    learned = next(case for case in read("sampling_learned")["results"]["sampling"] if case["batch_size"] == 1)
+    learned = {name: timing["median_seconds"] for name, timing in learned["samplers"].items()}
     steps = {step["step"]: step["times_none"] for step in step_rows("train_step")}
     ten, thousand = read("classification")["results"]
     variants = read(DIGITS_REPORTS[0])["variants"]
@@ -806,6 +808,13 @@ def measured() -> Table:
             f"{seconds(ours)} (compiled)",
             "sampling_cold",
             "sampling",
+        ],
+        [
+            "the same in one evaluation",
+            f"{seconds(learned['published loop'])} (published loop)",
+            f"{seconds(learned['learned'])} (learned inverse)",
+            "sampling_learned",
+            "learned_inverse",
         ],
         [
             "a training step with reverse alignment, over one without",

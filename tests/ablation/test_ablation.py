@@ -523,6 +523,20 @@ def test_the_grids_of_the_glyphs(ablate, line):
     assert reasons["reverse-0-late-shuffled-all"].shuffle == "all"
 
 
+def test_the_large_glyphs_have_the_places_of_the_small_ones(ablate, line):
+    grid = REPOSITORY / "training" / "ablations" / "glyphs.json"
+    places = []
+    for name in ("glyphs", "glyphs64"):
+        settings = REPOSITORY / "training" / "ablations" / "settings" / f"{name}.json"
+        variants = variants_of(ablate.parse_args(line({}, {}, grid=grid, settings=settings)))
+        places.append({name: variant.places for name, variant in variants.items()})
+        train = variants["none"].train
+        assert variants["none-long"].train["max_train_steps"] == 4 * train["max_train_steps"]
+    assert places[0] == places[1]
+    assert (train["resolution"] // train["patch_size"]) ** 2 == 256
+    assert train["num_attention_heads"] * train["attention_head_dim"] == 512
+
+
 def test_names_and_arguments_of_variants(ablate, line):
     grid = {
         "alignment": ["none", "forward", "reverse"],

@@ -88,6 +88,8 @@ def split_command(command: list[str]) -> tuple[str, list[str]] | None:
     if command[0] == "sbatch":  # the SLURM script passes on what stands behind it
         position = command.index("training/configs/slurm/train.sh")
         return "training/train_rra.py", command[position + 1 :]
+    if command[0] == "timeout":
+        command = command[2:]
     if command[0] == "accelerate" and command[1] == "launch" or command[0] == "python":
         for position, word in enumerate(command):
             if word.endswith(".py"):
