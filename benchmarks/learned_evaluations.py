@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from demo_samples import load_images
-from learned_guesses import draw_noise
+from noise import draw_noise
 from reporting import add_run_arguments, write_report
 from tqdm.auto import tqdm
 
@@ -38,9 +38,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default=Path("outputs/quickstart/digits"),
         help="The folder of the demo data, with images/ and judge/. Default: %(default)s.",
     )
-    parser.add_argument("--guidance_scale", type=float, default=1.5, help="Of all samplers. Default: %(default)s.")
     parser.add_argument(
-        "--sweeps", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 15], help="Default: 1 2 3 4 6 8 15."
+        "--guidance_scale", type=float, default=1.5, help="Guidance scale of all samplers. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--sweeps",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3, 4, 6, 8, 15],
+        help="Jacobi sweeps of each block. Default: 1 2 3 4 6 8 15.",
     )
     parser.add_argument("--num_samples", type=int, default=1000, help="Samples of each sampler. Default: %(default)s.")
     parser.add_argument("--batch_size", type=int, default=250, help="Samples at a time. Default: %(default)s.")
@@ -51,7 +57,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def invert_with_sweeps(
-    pipeline: FlowBackPipeline, noise: torch.Tensor, class_labels: torch.Tensor, scale: float, num_sweeps: int
+    pipeline: FlowBackPipeline, noise: torch.Tensor, class_labels: torch.Tensor | None, scale: float, num_sweeps: int
 ) -> torch.Tensor:
     """Give every block so many Jacobi sweeps, whether it has settled or not, and denoise."""
     flow, guidance = pipeline.transformer, Guidance(scale, pipeline.config.guidance_rule)
@@ -71,17 +77,20 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     samplers = {"learned": None} | {f"{sweeps} sweeps": sweeps for sweeps in args.sweeps}
     cases = []
     for name, num_sweeps in tqdm(samplers.items(), desc="Sampling"):
-        distance = FrechetDistance(reference)
+        distance, num_overflowed = FrechetDistance(reference), 0
         for rows in torch.arange(args.num_samples).split(args.batch_size):
-            inputs = noise[rows], class_labels[rows], args.guidance_scale
+            inputs = noise[rows], None if class_labels is None else class_labels[rows], args.guidance_scale
             if num_sweeps is None:
                 sample = pipeline.apply_reverse_transformer(*inputs)
             else:
                 sample = invert_with_sweeps(pipeline, *inputs, num_sweeps)
-            drawn = pipeline.decode(sample.nan_to_num().clamp(-1, 1), "pil")
+            is_finite = sample.isfinite().flatten(1).all(dim=1)
+            num_overflowed += int((~is_finite).sum())
+            drawn = pipeline.decode(sample[is_finite], "pil")
             distance.add_batch(predictions=extractor(drawn).features)
         evaluations = 1 if num_sweeps is None else num_sweeps + 1
-        cases.append({"sampler": name, "num_evaluations": evaluations} | distance.compute())
+        case = {"sampler": name, "num_evaluations": evaluations, "num_overflowed": num_overflowed}
+        cases.append(case | distance.compute())
     return cases
 
 
@@ -110,8 +119,11 @@ def main(args: argparse.Namespace, arguments: list[str] | None = None):
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     cases = measure(args)
-    rows = [[case["sampler"], str(case["num_evaluations"]), f"{case['frechet_distance']:.3f}"] for case in cases]
-    table = markdown_table(["sampler", "evaluations", "Fréchet distance"], rows)
+    rows = [
+        [case["sampler"], case["num_evaluations"], f"{case['frechet_distance']:.3f}", case["num_overflowed"]]
+        for case in cases
+    ]
+    table = markdown_table(["sampler", "evaluations", "Fréchet distance", "overflowed"], rows)
     print(table)
     write_report(args.output, arguments, "cpu", {"guidance_scale": args.guidance_scale, "cases": cases}, table)
     if args.figure is not None:

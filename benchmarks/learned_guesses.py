@@ -10,10 +10,12 @@ The first is a rank correlation over samples, within each class, of the true err
 """
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
+from noise import draw_noise
 from reporting import add_run_arguments, seconds_of, write_report
 
 from flowback_hf import FlowBackPipeline
@@ -80,13 +82,6 @@ def judge_certificate(pipeline: FlowBackPipeline, num_samples: int) -> dict[str,
     }
 
 
-def draw_noise(pipeline: FlowBackPipeline, num_samples: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Latents, and labels of all classes in turn."""
-    noise = pipeline.prepare_latents(num_samples, torch.Generator().manual_seed(0))
-    num_classes = pipeline.transformer.config.num_classes
-    return noise, None if num_classes is None else torch.arange(num_samples) % num_classes
-
-
 @torch.no_grad()
 def count_sweeps(
     pipeline: FlowBackPipeline, guess: str, batch_size: int, guidance_scale: float, tolerance: float
@@ -112,10 +107,17 @@ def count_sweeps(
 
 
 def measure_sweeps(pipeline: FlowBackPipeline, args: argparse.Namespace) -> list[dict[str, Any]]:
-    cases = []
+    """Sweeps and seconds from each guess, beside the seconds token by token."""
+    noise, class_labels = draw_noise(pipeline, args.batch_size)
+    rule, cases = pipeline.config.guidance_rule, []
     for guidance_scale in args.guidance_scales:
+        sequential = functools.partial(
+            pipeline.invert_blocks, noise, class_labels, guidance_scale, rule, solver="sequential"
+        )
+        sequential_seconds = min(seconds_of(sequential, "cpu") for _ in range(3))
         for tolerance in args.tolerances:
             case: dict[str, Any] = {"guidance_scale": guidance_scale, "tolerance": tolerance}
+            case["token_by_token_seconds"] = sequential_seconds
             for guess in GUESSES:
                 arguments = (pipeline, guess, args.batch_size, guidance_scale, tolerance)
                 case[guess] = {"sweeps": count_sweeps(*arguments)}

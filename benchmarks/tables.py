@@ -366,23 +366,33 @@ GLYPHS_COLUMNS = [
 ]
 
 
+def read_glyphs_grid(name: str) -> dict[str, Any]:
+    from flowback_hf.ablation.grids import read_grid
+
+    return read_grid(REPOSITORY / "training" / "ablations" / f"{name}.json")
+
+
+def glyphs_reports(grid_name: str, confirmation: bool = False) -> list[str]:
+    """The records of all finished cells of a grid: those of its fresh seeds, or all others."""
+    folder = REPOSITORY / RESULTS / "ablation_glyphs"
+    fresh = {f"seed-{seed}" for seed in read_glyphs_grid("glyphs")["confirmation_seeds"]}
+    variants = read_glyphs_grid(grid_name)["variants"]
+    files = [file for name in variants for file in sorted((folder / name).glob("seed-*.json"))]
+    files = [file for file in files if (file.stem in fresh) == confirmation]
+    return [str(file.relative_to(REPOSITORY / RESULTS).with_suffix("")) for file in files]
+
+
 def glyphs_table(grid_name: str, confirmation: bool = False) -> Table:
-    """All finished cells of a grid, from their records: those of its fresh seeds, or all others."""
-    from flowback_hf.ablation.grids import find_baselines, read_grid
+    """What the cells of a grid have learned, and how fast."""
+    from flowback_hf.ablation.grids import find_baselines
     from flowback_hf.ablation.run import read_step_seconds
     from flowback_hf.ablation.statistics import summarise
 
-    grids = REPOSITORY / "training" / "ablations"
-    grid = read_grid(grids / f"{grid_name}.json")
-    folder = REPOSITORY / RESULTS / "ablation_glyphs"
-    fresh = {f"seed-{seed}" for seed in read_grid(grids / "glyphs.json")["confirmation_seeds"]}
-    files = [file for name in grid["variants"] for file in sorted((folder / name).glob("seed-*.json"))]
-    files = [file for file in files if (file.stem in fresh) == confirmation]
-    reports = [str(file.relative_to(REPOSITORY / RESULTS).with_suffix("")) for file in files]
+    reports = glyphs_reports(grid_name, confirmation)
     # `summarise` adds to rows, and what `read` returns is kept.
     rows = copy.deepcopy([read(report)["row"] for report in reports])
-    times = folder / f"step_seconds-{grid_name}.json"
-    variants = summarise(rows, find_baselines(grid), read_step_seconds(times))["variants"]
+    times = REPOSITORY / RESULTS / "ablation_glyphs" / f"step_seconds-{grid_name}.json"
+    variants = summarise(rows, find_baselines(read_glyphs_grid(grid_name)), read_step_seconds(times))["variants"]
     if reports and times.exists():
         reports.append(str(times.relative_to(REPOSITORY / RESULTS).with_suffix("")))
     measured = {metric for variant in variants.values() for metric in variant["metrics"]}
@@ -397,6 +407,30 @@ def glyphs_table(grid_name: str, confirmation: bool = False) -> Table:
 @table("ablation-glyphs")
 def ablation_glyphs() -> Table:
     return glyphs_table("glyphs")
+
+
+@table("ablation-glyphs-samples")
+def ablation_glyphs_samples() -> Table:
+    """Samples without guidance and at each cell's best scale, and the accuracy of a shortlist."""
+    reports = glyphs_reports("glyphs")
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for report in reports:
+        row = read(report)["row"]
+        cells.setdefault(row["variant"], []).append(row["evaluation"])
+    metrics = {"precision": "precision, %", "recall": "recall, %", "classifier_reads_label": "read as the class, %"}
+    rows = []
+    for name, evaluations in cells.items():
+        best = [evaluation["best_guidance_scale"] for evaluation in evaluations]
+        row = [f"`{name}`", str(len(evaluations)), ", ".join(f"{scale:g}" for scale in sorted(set(best)))]
+        for scales in ([1.0] * len(best), best):
+            for metric in metrics:
+                values = [each[f"{metric}/guidance_{scale}"] for each, scale in zip(evaluations, scales)]
+                row.append(mean_and_error(over_seeds(values), 1, 100))
+        row.append(mean_and_error(over_seeds([each["accuracy/shortlist"] for each in evaluations]), 1, 100))
+        rows.append(row)
+    header = ["variant", "seeds", "best guidance", *metrics.values()]
+    header += [f"{title.removesuffix(', %')}, guided, %" for title in metrics.values()]
+    return Table([*header, "accuracy, shortlist, %"], rows, reports)
 
 
 @table("ablation-glyphs-confirmation")

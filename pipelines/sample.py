@@ -12,6 +12,7 @@ evaluator reads. Image i depends on the seed and on i only: the same command res
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from flowback_hf_cli.command import add_debug_argument, run_command
@@ -78,7 +79,11 @@ def main(args: argparse.Namespace):
     options = vars(args) | {"denoise": not args.no_denoise}
     del options["no_denoise"]
     state = join_processes()
-    sample_into_folder(load_pipeline(FlowBackPipeline, args.model), **options)
+    pipeline = load_pipeline(FlowBackPipeline, args.model)
+    if args.no_denoise and args.solver == "learned" and pipeline.reverse_transformer is not None:
+        with contextlib.suppress(OSError):  # without heads, the arguments are refused below
+            pipeline.reverse_transformer.load_heads(args.model)
+    sample_into_folder(pipeline, **options)
     state.destroy_process_group()
 
 

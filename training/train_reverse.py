@@ -26,6 +26,7 @@ def main(args: argparse.Namespace):
         ReverseTrainer,
         check_run_folder,
         choose_sampled_guidance_scale,
+        choose_validation_guidance_scale,
         decide,
         describe_processes,
         make_accelerator,
@@ -38,6 +39,7 @@ def main(args: argparse.Namespace):
     hub_model_id = args.hub_model_id or Path(args.output_dir).resolve().name
     flow_pipeline = load_pipeline(FlowBackPipeline, args.model, cache_dir=args.cache_dir)
     args.sampled_guidance_scale = choose_sampled_guidance_scale(args, flow_pipeline)
+    args.validation_guidance_scale = choose_validation_guidance_scale(args)
     arguments = TrainingArguments.from_args(args)
     accelerator = make_accelerator(arguments)
 

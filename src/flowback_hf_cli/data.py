@@ -25,9 +25,7 @@ def add_source_arguments(group: argparse._ArgumentGroup, folder_option: str = "-
 def add_data_arguments(group: argparse._ArgumentGroup):
     """Add the flags that name the training data and decide what is held out."""
     add_source_arguments(group)
-    group.add_argument(
-        "--unconditional", action="store_true", help="Ignore the labels and train a flow without classes."
-    )
+    group.add_argument("--unconditional", action="store_true", help="Ignore the labels, for a flow without classes.")
     group.add_argument(
         "--cache_dir", help="The folder where data sets and models of the Hub are kept. Default: the libraries' own."
     )

@@ -52,6 +52,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_optimization_arguments(parser.add_argument_group("optimization"))
     add_run_arguments(parser.add_argument_group("run"))
     add_hub_arguments(parser.add_argument_group("publishing"))
+    parser.set_defaults(validation_guidance_scale=None)  # what fits the pairs
     args = parser.parse_args(arguments)
     check_data_arguments(parser, args)
     check_streaming_arguments(parser, args)
@@ -70,8 +71,8 @@ def add_pairs_arguments(group: argparse._ArgumentGroup):
         "--num_sampled_pairs",
         type=COUNT,
         default=10_000,
-        help="Images that the exact sampler draws before training, once, for --pairs sampler and both. Default:"
-        " %(default)s.",
+        help="Images that the exact sampler draws before training, once, for --pairs sampler and both, divided among"
+        " the processes. They wait for each other for --ddp_timeout seconds. Default: %(default)s.",
     )
     group.add_argument(
         "--sampled_guidance_scale",
@@ -97,7 +98,9 @@ def add_model_arguments(group: argparse._ArgumentGroup):
     group.add_argument(
         "--max_guidance_scale",
         type=Number(float, at_least=1),
-        help="Train for guidance scales up to this; 1.0 trains without guidance. Default: 3.0 for flows with classes.",
+        help="Train for guidance scales from 1.0 to this; 1.0 trains without guidance. Pairs of the sampler teach"
+        " --sampled_guidance_scale alone. Default: 3.0 for flows with classes, or --sampled_guidance_scale if that is"
+        " larger.",
     )
     group.add_argument(
         "--no_denoising",
@@ -135,7 +138,7 @@ def add_objective_arguments(group: argparse._ArgumentGroup):
         "--adaptive_offset",
         type=Number(float, above=0),
         default=0.01,
-        help="What is added to the distance before. Default: %(default)s.",
+        help="Added to each distance before --adaptive_power is applied; it bounds the weights. Default: %(default)s.",
     )
     group.add_argument(
         "--teacher_model_name_or_path",

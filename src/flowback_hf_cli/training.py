@@ -453,7 +453,7 @@ def add_run_arguments(group: argparse._ArgumentGroup):
         type=number_of(TrainingArguments, "validation_guidance_scale"),
         default=defaults.validation_guidance_scale,
         help="Guidance scale of the sample grids; 1.0 is off. A new flow's pipeline has it as its own. Default:"
-        " %(default)s.",
+        " 1.0, or the only one that a learned inverse is trained for.",
     )
     group.add_argument(
         "--report_to",

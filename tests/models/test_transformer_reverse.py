@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import ModelMixin
 
 from flowback_hf import TarFlowReverseTransformer2DModel, TarFlowTransformer2DModel
 from flowback_hf.models.transformer_reverse import HEADS_FILE, hash_flow
@@ -187,11 +188,39 @@ def test_saved_and_loaded_to_the_bit_with_heads_in_a_file_of_their_own(random_re
     trajectory = loaded(noise, LABELS["classes"], 2.0, output_trajectory=True).trajectory
     for number, sample in expected.trajectory.items():
         assert torch.equal(trajectory[number], sample)
+    # the heads of another model change nothing
+    other = random_reverse_transformer(patch_size=1).float()
+    other.add_heads()
+    other.save_pretrained(tmp_path / "other" / "reverse_transformer")
+    with pytest.raises(ValueError, match="must be those of this learned inverse, but .* with other sizes"):
+        loaded.load_heads(tmp_path / "other")
+    assert torch.equal(loaded.heads.std, model.heads.std)
     # plain sampling works without the file
     (tmp_path / "reverse_transformer" / HEADS_FILE).unlink()
     loaded = TarFlowReverseTransformer2DModel.from_pretrained(tmp_path, subfolder="reverse_transformer")
     with pytest.raises(OSError, match=HEADS_FILE):
         loaded.load_heads(tmp_path)
+
+
+def test_only_the_main_process_saves_the_heads(random_reverse_transformer, tmp_path):
+    model = random_reverse_transformer().float()
+    model.add_heads()
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other" / HEADS_FILE).exists() and model.heads is not None
+
+
+def test_the_heads_are_there_before_a_folder_is_pushed(random_reverse_transformer, tmp_path, monkeypatch):
+    """diffusers pushes the folder at the end of its own saving."""
+    pushed = []
+
+    def save(model, save_directory, *args, push_to_hub=False, **kwargs):
+        pushed.extend(path.name for path in save_directory.iterdir() if push_to_hub)
+
+    monkeypatch.setattr(ModelMixin, "save_pretrained", save)
+    model = random_reverse_transformer().float()
+    model.add_heads()
+    model.save_pretrained(tmp_path / "pushed", push_to_hub=True)
+    assert pushed == [HEADS_FILE]
 
 
 def test_precision_checkpointing_and_compilation(random_reverse_transformer, noise, fresh_compiler):

@@ -243,6 +243,7 @@ def pipes(make_pipe, randomised_model):
         "other classes": of(randomised_model(num_classes=7)),
         "unconditional": unconditional,
         "right": right,
+        "without heads": make_pipe(with_heads=False),
     }
 
 
@@ -254,7 +255,7 @@ MISTAKES = {
     "unconditional": ({}, "`guidance_scale` must be 1.0 for a learned inverse without classes, but is 1.5"),
     "right: guidance": ({"guidance_scale": 4.0}, "must be between 1.0 and 3.0, for which this learned inverse"),
     "right: rule": ({"guidance_rule": "linear"}, "`guidance_rule`, .* are for the exact solvers: leave them out"),
-    "right: noise": ({"no_denoise": True}, "`denoise=False` needs the learned inverse's heads"),
+    "without heads": ({"no_denoise": True}, "`denoise=False` needs the learned inverse's heads"),
 }
 
 
@@ -276,6 +277,18 @@ def test_the_commands_say_it_before_anything_is_written(pipes, script, tmp_path,
     with pytest.raises(ValueError, match=message):
         module.main(*arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_loads_the_heads_of_noisy_images(make_pipe, script, tmp_path):
+    make_pipe().save_pretrained(tmp_path / "flow")
+    images = {}
+    for no_denoise in (True, None):
+        folder = tmp_path / f"out-{no_denoise}"
+        line = command_line(model=tmp_path / "flow", output_dir=folder, solver="learned", no_denoise=no_denoise)
+        module = script("sample")
+        module.main(module.parse_args([*line, "--num_images", "1"]))
+        images[no_denoise] = (folder / "000000.png").read_bytes()
+    assert images[True] != images[None]
 
 
 def test_a_flow_with_an_adapter(make_pipe):

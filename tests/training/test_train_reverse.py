@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import datasets
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
@@ -20,7 +22,7 @@ from flowback_hf.alignment import reverse_objective
 from flowback_hf.data import HoldOut, load_splits
 from flowback_hf.hub import write_repository
 from flowback_hf.models.transformer_reverse import HEADS_FILE
-from flowback_hf.training import TrainingArguments, reverse
+from flowback_hf.training import TrainingArguments, reverse, validation
 from flowback_hf_cli import reverse_training, training
 
 from ..conftest import REPOSITORY, command_line, load_script, randomise_weights
@@ -214,7 +216,8 @@ def test_a_killed_run_goes_on_exactly(line, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (killed / "model_index.json").exists(), "the run ended before it was killed"
-    pairs = (killed / reverse.PAIRS_FILE).stat().st_mtime_ns
+    (pairs,) = (killed / reverse.PAIRS_FOLDER).iterdir()
+    written = pairs.stat().st_mtime_ns
 
     process = start(output_dir=killed, resume_from_checkpoint="latest")
     assert process.wait(timeout=300) == 0 and reference.wait(timeout=300) == 0
@@ -222,7 +225,7 @@ def test_a_killed_run_goes_on_exactly(line, tmp_path):
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name
-    assert (killed / reverse.PAIRS_FILE).stat().st_mtime_ns == pairs
+    assert pairs.stat().st_mtime_ns == written
     assert names(whole) == names(killed)
 
 
@@ -251,8 +254,7 @@ def test_a_killed_run_goes_on_exactly(line, tmp_path):
     ids=str,
 )
 def test_options(train_reverse, line, tmp_path, options, logged, config):
-    scale = options.get("sampled_guidance_scale", 1.5) if options.get("pairs") == "sampler" else None
-    options = options | {"max_train_steps": 1, "validation_guidance_scale": scale}
+    options = options | {"max_train_steps": 1}
     train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", **options)))
     assert logged <= set(read_metrics(tmp_path / "run")[1])
     assert ("hidden" in read_metrics(tmp_path / "run")[1]) == (options.get("supervision") != "final")
@@ -260,8 +262,9 @@ def test_options(train_reverse, line, tmp_path, options, logged, config):
     for name, value in config.items():
         assert pipeline.reverse_transformer.config[name] == value
     assert (tmp_path / "run" / "reverse_transformer" / HEADS_FILE).exists() == ("hidden" in logged)
-    assert (tmp_path / "run" / reverse.PAIRS_FILE).exists() == ("pairs" in options)
-    assert len(pipeline(class_labels=[0], guidance_scale=scale or 1.0, solver="learned").images) == 1
+    assert (tmp_path / "run" / reverse.PAIRS_FOLDER).exists() == ("pairs" in options)
+    # At the pipeline's own guidance scale, which is now one that the learned inverse takes.
+    assert len(pipeline(class_labels=[0], solver="learned").images) == 1
 
 
 def test_a_teacher_compares_features(train_reverse, line, teacher, tmp_path):
@@ -344,9 +347,9 @@ def test_pairs_are_what_the_exact_sampler_draws(flow_folder, tmp_path):
     pipeline = FlowBackPipeline.from_pretrained(flow_folder)
     guidance = reverse.Guidance(2.0)
     arguments = {"num_pairs": 7, "guidance": guidance, "batch_size": 3, "dropout": 0.5, "seed": 3}
-    reverse.draw_pairs(pipeline, tmp_path / "pairs.safetensors", **arguments)
-    pairs = reverse.read_pairs(tmp_path / "pairs.safetensors")
-    assert pairs.guidance == guidance and pairs.class_labels.shape == (7,)
+    reverse.draw_pairs(pipeline, tmp_path / "pairs", **arguments)
+    pairs = reverse.read_pairs(tmp_path / "pairs")
+    assert pairs.class_labels.shape == (7,)
     assert {-1} < set(pairs.class_labels.tolist()) <= {-1, 0, 1}
     latents = reverse_objective.trajectory_of(pipeline.transformer, pairs.noisy_sample, pairs.class_labels, guidance)[
         -1
@@ -358,6 +361,60 @@ def test_pairs_are_what_the_exact_sampler_draws(flow_folder, tmp_path):
     assert (pairs.clean_sample - pairs.noisy_sample).abs().max() > 1e-3
 
 
+def test_pairs_are_drawn_by_all_processes_and_once(flow_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(reverse, "PAIRS_PER_FILE", 3)
+    pipeline = FlowBackPipeline.from_pretrained(flow_folder)
+    arguments = {"num_pairs": 8, "guidance": reverse.Guidance(2.0), "batch_size": 2, "dropout": 0.5, "seed": 3}
+    reverse.draw_pairs(pipeline, tmp_path / "one", **arguments)
+    expected = reverse.read_pairs(tmp_path / "one")
+    assert len(set(expected.noisy_sample[:, 0, 0, 0].tolist())) == 8 == len(expected.class_labels)
+    for process_index in (1, 0):
+        reverse.draw_pairs(pipeline, tmp_path / "two", **arguments, process_index=process_index, num_processes=2)
+    for one, two in zip(expected, reverse.read_pairs(tmp_path / "two")):
+        assert torch.equal(one, two)
+
+    # An interrupted drawing goes on where it was, with the same flow and guidance only.
+    files = sorted((tmp_path / "one").iterdir())
+    files[1].unlink()
+    written = files[0].stat().st_mtime_ns
+    reverse.draw_pairs(pipeline, tmp_path / "one", **arguments)
+    assert files[0].stat().st_mtime_ns == written
+    assert torch.equal(reverse.read_pairs(tmp_path / "one").noisy_sample, expected.noisy_sample)
+    with pytest.raises(ValueError, match="were drawn with another flow or other guidance: .* in a new folder"):
+        reverse.draw_pairs(pipeline, tmp_path / "one", **arguments | {"guidance": reverse.Guidance(1.5)})
+    pipeline.transformer.blocks[0].proj_out.bias.data.add_(1.0)
+    with pytest.raises(ValueError, match="were drawn with another flow or other guidance: .* in a new folder"):
+        reverse.draw_pairs(pipeline, tmp_path / "one", **arguments)
+
+
+def test_pairs_that_overflow_are_refused(flow_folder, tmp_path):
+    pipeline = FlowBackPipeline.from_pretrained(flow_folder)
+    pipeline.transformer.blocks[0].proj_out.bias.data.fill_(200.0)
+    with pytest.raises(ValueError, match="must draw finite images, but 4 of 4 overflowed"):
+        reverse.draw_pairs(pipeline, tmp_path / "pairs", 4, reverse.Guidance(1.5), 2, 0.0, 0)
+    assert not list((tmp_path / "pairs").iterdir())
+
+
+def test_a_run_of_the_samplers_pairs_is_validated_with_their_guidance(train_reverse, line, flow_folder, tmp_path):
+    """An untrained learned inverse returns zeros; a perfect one of guided pairs, what the guided flow was given."""
+    options = {"pairs": "sampler", "num_sampled_pairs": 3, "sampled_guidance_scale": 2.0, "max_train_steps": 1}
+    train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", **options)))
+    pipeline, seen = FlowBackPipeline.from_pretrained(tmp_path / "run"), []
+    assert pipeline.config.guidance_scale == 2.0
+
+    def perfect(latents, class_labels, scale):
+        seen.append(scale)
+        noisy_sample = pipeline.invert_blocks(latents, class_labels, scale, pipeline.config.guidance_rule)
+        return SimpleNamespace(sample=noisy_sample)
+
+    perfect.config = SimpleNamespace(min_guidance_scale=2.0, denoises=False)
+    both = SimpleNamespace(transformer=pipeline.transformer, reverse_transformer=perfect, config=pipeline.config)
+    batch = {"class_labels": torch.tensor([0, 1]), "image": torch.rand(2, 3, 8, 8) * 2 - 1}
+    source = SimpleNamespace(mirror=lambda batch, rows: batch, clean_sample=lambda batch, generator: batch["image"])
+    metrics = validation.validate_learned_inverse(Accelerator(), both, [batch], source)
+    assert metrics["validation_reconstruction"] < 1e-6 and seen == [2.0]
+
+
 # Bad input: one sentence before anything is written
 
 
@@ -366,8 +423,16 @@ def test_pairs_are_what_the_exact_sampler_draws(flow_folder, tmp_path):
     [
         ({"validation_guidance_scale": 4.0}, "`validation_guidance_scale` must be between 1.0 and 3.0, for which"),
         (
-            {"pairs": "sampler", "sampled_guidance_scale": 1.5},
+            {"pairs": "sampler", "validation_guidance_scale": 1.0},
             "`validation_guidance_scale` must be 1.5, for which this learned inverse was trained, but is 1.0",
+        ),
+        (
+            {"pairs": "sampler", "max_guidance_scale": 3.0},
+            "Pairs of the sampler teach one guidance scale, .*: leave out `--max_guidance_scale`, which is 3.0, or",
+        ),
+        (
+            {"pairs": "both", "sampled_guidance_scale": 4.0, "max_guidance_scale": 2.0},
+            "`--sampled_guidance_scale` must be at most `--max_guidance_scale`, 2.0, but is 4.0",
         ),
         ({"teacher_model_name_or_path": "./nowhere"}, "cannot be loaded.* To train without a teacher, leave it out"),
         ({"train_batch_size": 21}, "`--train_batch_size` 21 on 1 process with .* needs 21 images a step"),
@@ -436,6 +501,9 @@ def test_flags_are_those_of_the_package():
     assert reverse_training.SUPERVISIONS == reverse_objective.SUPERVISIONS
     assert reverse_training.PAIRS == tuple(reverse.SAMPLED_SHARE)
     args = reverse_training.parse_args(["--model", "flow", "--output_dir", "run", "--train_data_dir", "images"])
+    # Its default depends on the pairs.
+    assert args.validation_guidance_scale is None
+    args.validation_guidance_scale = reverse.choose_validation_guidance_scale(args)
     assert TrainingArguments.from_args(args) == TrainingArguments("run")
     shared = vars(training.parse_args(["--output_dir", "run", "--train_data_dir", "images"]))
     # What both have means the same in both; sizes are the flow's by default.

@@ -264,13 +264,17 @@ class ReverseFlowObjective(nn.Module):
         sampled: torch.Tensor | None,
         sampled_guidance: Guidance,
     ) -> list[torch.Tensor]:
-        trajectory = trajectory_of(self.flow, noisy_sample, class_labels)
-        if sampled is None or not sampled_guidance.is_on or not sampled.any():
-            return trajectory
-        labels = None if class_labels is None else class_labels[sampled]
-        guided = trajectory_of(self.flow, noisy_sample[sampled], labels, sampled_guidance)
-        for states, guided_states in zip(trajectory, guided):
-            states[sampled] = guided_states
+        """Compute what the flow's blocks exchange, with guidance where a pair was drawn with it."""
+        if sampled is None or not sampled_guidance.is_on:
+            return trajectory_of(self.flow, noisy_sample, class_labels)
+        trajectory = [torch.empty_like(noisy_sample) for _ in range(self.flow.config.num_blocks + 1)]
+        for rows, guidance in ((~sampled, Guidance()), (sampled, sampled_guidance)):
+            if rows.any():
+                labels = None if class_labels is None else class_labels[rows]
+                for states, states_of_rows in zip(
+                    trajectory, trajectory_of(self.flow, noisy_sample[rows], labels, guidance)
+                ):
+                    states[rows] = states_of_rows
         return trajectory
 
     def _guidance_weights(

@@ -489,12 +489,12 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     @classmethod
     def for_flow(cls, flow: ModelMixin, **config: Any) -> "TarFlowReverseTransformer2DModel":
         """
-        Make an untrained inverse of a flow, which is no larger than the flow.
+        Make an untrained inverse of a flow, about as large as the flow.
 
         Args:
             flow ([`TarFlowTransformer2DModel`]): The flow.
             config: Arguments of [`TarFlowReverseTransformer2DModel`]. By default, the flow's patch size, heads and
-                `mlp_ratio`, and as many layers in each stage as leave the number of layers at that of the flow.
+                `mlp_ratio`, and as many layers in each stage, at least one, as make no more layers than the flow has.
         Returns:
             [`TarFlowReverseTransformer2DModel`].
         Raises:
@@ -633,6 +633,7 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError(
                 f"{name} needs the learned inverse's heads, which plain sampling does without. Load them with"
                 f" `load_heads(folder)`, from the folder or repository whose `reverse_transformer` holds {HEADS_FILE}."
+                " A learned inverse that was trained with the supervision 'final' has none."
             )
 
     def check_flow(self, flow: ModelMixin):
@@ -666,10 +667,13 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     def add_heads(self):
         """Add untrained [`TarFlowReverseHeads`], to train the model with."""
+        self.heads = self._make_heads()
+
+    def _make_heads(self) -> TarFlowReverseHeads:
         config = self.config
         width = None if config.through_data_space else config.num_attention_heads * config.attention_head_dim
         heads = TarFlowReverseHeads(config.num_blocks, width, config.in_channels * config.patch_size**2)
-        self.heads = heads.to(self.device, self.dtype)
+        return heads.to(self.device, self.dtype)
 
     def load_heads(self, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         """
@@ -682,31 +686,38 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 `local_files_only`.
         Raises:
             OSError: if there is no such file.
-            RuntimeError: if the file holds the heads of a model of other sizes.
+            ValueError: if the file holds the heads of a model of other sizes. The model is then left as it was.
         """
         options = {"subfolder": "reverse_transformer", **kwargs}
         path = _get_model_file(pretrained_model_name_or_path, weights_name=HEADS_FILE, **options)
-        state_dict = load_file(path)
-        self.add_heads()
-        self.heads.load_state_dict(state_dict)
-        self.heads.eval()
+        heads, state_dict = self._make_heads(), load_file(path)
+        shapes = {name: tensor.shape for name, tensor in heads.state_dict().items()}
+        if {name: tensor.shape for name, tensor in state_dict.items()} != shapes:
+            raise ValueError(
+                f"The heads must be those of this learned inverse, but {path} holds those of one with other sizes."
+            )
+        heads.load_state_dict(state_dict)
+        self.heads = heads.eval()
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs):
         """
         Save the model to a folder, as every diffusers model does, and its heads, if it has them, to a file beside it.
 
         Args:
             save_directory (`str`): The folder.
+            is_main_process (`bool`, defaults to `True`): Only the main process writes.
             args, kwargs: As in [`~diffusers.ModelMixin.save_pretrained`].
         """
         heads, self.heads = self.heads, None
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            # First, because what is pushed to the Hub afterwards is the whole folder.
+            if heads is not None and is_main_process:
+                os.makedirs(save_directory, exist_ok=True)
+                state_dict = {name: tensor.contiguous() for name, tensor in heads.state_dict().items()}
+                save_file(state_dict, os.path.join(save_directory, HEADS_FILE))
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         finally:
             self.heads = heads
-        if heads is not None:
-            state_dict = {name: tensor.contiguous() for name, tensor in heads.state_dict().items()}
-            save_file(state_dict, os.path.join(save_directory, HEADS_FILE))
 
     def _check_config(self):
         """Raise ValueError if an argument is out of its range."""

@@ -9,6 +9,7 @@ from flowback_hf.training.processes import decide
 from flowback_hf.training.reverse import (
     ReverseTrainer,
     choose_sampled_guidance_scale,
+    choose_validation_guidance_scale,
     make_reverse_objective,
     make_reverse_source,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "TrainingArguments",
     "check_run_folder",
     "choose_sampled_guidance_scale",
+    "choose_validation_guidance_scale",
     "decide",
     "describe_processes",
     "find_checkpoint",

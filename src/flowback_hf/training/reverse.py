@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from flowback_hf import (
@@ -33,6 +33,7 @@ from flowback_hf.data import (
     make_generator,
 )
 from flowback_hf.files import write_whole
+from flowback_hf.models.transformer_reverse import hash_flow
 from flowback_hf.models.transformer_tarflow import Guidance
 from flowback_hf.training.flow import add_classes, check_vae_of_latents
 from flowback_hf.training.sharding import sharding_of
@@ -44,7 +45,9 @@ from flowback_hf_cli.training import TrainingArguments
 
 logger = get_logger(__name__, log_level="INFO")
 
-PAIRS_FILE = "sampled_pairs.safetensors"
+# Files of a run with pairs of the sampler, each whole or not there: an interrupted drawing goes on where it was.
+PAIRS_FOLDER = "sampled_pairs"
+PAIRS_PER_FILE = 256
 # The share of a batch that is replaced by pairs of the sampler
 SAMPLED_SHARE = {"data": 0.0, "sampler": 1.0, "both": 0.5}
 NUM_STATISTICS_IMAGES = 512
@@ -151,19 +154,41 @@ def choose_sampled_guidance_scale(args: argparse.Namespace, pipeline: FlowBackPi
 
 
 def guidance_range(args: argparse.Namespace, is_conditional: bool) -> tuple[float, float]:
-    """The lowest and the highest guidance scale that a run trains for."""
-    highest = args.max_guidance_scale
-    if highest is None:
-        highest = 3.0 if is_conditional and args.pairs != "sampler" else 1.0
-    sampled = args.sampled_guidance_scale
-    if not is_conditional and max(highest, sampled) > 1.0:
+    """
+    The lowest and the highest guidance scale that a run trains for.
+
+    Raises:
+        ValueError: if the pairs do not teach all scales between them.
+    """
+    highest, sampled = args.max_guidance_scale, args.sampled_guidance_scale
+    if not is_conditional and max(highest or 1.0, sampled) > 1.0:
         raise ValueError(
             "`--max_guidance_scale` and `--sampled_guidance_scale` must be 1.0 for a flow without classes, but are"
-            f" {highest} and {sampled}."
+            f" {highest or 1.0} and {sampled}."
         )
+    if args.pairs == "sampler":
+        if highest not in (None, sampled):
+            raise ValueError(
+                "Pairs of the sampler teach one guidance scale, `--sampled_guidance_scale`: leave out"
+                f" `--max_guidance_scale`, which is {highest}, or take `--pairs both`."
+            )
+        return sampled, sampled
     if args.pairs == "data":
-        return 1.0, highest
-    return (sampled if args.pairs == "sampler" else 1.0), max(highest, sampled)
+        return 1.0, (3.0 if is_conditional else 1.0) if highest is None else highest
+    if highest is None:
+        highest = max(3.0, sampled) if is_conditional else 1.0
+    if sampled > highest:
+        raise ValueError(
+            f"`--sampled_guidance_scale` must be at most `--max_guidance_scale`, {highest}, but is {sampled}."
+        )
+    return 1.0, highest
+
+
+def choose_validation_guidance_scale(args: argparse.Namespace) -> float:
+    """The guidance scale of the sample grids: the one given, or the lowest that the run trains for."""
+    if args.validation_guidance_scale is not None:
+        return args.validation_guidance_scale
+    return args.sampled_guidance_scale if args.pairs == "sampler" else 1.0
 
 
 # Pairs of the exact sampler
@@ -177,65 +202,108 @@ class SampledPairs(NamedTuple):
         clean_sample, noisy_sample (`torch.Tensor` of shape `(num_pairs, in_channels, sample_size, sample_size)`):
             Its samples, denoised and not.
         class_labels (`torch.LongTensor` of shape `(num_pairs,)`): -1 is no class.
-        guidance ([`Guidance`]): What they were drawn with.
     """
 
     clean_sample: torch.Tensor
     noisy_sample: torch.Tensor
     class_labels: torch.Tensor
-    guidance: Guidance
 
 
 @torch.no_grad()
 def draw_pairs(
     pipeline: FlowBackPipeline,
-    path: Path,
+    folder: Path,
     num_pairs: int,
     guidance: Guidance,
     batch_size: int,
     dropout: float,
     seed: int,
+    process_index: int = 0,
+    num_processes: int = 1,
 ):
     """
-    Draw pairs with the exact sampler and save them, whole or not at all.
+    Draw pairs with the exact sampler and save them, [`PAIRS_PER_FILE`] in a file. Files that are there are kept.
 
     Args:
         pipeline ([`FlowBackPipeline`]): Holds the flow.
-        path (`pathlib.Path`): The file.
+        folder (`pathlib.Path`): The folder of the files.
         num_pairs (`int`): How many pairs, of all classes in turn.
         guidance ([`Guidance`]): Scale and rule.
         batch_size (`int`): Images per call.
         dropout (`float`): The share that is drawn without a class.
-        seed (`int`): Decides noise and dropped classes.
+        seed (`int`): Decides noise and dropped classes, for each file.
+        process_index (`int`, defaults to 0), num_processes (`int`, defaults to 1):
+            Which share of the files is drawn here.
+    Raises:
+        ValueError: if a file holds pairs of another flow or other guidance, or an image overflows.
     """
-    num_classes, generator = pipeline.transformer.config.num_classes, make_generator(seed, PAIRS)
-    labels = torch.full((num_pairs,), -1)
-    if num_classes is not None:
-        labels = torch.arange(num_pairs) % num_classes
-        labels[torch.rand(num_pairs, generator=generator) < dropout] = -1
-    drawn = []
-    for chunk in tqdm(labels.split(batch_size), desc="Drawing pairs"):
-        class_labels = None if num_classes is None else chunk.to(pipeline.device)
-        noise = pipeline.prepare_latents(len(chunk), generator)
-        noisy_sample = pipeline.invert_blocks(noise, class_labels, guidance.scale, guidance.rule)
+    folder.mkdir(exist_ok=True)
+    origin = describe_origin(pipeline, guidance)
+    starts = list(enumerate(range(0, num_pairs, PAIRS_PER_FILE)))[process_index::num_processes]
+    progress_bar = tqdm(total=num_pairs, desc="Drawing pairs", disable=process_index > 0)
+    for number, start in starts:
+        path, count = folder / f"{start:08d}.safetensors", min(PAIRS_PER_FILE, num_pairs - start)
+        if path.exists():
+            check_origin(path, origin)
+        else:
+            generator = make_generator(seed, PAIRS, number)
+            labels = draw_labels(start, count, pipeline.transformer.config.num_classes, dropout, generator)
+            tensors = draw_pairs_of_labels(pipeline, labels, guidance, batch_size, generator)
+            with write_whole(path) as partial:
+                save_file(tensors, partial, metadata=origin)
+        progress_bar.update(count * num_processes)
+    progress_bar.close()
+
+
+def draw_labels(
+    start: int, count: int, num_classes: int | None, dropout: float, generator: torch.Generator
+) -> torch.Tensor:
+    """All classes in turn, some of them dropped: -1."""
+    if num_classes is None:
+        return torch.full((count,), -1)
+    labels = torch.arange(start, start + count) % num_classes
+    labels[torch.rand(count, generator=generator) < dropout] = -1
+    return labels
+
+
+def draw_pairs_of_labels(
+    pipeline: FlowBackPipeline, labels: torch.Tensor, guidance: Guidance, batch_size: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Draw one pair for each label, as the tensors of [`SampledPairs`]."""
+    noise, drawn = pipeline.prepare_latents(len(labels), generator), []
+    for chunk, noise_of_chunk in zip(labels.split(batch_size), noise.split(batch_size)):
+        class_labels = None if pipeline.transformer.config.num_classes is None else chunk.to(pipeline.device)
+        noisy_sample = pipeline.invert_blocks(noise_of_chunk, class_labels, guidance.scale, guidance.rule)
         drawn.append((pipeline.denoise(noisy_sample, class_labels).cpu(), noisy_sample.cpu()))
     clean_sample, noisy_sample = (torch.cat(each).contiguous() for each in zip(*drawn))
     is_finite = (clean_sample.isfinite() & noisy_sample.isfinite()).flatten(1).all(dim=1)
     if not is_finite.all():
         raise ValueError(
-            f"The exact sampler must draw finite images, but {int((~is_finite).sum())} of {num_pairs} overflowed. Give"
-            " a smaller --sampled_guidance_scale, or --pairs data."
+            f"The exact sampler must draw finite images, but {int((~is_finite).sum())} of {len(labels)} overflowed."
+            " Give a smaller --sampled_guidance_scale, or --pairs data."
         )
-    tensors = {"clean_sample": clean_sample, "noisy_sample": noisy_sample, "class_labels": labels}
-    with write_whole(path) as partial:
-        save_file(tensors, partial, metadata={"guidance": json.dumps(asdict(guidance))})
+    return {"clean_sample": clean_sample, "noisy_sample": noisy_sample, "class_labels": labels}
 
 
-def read_pairs(path: Path) -> SampledPairs:
-    """Read what [`draw_pairs`] saved."""
+def describe_origin(pipeline: FlowBackPipeline, guidance: Guidance) -> dict[str, str]:
+    """What pairs were drawn with, as the metadata of their files."""
+    return {"guidance": json.dumps(asdict(guidance)), "flow_hash": str(hash_flow(pipeline.transformer))}
+
+
+def check_origin(path: Path, origin: dict[str, str]):
+    """Raise ValueError unless a file's pairs were drawn with this flow and guidance."""
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return SampledPairs(**tensors, guidance=Guidance(**json.loads(file.metadata()["guidance"])))
+        if file.metadata() != origin:
+            raise ValueError(
+                f"The pairs in {path.parent} were drawn with another flow or other guidance: {file.metadata()}, not"
+                f" {origin}. Start the run in a new folder."
+            )
+
+
+def read_pairs(folder: Path) -> SampledPairs:
+    """Read what [`draw_pairs`] saved."""
+    files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    return SampledPairs(**{name: torch.cat([file[name] for file in files]) for name in SampledPairs._fields})
 
 
 # The trainer
@@ -304,6 +372,10 @@ class ReverseTrainer(Trainer):
     def _make_pipeline(self, id2label: None) -> FlowBackPipeline:
         """The flow's pipeline, with the averaged weights of the learned inverse."""
         pipeline = FlowBackPipeline.from_pipe(self.flow_pipeline, reverse_transformer=self.evaluated_model)
+        # By default, both samplers must take the same guidance scale.
+        config = pipeline.reverse_transformer.config
+        default = min(max(pipeline.config.guidance_scale, config.min_guidance_scale), config.max_guidance_scale)
+        pipeline.register_to_config(guidance_scale=default)
         guidance_scale = self.arguments.validation_guidance_scale
         pipeline.reverse_transformer.check_guidance_scale(guidance_scale, "validation_guidance_scale")
         pipeline.check_inputs(guidance_scale=guidance_scale, solver="learned")
@@ -342,20 +414,20 @@ class ReverseTrainer(Trainer):
 
     def _train(self):
         if self.sampled_share > 0:
-            path = self.folder / PAIRS_FILE
-            if self.accelerator.is_main_process and not path.exists():
-                arguments = self.arguments
-                draw_pairs(
-                    self.pipeline,
-                    path,
-                    self.num_sampled_pairs,
-                    self.sampled_guidance,
-                    arguments.eval_batch_size,
-                    arguments.label_dropout,
-                    arguments.seed,
-                )
-            self.accelerator.wait_for_everyone()
-            self.sampled_pairs = read_pairs(path)
+            arguments, accelerator = self.arguments, self.accelerator
+            draw_pairs(
+                self.pipeline,
+                self.folder / PAIRS_FOLDER,
+                self.num_sampled_pairs,
+                self.sampled_guidance,
+                arguments.eval_batch_size,
+                arguments.label_dropout,
+                arguments.seed,
+                accelerator.process_index,
+                accelerator.num_processes,
+            )
+            accelerator.wait_for_everyone()
+            self.sampled_pairs = read_pairs(self.folder / PAIRS_FOLDER)
         super()._train()
 
     def _compute(self, batch: dict[str, Any], generator: RowGenerator) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -371,10 +443,10 @@ class ReverseTrainer(Trainer):
             )
         if self.data_guidance_scale > 1.0 and self.sampled_share < 1.0:
             guidance_scale = 1.0 + (self.data_guidance_scale - 1.0) * generator.rand((count,))
-        self._last_batch = (clean_sample, noisy_sample, class_labels)
-        output = self.objective(
+        self._last_batch = (
             clean_sample, noisy_sample, class_labels, guidance_scale, sampled, self.sampled_guidance
-        )
+        )  # fmt: skip
+        output = self.objective(*self._last_batch)
         return output.loss, {name: value.detach().float() for name, value in output.items()}
 
     def _replace_by_pairs(
@@ -397,10 +469,7 @@ class ReverseTrainer(Trainer):
 
     def _measure(self) -> torch.Tensor:
         """The squared error of the trained weights as they are now, on the last batch."""
-        clean_sample, noisy_sample, class_labels = self._last_batch
-        latents = self.flow(noisy_sample, class_labels).sample
-        sample = self.model(latents, class_labels, self.model.config.min_guidance_scale).sample
-        return (sample - (clean_sample if self.model.config.denoises else noisy_sample)).square().mean()
+        return self.objective(*self._last_batch).reconstruction
 
     def _validate(self) -> dict[str, float]:
         return validate_learned_inverse(self.accelerator, self.pipeline, self.validation_dataloader, self.source)

@@ -9,8 +9,10 @@ from accelerate import Accelerator
 from diffusers.utils import make_image_grid
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
+from flowback_hf.alignment.reverse_objective import trajectory_of
 from flowback_hf.data import ImageSource, LatentSource, RowGenerator, add_noise, make_generator
 from flowback_hf.files import write_whole
+from flowback_hf.models.transformer_tarflow import Guidance
 
 
 IMAGES_PER_CLASS = 4
@@ -81,17 +83,19 @@ def validate_learned_inverse(
         accelerator, dataloader, source: As in [`validate`].
         pipeline ([`FlowBackPipeline`]): Holds the flow and the learned inverse.
     Returns:
-        `dict`: `validation_reconstruction`, the mean squared error without guidance.
+        `dict`: `validation_reconstruction`, the mean squared error at the smallest guidance scale that it was trained
+        for, which is 1.0 unless it learns from pairs of the sampler alone.
     """
     flow, reverse_transformer, errors = pipeline.transformer, pipeline.reverse_transformer, []
     scale = reverse_transformer.config.min_guidance_scale
+    guidance = Guidance(scale, pipeline.config.guidance_rule)
     for number, batch in enumerate(dataloader):
         generator = generator_of_batch(accelerator, number, len(batch["class_labels"]))
         batch = source.mirror(batch, torch.zeros_like(batch["class_labels"], dtype=torch.bool))
         clean_sample = source.clean_sample(batch, generator)
         noisy_sample = add_noise(clean_sample, flow.config, generator)
         class_labels = None if flow.config.num_classes is None else batch["class_labels"]
-        latents = flow(noisy_sample, class_labels).sample
+        latents = trajectory_of(flow, noisy_sample, class_labels, guidance)[-1]
         sample = reverse_transformer(latents, class_labels, scale).sample
         target = clean_sample if reverse_transformer.config.denoises else noisy_sample
         error = (sample - target).square().flatten(1).mean(dim=1)
