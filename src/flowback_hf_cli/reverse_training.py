@@ -50,9 +50,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser.add_argument_group("model"))
     add_objective_arguments(parser.add_argument_group("objective"))
     add_optimization_arguments(parser.add_argument_group("optimization"))
-    add_run_arguments(parser.add_argument_group("run"))
+    run = parser.add_argument_group("run")
+    add_run_arguments(run)
+    run.add_argument(
+        "--validation_guidance_scale",
+        type=Number(float, at_least=1),
+        help="Guidance scale of the sample grids; 1.0 is off. Default: 1.0, or with --pairs sampler,"
+        " --sampled_guidance_scale.",
+    )
     add_hub_arguments(parser.add_argument_group("publishing"))
-    parser.set_defaults(validation_guidance_scale=None)  # what fits the pairs
     args = parser.parse_args(arguments)
     check_data_arguments(parser, args)
     check_streaming_arguments(parser, args)

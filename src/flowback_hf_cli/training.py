@@ -124,7 +124,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_adapter_arguments(parser.add_argument_group("adapter"))
     add_alignment_arguments(parser.add_argument_group("alignment"))
     add_optimization_arguments(parser.add_argument_group("optimization"))
-    add_run_arguments(parser.add_argument_group("run"))
+    run = parser.add_argument_group("run")
+    add_run_arguments(run)
+    run.add_argument(
+        "--validation_guidance_scale",
+        type=number_of(TrainingArguments, "validation_guidance_scale"),
+        default=TrainingArguments.validation_guidance_scale,
+        help="Guidance scale of the sample grids; 1.0 is off. A new flow's pipeline has it as its own. Default:"
+        " %(default)s.",
+    )
     add_hub_arguments(parser.add_argument_group("publishing"))
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
@@ -447,13 +455,6 @@ def add_run_arguments(group: argparse._ArgumentGroup):
         nargs="+",
         help="Classes of the sample grids, by name or number; name:7 and id:7 say which is meant. Default: the first"
         " ten.",
-    )
-    group.add_argument(
-        "--validation_guidance_scale",
-        type=number_of(TrainingArguments, "validation_guidance_scale"),
-        default=defaults.validation_guidance_scale,
-        help="Guidance scale of the sample grids; 1.0 is off. A new flow's pipeline has it as its own. Default:"
-        " 1.0, or the only one that a learned inverse is trained for.",
     )
     group.add_argument(
         "--report_to",
