@@ -46,6 +46,7 @@ VARIANTS: dict[str, list[str]] = {
     "data_pairs": [],
     "no_guidance": ["--max_guidance_scale", "1"],
     "both_pairs": BOTH,
+    "both_pairs_longer": [*BOTH, "--num_sampled_pairs", "24000", "--max_train_steps", "8000"],
     "both_pairs_flow_width": [*BOTH, "--num_attention_heads", "4"],
 }
 TRAINING = ["--num_layers", "2", "--train_batch_size", "64", "--learning_rate", "2e-3", "--lr_warmup_steps", "50"]

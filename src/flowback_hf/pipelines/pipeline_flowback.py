@@ -1170,8 +1170,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 tolerance,
                 *callback,
             )
-        if denoise and not (solver == "learned" and self.reverse_transformer.config.denoises):
-            sample = self.denoise(sample, class_labels)
+        if denoise:
+            sample = self.denoise(sample, class_labels, solver)
         images = self.decode(sample, output_type, on_overflow)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -1412,17 +1412,22 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 sample = self.reverse_transformer(latents, class_labels, scale, output_trajectory=True).trajectory[0]
             return self._end_step(0, 0, sample, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-    def denoise(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+    def denoise(
+        self, sample: torch.Tensor, class_labels: torch.Tensor | None = None, solver: str = "auto"
+    ) -> torch.Tensor:
         """
         Remove the Gaussian noise of training with the exact score (TARFlow, section 3.4).
 
         Args:
             sample (`torch.Tensor` of shape `(num_images, in_channels, sample_size, sample_size)`): Noisy data.
             class_labels (`torch.Tensor`, *optional*): Class ids or weights from [`~FlowBackPipeline.encode_labels`].
+            solver (`str`, defaults to `"auto"`): What drew the sample.
         Returns:
             `torch.Tensor` of the same shape: `x + sigma^2 grad_x log p(x | y)`, Tweedie's formula. For a flow that was
-            trained with uniform noise or none, `sample` itself.
+            trained with uniform noise or none, and for a learned inverse that returns clean data, `sample` itself.
         """
+        if solver == "learned" and self.reverse_transformer.config.denoises:
+            return sample
         noise_std = self.transformer.config.noise_std
         if self.transformer.config.noise_type != "gaussian" or noise_std == 0:
             return sample
