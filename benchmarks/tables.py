@@ -662,7 +662,7 @@ def learned_guesses() -> Table:
         row = [f"{case['guidance_scale']:g}", f"{case['tolerance']:g}"]
         for guess in ("latents", "heads"):
             row.append(f"{case[guess]['sweeps']:.1f} ({seconds(case[guess]['seconds'])})")
-        rows.append([*row, str(results["token_by_token"])])
+        rows.append([*row, f"{results['token_by_token']} ({seconds(case['token_by_token_seconds'])})"])
     header = ["guidance", "tolerance", "sweeps from the noise", "sweeps from the heads' estimates", "token by token"]
     return Table(header, rows, ["learned_guesses_digits"])
 
