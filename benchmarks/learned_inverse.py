@@ -32,11 +32,10 @@ EXACT = "exact"
 # What each variant adds to the command of training. The first learns from pairs of the exact sampler, and most others
 # differ from it in one thing.
 SAMPLED = ["--pairs", "sampler", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "{guidance_scale}"]
-SAMPLED += ["--validation_guidance_scale", "{guidance_scale}"]
 BOTH = ["--pairs", "both", "--num_sampled_pairs", "6000", "--sampled_guidance_scale", "{guidance_scale}"]
 VARIANTS: dict[str, list[str]] = {
     "sampled_pairs": SAMPLED,
-    "less_guidance": [*SAMPLED, "--sampled_guidance_scale", "1.25", "--validation_guidance_scale", "1.25"],
+    "less_guidance": [*SAMPLED, "--sampled_guidance_scale", "1.25"],
     "final": [*SAMPLED, "--supervision", "final"],
     "data_space": [*SAMPLED, "--supervision", "data_space"],
     "no_denoising": [*SAMPLED, "--no_denoising"],

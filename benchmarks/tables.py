@@ -585,6 +585,16 @@ def over_seeds(values: list[float]) -> dict[str, Any]:
     return {"mean": statistics.mean(values), "standard_error": error}
 
 
+LEARNED_COLUMNS = [
+    ("Fréchet distance", "frechet_distance", 1, 2),
+    ("precision, %", "precision", 100, 0),
+    ("recall, %", "recall", 100, 0),
+    ("read as the class, %", "classifier_reads_label", 100, 1),
+    ("nearest training image", "nearest_training_image", 1, 2),
+]
+LEARNED_HEADER = ["sampler", "seeds", "guidance", *(title for title, *_ in LEARNED_COLUMNS)]
+
+
 def learned_quality_rows(name: str) -> tuple[list[list[str]], list[str]]:
     """A row for each variant and guidance scale of a comparison, and the reports with their figures."""
     rows, reports = [], []
@@ -597,16 +607,6 @@ def learned_quality_rows(name: str) -> tuple[list[list[str]], list[str]]:
                 row.append(mean_and_error(over_seeds(figures), digits, factor))
             rows.append(row)
     return rows, reports
-
-
-LEARNED_COLUMNS = [
-    ("Fréchet distance", "frechet_distance", 1, 2),
-    ("precision, %", "precision", 100, 0),
-    ("recall, %", "recall", 100, 0),
-    ("read as the class, %", "classifier_reads_label", 100, 1),
-    ("nearest training image", "nearest_training_image", 1, 2),
-]
-LEARNED_HEADER = ["sampler", "seeds", "guidance", *(title for title, *_ in LEARNED_COLUMNS)]
 
 
 @table("learned-quality")

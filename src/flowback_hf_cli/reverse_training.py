@@ -4,8 +4,9 @@
 import argparse
 
 from flowback_hf_cli.data import add_data_arguments, check_data_arguments
-from flowback_hf_cli.numbers import COUNT, Number
+from flowback_hf_cli.numbers import COUNT, Number, number_of
 from flowback_hf_cli.training import (
+    TrainingArguments,
     add_hub_arguments,
     add_latents_argument,
     add_loading_arguments,
@@ -54,7 +55,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_run_arguments(run)
     run.add_argument(
         "--validation_guidance_scale",
-        type=Number(float, at_least=1),
+        type=number_of(TrainingArguments, "validation_guidance_scale"),
         help="Guidance scale of the sample grids; 1.0 is off. Default: 1.0, or with --pairs sampler,"
         " --sampled_guidance_scale.",
     )
