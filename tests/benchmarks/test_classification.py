@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -63,6 +64,11 @@ def test_the_accuracy_of_each_method(benchmark_script, randomised_model, tmp_pat
     assert len(rows) == 8
     assert rows[0, "bayes"]["agreement_with_bayes"] == rows[2, "shortlist"]["agreement_with_bayes"] == 1.0
     assert rows[0, "shortlist"]["accuracy"] == rows[0, "bayes"]["accuracy"]
+    of_files = {key: row["accuracy"] for key, row in rows.items()}
+    as_data_set = ["--dataset_name" if word == "--images" else word for word in line]
+    benchmark.main([*as_data_set, "--split", "train", "--num_noise_draws", "0", "2", "--shortlist_size", "3"])
+    results = json.loads(output.read_text())["results"]["methods"]
+    assert {(row["num_noise_draws"], row["method"]): row["accuracy"] for row in results} == of_files
 
     # Images that lie in the folder of the class that they are read as: all of them right.
     pipeline = FlowBackPipeline.from_pretrained(flow)
@@ -79,3 +85,16 @@ def test_the_accuracy_of_each_method(benchmark_script, randomised_model, tmp_pat
     benchmark.main([*line, "--num_noise_draws", "0"])
     (bayes, *_) = json.loads(output.read_text())["results"]["methods"]
     assert (bayes["method"], bayes["accuracy"]) == ("bayes", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["runs/digits_none"], ["digits_none"]),
+        (["runs/digits_none", "runs/digits_reverse"], ["digits_none", "digits_reverse"]),
+        (["cells/none/seed-0/flow", "cells/reverse/seed-1/flow"], ["none/seed-0", "reverse/seed-1"]),
+        (["runs/flow", "runs/flow/checkpoints"], ["flow", "flow/checkpoints"]),
+    ],
+)
+def test_flows_are_named_by_what_tells_their_folders_apart(benchmark_script, folders, names):
+    assert benchmark_script("classification_accuracy").short_names([Path(folder) for folder in folders]) == names
