@@ -22,6 +22,7 @@ def main(args: argparse.Namespace):
     from flowback_hf import FlowBackPipeline
     from flowback_hf.data import DataSource, HoldOut, load_splits
     from flowback_hf.hub import check_repository, load_pipeline, publish
+    from flowback_hf.models.transformer_reverse import hash_flow
     from flowback_hf.training import (
         ReverseTrainer,
         check_run_folder,
@@ -40,6 +41,7 @@ def main(args: argparse.Namespace):
     flow_pipeline = load_pipeline(FlowBackPipeline, args.model, cache_dir=args.cache_dir)
     args.sampled_guidance_scale = choose_sampled_guidance_scale(args, flow_pipeline)
     args.validation_guidance_scale = choose_validation_guidance_scale(args)
+    args.flow_hash = hash_flow(flow_pipeline.transformer)  # a run does not go on with another flow in the same folder
     arguments = TrainingArguments.from_args(args)
     accelerator = make_accelerator(arguments)
 

@@ -343,12 +343,16 @@ def test_latents_and_flows_that_do_not_fit(train_reverse, latent_line, flow_fold
 # Pairs
 
 
+def read_pairs(folder):
+    return reverse.Pairs(*torch.utils.data.default_collate(list(reverse.read_pairs(folder))))
+
+
 def test_pairs_are_what_the_exact_sampler_draws(flow_folder, tmp_path):
     pipeline = FlowBackPipeline.from_pretrained(flow_folder)
     guidance = reverse.Guidance(2.0)
     arguments = {"num_pairs": 7, "guidance": guidance, "batch_size": 3, "dropout": 0.5, "seed": 3}
     reverse.draw_pairs(pipeline, tmp_path / "pairs", **arguments)
-    pairs = reverse.read_pairs(tmp_path / "pairs")
+    pairs = read_pairs(tmp_path / "pairs")
     assert pairs.class_labels.shape == (7,)
     assert {-1} < set(pairs.class_labels.tolist()) <= {-1, 0, 1}
     latents = reverse_objective.trajectory_of(pipeline.transformer, pairs.noisy_sample, pairs.class_labels, guidance)[
@@ -366,11 +370,11 @@ def test_pairs_are_drawn_by_all_processes_and_once(flow_folder, tmp_path, monkey
     pipeline = FlowBackPipeline.from_pretrained(flow_folder)
     arguments = {"num_pairs": 8, "guidance": reverse.Guidance(2.0), "batch_size": 2, "dropout": 0.5, "seed": 3}
     reverse.draw_pairs(pipeline, tmp_path / "one", **arguments)
-    expected = reverse.read_pairs(tmp_path / "one")
+    expected = read_pairs(tmp_path / "one")
     assert len(set(expected.noisy_sample[:, 0, 0, 0].tolist())) == 8 == len(expected.class_labels)
     for process_index in (1, 0):
         reverse.draw_pairs(pipeline, tmp_path / "two", **arguments, process_index=process_index, num_processes=2)
-    for one, two in zip(expected, reverse.read_pairs(tmp_path / "two")):
+    for one, two in zip(expected, read_pairs(tmp_path / "two")):
         assert torch.equal(one, two)
 
     # An interrupted drawing goes on where it was, with the same flow and guidance only.
@@ -379,7 +383,7 @@ def test_pairs_are_drawn_by_all_processes_and_once(flow_folder, tmp_path, monkey
     written = files[0].stat().st_mtime_ns
     reverse.draw_pairs(pipeline, tmp_path / "one", **arguments)
     assert files[0].stat().st_mtime_ns == written
-    assert torch.equal(reverse.read_pairs(tmp_path / "one").noisy_sample, expected.noisy_sample)
+    assert torch.equal(read_pairs(tmp_path / "one").noisy_sample, expected.noisy_sample)
     with pytest.raises(ValueError, match="were drawn with another flow or other guidance: .* in a new folder"):
         reverse.draw_pairs(pipeline, tmp_path / "one", **arguments | {"guidance": reverse.Guidance(1.5)})
     pipeline.transformer.blocks[0].proj_out.bias.data.add_(1.0)
@@ -450,6 +454,18 @@ def test_mistakes_are_found_before_anything_is_written(train_reverse, line, tmp_
     with pytest.raises(ValueError, match=message):
         train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", **options)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_another_flow_in_the_same_folder(train_reverse, line, flow_folder, tmp_path):
+    model = shutil.copytree(flow_folder, tmp_path / "flow")
+    options = {"model": model, "output_dir": tmp_path / "run", "max_train_steps": 1, "checkpointing_steps": 1}
+    train_reverse.main(train_reverse.parse_args(line(**options)))
+    flow = TarFlowTransformer2DModel.from_pretrained(model, subfolder="transformer")
+    flow.blocks[0].proj_out.bias.data.add_(1.0)
+    flow.save_pretrained(model / "transformer")
+    options |= {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match="holds a different run; it differs in --flow_hash"):
+        train_reverse.main(train_reverse.parse_args(line(**options)))
 
 
 def test_classes_that_the_flow_does_not_know(train_reverse, line, images, tmp_path):

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.data import ConcatDataset, Dataset, TensorDataset, default_collate
 from tqdm.auto import tqdm
 
 from flowback_hf import (
@@ -194,9 +195,9 @@ def choose_validation_guidance_scale(args: argparse.Namespace) -> float:
 # Pairs of the exact sampler
 
 
-class SampledPairs(NamedTuple):
+class Pairs(NamedTuple):
     """
-    What the exact sampler drew.
+    Pairs of the exact sampler.
 
     Args:
         clean_sample, noisy_sample (`torch.Tensor` of shape `(num_pairs, in_channels, sample_size, sample_size)`):
@@ -269,7 +270,7 @@ def draw_labels(
 def draw_pairs_of_labels(
     pipeline: FlowBackPipeline, labels: torch.Tensor, guidance: Guidance, batch_size: int, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Draw one pair for each label, as the tensors of [`SampledPairs`]."""
+    """Draw one pair for each label, as the tensors of [`Pairs`]."""
     noise, drawn = pipeline.prepare_latents(len(labels), generator), []
     for chunk, noise_of_chunk in zip(labels.split(batch_size), noise.split(batch_size)):
         class_labels = None if pipeline.transformer.config.num_classes is None else chunk.to(pipeline.device)
@@ -300,10 +301,10 @@ def check_origin(path: Path, origin: dict[str, str]):
             )
 
 
-def read_pairs(folder: Path) -> SampledPairs:
-    """Read what [`draw_pairs`] saved."""
+def read_pairs(folder: Path) -> Dataset:
+    """What [`draw_pairs`] saved. The files are mapped into memory, which the processes of a machine share."""
     files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
-    return SampledPairs(**{name: torch.cat([file[name] for file in files]) for name in SampledPairs._fields})
+    return ConcatDataset([TensorDataset(*(file[name] for name in Pairs._fields)) for file in files])
 
 
 # The trainer
@@ -355,7 +356,7 @@ class ReverseTrainer(Trainer):
         self.sampled_share = SAMPLED_SHARE[pairs]
         self.num_sampled_pairs = num_sampled_pairs
         self.sampled_guidance = Guidance(sampled_guidance_scale, pipeline.config.guidance_rule)
-        self.sampled_pairs: SampledPairs | None = None
+        self.sampled_pairs: Dataset | None = None
         highest = objective.reverse_transformer.config.max_guidance_scale
         self.data_guidance_scale = highest if data_guidance_scale is None else data_guidance_scale
         super().__init__(objective, source, arguments, settings=settings, accelerator=accelerator)
@@ -367,6 +368,7 @@ class ReverseTrainer(Trainer):
             "num_sampled_pairs": self.num_sampled_pairs,
             "sampled_guidance_scale": self.sampled_guidance.scale,
             "data_guidance_scale": self.data_guidance_scale,
+            "flow_hash": hash_flow(objective.flow),
         }
 
     def _make_pipeline(self, id2label: None) -> FlowBackPipeline:
@@ -458,13 +460,14 @@ class ReverseTrainer(Trainer):
         class_labels: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Replace some rows of a batch by pairs of the sampler."""
-        pairs, device = self.sampled_pairs, clean_sample.device
-        rows = (generator.rand((len(sampled),), torch.float64) * len(pairs.class_labels)).long().cpu()
+        rows = (generator.rand((len(sampled),), torch.float64) * len(self.sampled_pairs)).long().tolist()
+        values = default_collate([self.sampled_pairs[row] for row in rows])
+        pairs = Pairs(*(value.to(clean_sample.device) for value in values))
         images = sampled.view(-1, 1, 1, 1)
-        clean_sample = torch.where(images, pairs.clean_sample[rows].to(device), clean_sample)
-        noisy_sample = torch.where(images, pairs.noisy_sample[rows].to(device), noisy_sample)
+        clean_sample = torch.where(images, pairs.clean_sample, clean_sample)
+        noisy_sample = torch.where(images, pairs.noisy_sample, noisy_sample)
         if class_labels is not None:
-            class_labels = torch.where(sampled, pairs.class_labels[rows].to(device), class_labels)
+            class_labels = torch.where(sampled, pairs.class_labels, class_labels)
         return clean_sample, noisy_sample, class_labels
 
     def _measure(self) -> torch.Tensor:
