@@ -31,6 +31,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks", "results")
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- end table -->)", re.DOTALL)
+# The options of training/ablate.py that choose cells.
+PART_OF_GRID = re.compile(r" --(?:variants|seeds)(?: (?!--)\S+)+")
 
 TABLES: dict[str, Callable[[], "Table"]] = {}
 
@@ -89,16 +91,38 @@ def describe_machine(report: str) -> str:
 def describe_sources(reports: list[str], page: Path) -> list[str]:
     """Lines of Markdown: the files, linked as seen from the page, the command, the threads and the commit."""
     links: dict[str, list[str]] = {}
+    cells: dict[str, list[str]] = {}
     for report in reports:
-        content = read(report)
-        threads = content["machine"]["threads"]
-        origin = (
-            f"`{content['command']}`, with {threads} thread{'s' * (threads > 1)}, torch {content['machine']['torch']},"
-            f" at commit {content['commit']}"
-        )
-        link = os.path.relpath(RESULTS / f"{report}.json", page.parent)
-        links.setdefault(origin, []).append(f"[`{report}.json`]({link})")
-    return [f"- {', '.join(files)}: {origin}" for origin, files in links.items()]
+        if "row" in read(report):
+            cells.setdefault(PART_OF_GRID.sub("", read(report)["command"]), []).append(report)
+        else:
+            origin = f"`{read(report)['command']}`, {describe_run(report)}, at commit {read(report)['commit']}"
+            links.setdefault(origin, []).append(f"[`{report}.json`]({link_to(report, page)})")
+    lines = [f"- {', '.join(files)}: {origin}" for origin, files in links.items()]
+    return [*(describe_cells(command, of_command, page) for command, of_command in cells.items()), *lines]
+
+
+def describe_run(report: str) -> str:
+    machine = read(report)["machine"]
+    return f"with {machine['threads']} thread{'s' * (machine['threads'] > 1)}, torch {machine['torch']}"
+
+
+def link_to(report: str, page: Path) -> str:
+    return os.path.relpath(RESULTS / f"{report}.json", page.parent)
+
+
+def describe_cells(command: str, reports: list[str], page: Path) -> str:
+    """A line of Markdown on cells of an ablation, which ran by the same command, a part of the grid at a time."""
+    rows = [read(report)["row"] for report in reports]
+    hours = sum(sum(row["seconds"].values()) for row in rows) / 3600
+    links = [
+        f"[{row['variant']}, seed {row['seed']}]({link_to(report, page)}) at {read(report)['commit']}"
+        for row, report in zip(rows, reports)
+    ]
+    return (
+        f"- {hours:.1f} hours, {describe_run(reports[0])}: `{command}`, a part at a time (`--variants`, `--seeds`):"
+        f" {', '.join(links)}"
+    )
 
 
 # How figures are written
@@ -443,21 +467,17 @@ def ablation_glyphs_why() -> Table:
     return glyphs_table("glyphs_why")
 
 
-@table("ablation-differences")
-def ablation_differences() -> Table:
+def differences_table(cells: list[dict[str, Any]], pairs: list[tuple[str, str]], reports: list[str]) -> Table:
     """Each variant less another of the same seed: what the seed does to both cancels."""
-    metrics = {}
-    for report in DIGITS_REPORTS:
-        for cell in read(report)["cells"]:
-            if cell["status"] == "done":
-                metrics.setdefault(cell["variant"], {})[cell["seed"]] = cell["metrics"]
-    pairs = [(name, "none") for name in metrics if name != "none"]
-    pairs += [("reverse-0", "forward"), ("reverse-1", "forward"), ("reverse-0", "detach"), ("reverse-1", "detach")]
-    pairs += [("reverse-1", "reverse-0"), ("reverse-exact", "reverse-0"), ("reverse-early-middle", "reverse-0")]
-    pairs += [("reverse-random-teacher", "reverse-0")]
+    metrics: dict[str, dict[int, dict[str, float]]] = {}
+    for cell in cells:
+        if cell["status"] == "done":
+            metrics.setdefault(cell["variant"], {})[cell["seed"]] = cell["metrics"]
     rows = []
     for name, other in pairs:
-        seeds = sorted(metrics[name].keys() & metrics[other].keys())
+        seeds = sorted(metrics.get(name, {}).keys() & metrics.get(other, {}).keys())
+        if not seeds:
+            continue
         row = [f"`{name}` − `{other}`", str(len(seeds))]
         for _, metric, factor, digits in COLUMNS:
             differences = [factor * (metrics[name][seed][metric] - metrics[other][seed][metric]) for seed in seeds]
@@ -466,7 +486,28 @@ def ablation_differences() -> Table:
                 text += f" ± {statistics.stdev(differences) / len(seeds) ** 0.5:.{digits}f}"
             row.append(text)
         rows.append(row)
-    return Table(["difference", "seeds", *(title for title, *_ in COLUMNS)], rows, DIGITS_REPORTS)
+    return Table(["difference", "seeds", *(title for title, *_ in COLUMNS)], rows, reports)
+
+
+@table("ablation-glyphs-differences")
+def ablation_glyphs_differences() -> Table:
+    reports = glyphs_reports("glyphs")
+    cells = [read(report)["row"] for report in reports]
+    names = dict.fromkeys(cell["variant"] for cell in cells)
+    pairs = [(name, "none") for name in names if not name.startswith("none")]
+    pairs += [(name, "reverse-0-late") for name in names if not name.startswith("none") and name != "reverse-0-late"]
+    return differences_table(cells, pairs, reports)
+
+
+@table("ablation-differences")
+def ablation_differences() -> Table:
+    cells = [cell for report in DIGITS_REPORTS for cell in read(report)["cells"]]
+    names = dict.fromkeys(cell["variant"] for cell in cells if cell["status"] == "done")
+    pairs = [(name, "none") for name in names if name != "none"]
+    pairs += [("reverse-0", "forward"), ("reverse-1", "forward"), ("reverse-0", "detach"), ("reverse-1", "detach")]
+    pairs += [("reverse-1", "reverse-0"), ("reverse-exact", "reverse-0"), ("reverse-early-middle", "reverse-0")]
+    pairs += [("reverse-random-teacher", "reverse-0")]
+    return differences_table(cells, pairs, DIGITS_REPORTS)
 
 
 # Classification
