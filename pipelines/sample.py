@@ -59,7 +59,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--tolerance",
         type=Number(float, at_least=0),
         help="How exactly the solver jacobi inverts a block: the largest change of a token that it still accepts. 0 is"
-        " exact. Default: the model's.",
+        " exact. Default: 1e-5 in float32, 1e-10 in float64.",
     )
     parser.add_argument("--no_denoise", action="store_true", help="Leave the noise of training in the images.")
     parser.add_argument(

@@ -44,7 +44,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--resolution",
         type=COUNT,
         default=64,
-        help="Height and width of the flow's images, in pixels, as the teacher sees them. Default: %(default)s.",
+        help="Height and width of the flow's images, in pixels. Default: %(default)s.",
     )
     group.add_argument(
         "--patch_size",

@@ -3,7 +3,7 @@
 """
 Encode a data set once with a VAE, so that training a latent flow reads moments instead of running the encoder.
 
-    accelerate launch training/precompute_latents.py --dataset_name imagenet-1k --resolution 256 \\
+    accelerate launch training/precompute_latents.py --dataset_name ILSVRC/imagenet-1k --resolution 256 \\
         --vae_model_name_or_path stabilityai/sd-vae-ft-ema --store image --output_dir path/to/latents
 
 The data are streamed: neither they nor what is written need fit into memory, and nothing is cached. Every row holds
