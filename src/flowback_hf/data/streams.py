@@ -2,7 +2,7 @@
 """
 Training data that are read as they come, from files that need not fit on the disk.
 
-The files of a data set, its shards, are dealt out in every epoch anew to lanes, one for each process that loads data:
+The files of a data set, its shards, are dealt out again in every epoch to lanes, one for each process that loads data:
 as many as there are training processes times their loader workers. A lane has no end: when it has read its share of
 an epoch, it goes on with its share of the next. No process waits for another whose shards are larger, every batch is
 full, and each row is read once in every epoch, by some lane.

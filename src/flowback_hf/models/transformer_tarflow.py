@@ -118,7 +118,7 @@ def linear(hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     rows = hidden_states.contiguous()
     # Inductor keeps the argument of `as_strided` in memory. It would otherwise compute the operations before the
-    # product, such as an activation, anew for each row of the weight.
+    # product, such as an activation, again for each row of the weight.
     rows = rows.as_strided(rows.shape, rows.stride())
     product = (rows.unsqueeze(-2).to(dtype) * weight.to(dtype)).sum(dim=-1)
     if bias is not None:

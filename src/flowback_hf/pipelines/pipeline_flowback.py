@@ -1745,10 +1745,10 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Make variations of images: a part of their latents is drawn anew.
+        Make variations of images: a part of their latents is drawn again.
 
         The latents become `sqrt(1 - strength^2) z + strength noise`, which keeps the distribution of standard normal
-        latents. Drawing all latents of some tokens anew changes more at the same strength, and does about as well at
+        latents. Drawing all latents of some tokens again changes more at the same strength, and does about as well at
         the same distance from the image (`docs/editing.md`).
 
         Args:

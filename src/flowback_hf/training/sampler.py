@@ -8,7 +8,7 @@ import torch
 
 class EpochSampler(torch.utils.data.Sampler):
     """
-    The images of an epoch, shuffled anew in each, however many processes share them.
+    The images of an epoch, shuffled again in each, however many processes share them.
 
     Args:
         num_images (`int`): In the data set.
