@@ -45,8 +45,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--method",
         choices=METHODS,
         default="shortlist",
-        help="How to classify. shortlist: Bayes' rule among the five classes that one gradient ranks first; bayes: among"
-        " all classes; gradient: by that gradient itself; ascent: several steps along it. Default: %(default)s.",
+        help="How to classify. shortlist: Bayes' rule among the five classes that one gradient ranks first; bayes:"
+        " among all classes; gradient: by that gradient itself; ascent: several steps along it. Default: %(default)s.",
     )
     parser.add_argument(
         "--top_k", type=COUNT, default=5, help="Classes to write for each image. Default: %(default)s."

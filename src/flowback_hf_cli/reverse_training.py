@@ -121,8 +121,8 @@ def add_objective_arguments(group: argparse._ArgumentGroup):
         "--supervision",
         choices=SUPERVISIONS,
         default="heads",
-        help="What the stages are taught. heads: small heads predict the input of each flow block; data_space: each stage"
-        " passes on its prediction and nothing else; final: only the final image. Default: %(default)s.",
+        help="What the stages are taught. heads: small heads predict the input of each flow block; data_space: each"
+        " stage passes on its prediction and nothing else; final: only the final image. Default: %(default)s.",
     )
     group.add_argument(
         "--hidden_weight",

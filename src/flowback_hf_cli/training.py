@@ -130,8 +130,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--validation_guidance_scale",
         type=number_of(TrainingArguments, "validation_guidance_scale"),
         default=TrainingArguments.validation_guidance_scale,
-        help="Guidance scale of the sample grids; 1.0 is off. A new flow's pipeline is saved with it as its default. Default:"
-        " %(default)s.",
+        help="Guidance scale of the sample grids; 1.0 is off. A new flow's pipeline is saved with it as its default."
+        " Default: %(default)s.",
     )
     add_hub_arguments(parser.add_argument_group("publishing"))
     args = parser.parse_args(arguments)

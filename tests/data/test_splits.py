@@ -27,6 +27,28 @@ def test_splits_agree_on_the_classes_of_text_labels(arguments, tmp_path):
     assert splits.class_names == ["ant", "bird", "cat"] and splits.hold_out is None
 
 
+def test_integer_labels_are_numbered_in_their_order_and_negative_ones_are_no_class(arguments, tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    labels_of = {"train": [10, 2, 0, 11, 1, None], "validation": [2, 11], "test": [-1, -1]}
+    (tmp_path / "rows").mkdir()
+    for split, labels in labels_of.items():
+        rows = {"image": [PIL.Image.new("RGB", (8, 8))] * len(labels), "label": labels}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows" / f"{split}.parquet")
+    line = arguments(train_data_dir=None, dataset_name=tmp_path / "rows", output_dir=tmp_path / "run")
+    splits = load_splits(parse_args(line))
+    assert splits.class_names == ["0", "1", "2", "10", "11"]
+    assert splits.train["label"][:] == [3, 2, 0, 4, 1, None] and sorted(splits.validation["label"][:]) == [2, 4]
+
+
+def test_labels_that_are_lists_are_refused(arguments, tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Sequence(datasets.Value("int64"))})
+    rows = {"image": [PIL.Image.new("RGB", (8, 8))] * 3, "label": [[0], [1], [0, 1]]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows.parquet")
+    line = arguments(train_data_dir=None, dataset_name=tmp_path / "rows.parquet", output_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match="`--label_column` must hold one class per row, but .label. holds "):
+        load_splits(parse_args(line))
+
+
 @pytest.fixture
 def flat_folder(tmp_path):
     """Two classes of noise, twelve images each, in no split."""

@@ -467,6 +467,17 @@ def test_a_label_is_a_name_if_it_is_known_and_a_number_otherwise(digits):
     assert digits.normalize_class_labels([*labels, 3, ["dog"]]) == [3, 4, 2, 0, -1, 1, 3, 4]
 
 
+def test_a_name_of_several_classes_is_refused_and_a_whole_name_goes_before_a_synonym(randomised_model):
+    names = {0: "crane, bird", 1: "crane, machine", 2: "maillot, tank suit", 3: "maillot"}
+    pipe = FlowBackPipeline(randomised_model(num_classes=4), id2label=names)
+    assert pipe.get_label_ids(["maillot", "name:maillot", "tank suit", "bird", "id:1"]) == [3, 3, 2, 0, 1]
+    assert pipe.get_label_ids("crane, machine") == [1]
+    assert pipe.labels == {"bird": 0, "machine": 1, "maillot": 3, "tank suit": 2}
+    for label in ("crane", "name:crane"):
+        with pytest.raises(ValueError, match=r"'crane' is the name of the classes \[0, 1\]. Write 'id:0' for"):
+            pipe(class_labels=label)
+
+
 def test_a_label_of_two_classes_is_refused_and_either_can_be_written(digits):
     message = "'3' is the name of class 0 and the number of class 3. Write 'name:3' for the former or 'id:3' for the"
     with pytest.raises(ValueError, match=message):

@@ -19,6 +19,7 @@ from flowback_hf import (
 from flowback_hf.files import read_json_lines
 from flowback_hf.training import trainer
 from flowback_hf.training.checkpoints import is_sane, read_progress
+from flowback_hf.training.flow import add_classes
 
 from ..conftest import REPOSITORY, start_two_processes, write_images
 
@@ -302,6 +303,25 @@ def test_fine_tuning_keeps_known_classes_and_starts_new_ones_at_the_mean(
     torch.testing.assert_close(pipeline.transformer(sample, labels).sample, flow(sample, labels).sample)
     for block, old in zip(pipeline.transformer.blocks, flow.blocks):
         torch.testing.assert_close(block.class_embed[2], old.class_embed.mean(dim=0))
+
+
+@pytest.mark.parametrize(
+    ("id2label", "label_ids", "names"),
+    [
+        ({0: "cat, house cat", 1: "dog"}, [0, 3], {0: "cat, house cat", 1: "dog", 3: "cow"}),  # class 2 has no name
+        ({0: "cow", 1: "cat", 2: "cow"}, None, None),
+        (None, [3, 4], {0: "0", 1: "1", 2: "2", 3: "cat", 4: "cow"}),
+    ],
+)
+def test_new_classes_are_numbered_after_all_that_the_flow_has(randomised_model, id2label, label_ids, names):
+    pipeline = FlowBackPipeline(randomised_model(num_classes=3), id2label=id2label)
+    if label_ids is None:
+        with pytest.raises(ValueError, match=r"'cow' cannot be found in this flow, because its classes \[0, 2\] all"):
+            add_classes(pipeline, ["cat", "cow"])
+        return
+    labelled = add_classes(pipeline, ["cat", "cow"])
+    assert (labelled.label_ids, labelled.id2label) == (label_ids, names)
+    assert labelled.flow.config.num_classes == max(label_ids) + 1
 
 
 def test_a_model_config_file(train_rra, arguments, tmp_path):

@@ -1,5 +1,6 @@
 """Data for training and evaluation: splits, images, VAE latents, stored teacher features, and sources of batches."""
 
+from flowback_hf.data.classes import match_class_names
 from flowback_hf.data.images import ImageDataset, collate
 from flowback_hf.data.latents import LatentDataset, load_latents
 from flowback_hf.data.noise import RowGenerator, add_noise, make_generator
@@ -27,4 +28,5 @@ __all__ = [
     "load_teacher",
     "load_teacher_features",
     "make_generator",
+    "match_class_names",
 ]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import numpy as np
 
 from flowback_hf.data.images import decode_image, name_of_file
 from flowback_hf.data.latents import load_latents, read_latents_settings
@@ -98,14 +97,28 @@ def held_out_split(splits: datasets.DatasetDict | datasets.IterableDatasetDict) 
 
 def encode_labels(splits: datasets.DatasetDict, label_column: str) -> datasets.DatasetDict:
     """
-    Number labels that are text or anything else.
+    Number labels that are text or anything else, in their order. Missing and negative labels are no class.
 
     All splits are numbered together, so that one that lacks a class numbers the others alike.
+
+    Raises:
+        ValueError: if labels are lists or the like.
     """
-    encoded = datasets.concatenate_datasets(list(splits.values())).class_encode_column(label_column)
-    ends = np.cumsum([len(rows) for rows in splits.values()])
-    return datasets.DatasetDict(
-        {name: encoded.select(range(end - len(splits[name]), end)) for name, end in zip(splits, ends.tolist())}
+    features = splits["train"].features
+    if not isinstance(features[label_column], datasets.Value):
+        raise ValueError(
+            f"`--label_column` must hold one class per row, but {label_column!r} holds {features[label_column]}."
+        )
+    values = {value for rows in splits.values() for value in rows.unique(label_column)} - {None}
+    values = sorted(value for value in values if isinstance(value, str) or value >= 0)
+    numbers = {value: number for number, value in enumerate(values)}
+    encoded = features.copy()
+    encoded[label_column] = datasets.ClassLabel(names=[str(value) for value in values])
+    return splits.map(
+        lambda labels: {label_column: [numbers.get(label) for label in labels]},
+        input_columns=[label_column],
+        batched=True,
+        features=encoded,
     )
 
 

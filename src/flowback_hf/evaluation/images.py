@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import PIL.Image
 
+from flowback_hf.data.classes import match_class_names
 from flowback_hf.data.images import decode_image, image_mode, name_of_file
 from flowback_hf.data.splits import check_column
 from flowback_hf.evaluation.parts import Arrays
@@ -128,13 +129,6 @@ class LabelledImages:
         return ImageBatch(images, labels, report)
 
 
-def known_labels(pipeline: FlowBackPipeline) -> dict[str, int]:
-    """The class id of every name of a flow's classes: the whole name, and each synonym in it."""
-    # A whole name may itself be a list of synonyms.
-    whole_names = {name: int(label) for label, name in (pipeline.config.id2label or {}).items()}
-    return pipeline.labels | whole_names
-
-
 def match_labels(rows: datasets.Dataset, label_column: str, pipeline: FlowBackPipeline) -> list[int]:
     """
     The flow's class id of each row.
@@ -161,17 +155,20 @@ def match_labels(rows: datasets.Dataset, label_column: str, pipeline: FlowBackPi
         labels = [None if label is None or label < 0 else feature.names[label] for label in numbers]
     if None in labels:
         raise ValueError(f"The data set's column {label_column!r} has rows without a label: choose another --split.")
-    known = known_labels(pipeline) if pipeline.labels else {}
-    names = [str(label) for label in labels]
-    if known and (isinstance(labels[0], str) or set(names) <= set(known)):
-        unknown = sorted(set(names) - set(known))
-        if unknown:
+    if pipeline.config.id2label:
+        rows_names = [str(label) for label in labels]
+        names = feature.names if isinstance(feature, datasets.ClassLabel) else list(dict.fromkeys(rows_names))
+        label_ids = dict(zip(names, match_class_names(names, pipeline.config.id2label)))
+        unknown = sorted({name for name in rows_names if label_ids[name] is None})
+        if not unknown:
+            return [label_ids[name] for name in rows_names]
+        if isinstance(labels[0], str):
+            known = list(pipeline.config.id2label.values())
             raise ValueError(
                 f"The data set's classes {unknown[:5]} are not among this flow's, which are"
-                f" {', '.join(map(repr, list(known)[:5]))}{', ...' if len(known) > 5 else ''}: evaluate it on the"
+                f" {', '.join(map(repr, known[:5]))}{', ...' if len(known) > 5 else ''}: evaluate it on the"
                 " classes that it was trained on."
             )
-        return [known[name] for name in names]
     if isinstance(feature, datasets.ClassLabel) and feature.num_classes != num_classes:
         raise ValueError(
             f"The data set has {feature.num_classes} classes, but the flow has {num_classes} without names"

@@ -8,7 +8,8 @@ import numpy as np
 import PIL.Image
 from accelerate import PartialState
 
-from flowback_hf.evaluation.images import LabelledImages, known_labels
+from flowback_hf.data.classes import match_class_names
+from flowback_hf.evaluation.images import LabelledImages
 from flowback_hf.evaluation.parts import Arrays, Results, map_batches
 from flowback_hf.evaluation.sampling import choose_class_labels, image_path, sample_images
 from flowback_hf.metrics import (
@@ -150,7 +151,10 @@ def label_reader(extractor: FeatureExtractor, pipeline: FlowBackPipeline) -> np.
     if extractor.id2label is None or not pipeline.labels:
         return None
     names = [extractor.id2label[label] for label in sorted(extractor.id2label)]
-    if not set(pipeline.config.id2label.values()) <= set(names):
+    try:
+        label_ids = match_class_names(names, pipeline.config.id2label)
+    except ValueError:  # classes of the flow have the same name
         return None
-    known = known_labels(pipeline)
-    return np.array([known.get(name, -1) for name in names])
+    if not {int(label) for label in pipeline.config.id2label} <= set(label_ids):
+        return None
+    return np.array([-1 if label is None else label for label in label_ids])

@@ -160,6 +160,20 @@ def read_whole_number(text: str) -> int | None:
     return int(text) if text.removeprefix("-").isdecimal() else None
 
 
+def classes_by_name(id2label: dict[int, str]) -> dict[str, list[int]]:
+    """
+    The ids of the classes that have a name: the whole name, or a synonym in it. If it is the whole name of a class,
+    those that have it as a synonym are left out.
+    """
+    whole_names: dict[str, list[int]] = {}
+    synonyms: dict[str, list[int]] = {}
+    for label_id, name in id2label.items():
+        whole_names.setdefault(name, []).append(int(label_id))
+        for synonym in dict.fromkeys(part.strip() for part in name.split(",")):
+            synonyms.setdefault(synonym, []).append(int(label_id))
+    return synonyms | whole_names
+
+
 def fit_image(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     """
     Cut the middle square out of an image and resize it. Training and classification both fit images this way.
@@ -583,9 +597,14 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
 
     @property
     def labels(self) -> dict[str, int]:
-        """The class id of each name and synonym in `id2label`."""
+        """
+        The class id of each name and synonym in `id2label`. A name goes before a synonym that is spelled alike, and
+        what several classes are called is left out.
+        """
         id2label = self.config.id2label or {}
-        return {name.strip(): int(label_id) for label_id, label in id2label.items() for name in label.split(",")}
+        classes = classes_by_name(id2label)
+        synonyms = dict.fromkeys(name.strip() for label in id2label.values() for name in label.split(","))
+        return {name: classes[name][0] for name in synonyms if len(classes[name]) == 1}
 
     def get_label_ids(self, label: str | list[str], argument: str = "class_labels") -> list[int]:
         """
@@ -601,8 +620,9 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         Returns:
             `list[int]`: one id for each label. Their range is not checked.
         Raises:
-            ValueError: if a label is neither a known name nor a whole number, or if it can be read in two ways. The
-                message suggests the most similar known names, or shows how to write either class.
+            ValueError: if a label is neither a known name nor a whole number, or if it can be read in two ways or
+                names several classes. The message suggests the most similar known names, or shows how to write either
+                class.
 
         Example:
             ```py
@@ -614,24 +634,29 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
             [0, 0, 1, 2]
             ```
         """
-        return [self._get_label_id(name, argument) for name in ([label] if isinstance(label, str) else label)]
+        classes = classes_by_name(self.config.id2label or {})
+        return [self._get_label_id(name, argument, classes) for name in ([label] if isinstance(label, str) else label)]
 
-    def _get_label_id(self, label: str, argument: str) -> int:
+    def _get_label_id(self, label: str, argument: str, classes: dict[str, list[int]]) -> int:
         kind, _, rest = label.partition(":")
-        if label in self.labels:
-            label_id = self.labels[label]
+        name = rest if kind == "name" and label not in classes else label
+        named = classes.get(name, [])
+        if len(named) > 1:
+            raise ValueError(
+                f"`{argument}` must name one class, but {name!r} is the name of the classes {named}. Write"
+                f" 'id:{named[0]}' for the first."
+            )
+        if named:
             other = read_whole_number(label)
-            if other is not None and other != label_id and 0 <= other < (self.transformer.config.num_classes or 0):
+            if other not in (None, named[0]) and 0 <= other < (self.transformer.config.num_classes or 0):
                 raise ValueError(
-                    f"`{argument}` must name one class, but {label!r} is the name of class {label_id} and the number"
+                    f"`{argument}` must name one class, but {label!r} is the name of class {named[0]} and the number"
                     f" of class {other}. Write 'name:{label}' for the former or 'id:{label}' for the latter."
                 )
-            return label_id
-        if kind == "name" and rest in self.labels:
-            return self.labels[rest]
+            return named[0]
         label_id = read_whole_number(rest if kind == "id" else label)
         if label_id is None:
-            nearest = difflib.get_close_matches(label, self.labels, n=3, cutoff=0.0)
+            nearest = difflib.get_close_matches(label, list(self.labels), n=3, cutoff=0.0)
             known = f"The nearest known ones are {nearest}." if nearest else "This pipeline has no `id2label`."
             raise ValueError(f"`{argument}` must be known names or numbers, but {label!r} is not one. {known}")
         return label_id

@@ -9,7 +9,14 @@ from accelerate import Accelerator
 from diffusers.models import AutoencoderKL
 
 from flowback_hf import AlignedFlowObjective, FlowBackPipeline, RepresentationTeacher, TarFlowTransformer2DModel
-from flowback_hf.data import ImageSource, LatentSource, Splits, load_teacher, load_teacher_features
+from flowback_hf.data import (
+    ImageSource,
+    LatentSource,
+    Splits,
+    load_teacher,
+    load_teacher_features,
+    match_class_names,
+)
 from flowback_hf.data.latents import hash_weights, load_vae
 from flowback_hf.files import read_json
 from flowback_hf.hub import load_pipeline
@@ -113,7 +120,7 @@ def add_classes(pipeline: FlowBackPipeline, class_names: list[str] | None) -> La
     A new row starts at the mean of the table, so that what "no class" means stays as it is.
 
     Raises:
-        ValueError: if only one of the flow and the data set has classes.
+        ValueError: if only one of the flow and the data set has classes; and as [`match_class_names`].
     """
     old = pipeline.transformer
     if (class_names is None) != (old.config.num_classes is None):
@@ -125,13 +132,13 @@ def add_classes(pipeline: FlowBackPipeline, class_names: list[str] | None) -> La
         return LabelledFlow(old, None, [])
     id2label = pipeline.config.id2label or {label: str(label) for label in range(old.config.num_classes)}
     id2label = {int(label): name for label, name in id2label.items()}
-    known = {name: label for label, name in id2label.items()}
-    for name in class_names:
-        if name not in known:
-            known[name] = len(known)
-            id2label[known[name]] = name
-    label_ids = [known[name] for name in class_names]
-    num_new = len(known) - old.config.num_classes
+    label_ids, num_classes = match_class_names(class_names, id2label), old.config.num_classes
+    for index, name in enumerate(class_names):
+        if label_ids[index] is None:
+            label_ids[index] = num_classes
+            id2label[num_classes] = name
+            num_classes += 1
+    num_new = num_classes - old.config.num_classes
     flow = old if num_new == 0 else extend_class_tables(old, num_new)
     return LabelledFlow(flow, id2label, label_ids)
 
