@@ -385,6 +385,20 @@ def test_another_evaluations_folder_is_refused(options, tmp_path):
     assert (tmp_path / "evaluation" / "evaluation.json").read_text() == before
 
 
+def test_results_of_other_weights_in_the_same_folder_are_refused(options, tmp_path):
+    folder = shutil.copytree(options["model"], tmp_path / "model")
+    options |= {"methods": ["gradient"], "model": folder, "output_dir": tmp_path / "evaluation"}
+    run(**options)
+    pipeline = FlowBackPipeline.from_pretrained(folder)
+    pipeline.transformer.blocks[0].proj_out.bias.data.add_(1.0)
+    pipeline.save_pretrained(folder)
+    message = (
+        r"likelihood holds what was made with other settings: model_hash \(.*\). Name another .* delete .*parts\."
+    )
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
 @pytest.mark.parametrize(
     "line, message",
     [

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,21 @@ def test_another_runs_folder_is_refused(script, model_folder, tmp_path):
     ):
         run(script, model=model_folder, num_images=2, seed=1, guidance_scale=2.0, output_dir=tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_images_of_other_weights_in_the_same_folder_are_refused(script, model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    run(script, model=folder, num_images=2, output_dir=tmp_path / "samples")
+    pipeline = FlowBackPipeline.from_pretrained(folder)
+    pipeline.transformer.blocks[0].proj_out.bias.data.add_(1.0)
+    pipeline.save_pretrained(folder)
+    with pytest.raises(ValueError, match="samples holds what was made with other settings: model_hash .* or delete"):
+        run(script, model=folder, num_images=4, output_dir=tmp_path / "samples")
+
+    settings = json.loads((tmp_path / "samples" / "sampling.json").read_text())
+    del settings["model_hash"]  # as an earlier version left it
+    (tmp_path / "samples" / "sampling.json").write_text(json.dumps(settings))
+    run(script, model=folder, num_images=4, output_dir=tmp_path / "samples")
 
 
 @pytest.mark.parametrize(

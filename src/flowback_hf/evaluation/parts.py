@@ -11,6 +11,8 @@ from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from flowback_hf.files import compare_settings, read_json, write_json, write_whole
+from flowback_hf.models.transformer_reverse import hash_flow
+from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
 
 
 Results = dict[str, float | int | str]
@@ -23,15 +25,28 @@ def join_processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def check_settings(path: Path, settings: dict[str, Any]):
-    """Raise ValueError if the file `path` holds other settings: its folder then has results of something else."""
+def check_settings(path: Path, settings: dict[str, Any], folder: Path | None = None):
+    """
+    Raise ValueError if the file `path` holds other settings: its folder then has results of something else. The
+    message names `folder`, by default that of the file, as what to delete.
+    """
     earlier = read_json(path)
-    different = [] if earlier is None else compare_settings(earlier, settings)
+    if earlier is None:
+        return
+    # Files of earlier versions do not say which weights the model had.
+    different = compare_settings({"model_hash": settings.get("model_hash"), **earlier}, settings)
     if different:
         raise ValueError(
             f"{path.parent} holds what was made with other settings: {', '.join(different)}. Name another folder, or"
-            " delete this one."
+            f" delete {folder or path.parent}."
         )
+
+
+def hash_networks(pipeline: FlowBackPipeline, solver: str) -> str | None:
+    """A hash of the weights that decide a pipeline's results; `None` if they are not comparable, see [`hash_flow`]."""
+    networks = [pipeline.transformer, *([pipeline.reverse_transformer] if solver == "learned" else [])]
+    hashes = [hash_flow(network) for network in networks]
+    return None if None in hashes else "-".join(digest[:16] for digest in hashes)
 
 
 def write_arrays(path: Path, arrays: Arrays):
@@ -112,7 +127,7 @@ class Parts:
 
     def check(self, name: str, settings: dict[str, Any]):
         """Raise ValueError if this part was begun with other settings."""
-        check_settings(self.folder / name / "settings.json", settings)
+        check_settings(self.folder / name / "settings.json", settings, self.folder)
 
     def run(self, name: str, settings: dict[str, Any], compute: Callable[[Path], Results]) -> Results:
         """

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from flowback_hf.data.splits import DataSource, HoldOut, first_rows, load_split
 from flowback_hf.evaluation.images import LabelledImages, match_labels
 from flowback_hf.evaluation.likelihood import evaluate_likelihood
-from flowback_hf.evaluation.parts import Parts, Results, join_processes
+from flowback_hf.evaluation.parts import Parts, Results, hash_networks, join_processes
 from flowback_hf.evaluation.probe import evaluate_linear_probe
 from flowback_hf.evaluation.report import draw_guidance_curve, draw_linear_probe, markdown
 from flowback_hf.evaluation.samples import FeatureExtractor, evaluate_samples, load_extractor, save_reference
@@ -152,6 +152,7 @@ class Evaluation:
         options = self.options
         common = {
             "model": str(options.model),
+            "model_hash": hash_networks(self.pipeline, options.solver),
             "data": self.source.name,
             "seed": options.seed,
             "batch_size": options.batch_size,

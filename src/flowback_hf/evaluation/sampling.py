@@ -16,7 +16,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from flowback_hf.data.noise import make_generator
-from flowback_hf.evaluation.parts import check_settings, join_processes
+from flowback_hf.evaluation.parts import check_settings, hash_networks, join_processes
 from flowback_hf.files import write_json, write_whole
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
 from flowback_hf.reporting import import_pyplot, save_figure
@@ -141,7 +141,8 @@ def sample_into_folder(
     check_number("seed", seed, int, at_least=0)
     pipeline.check_inputs(class_labels, **arguments)
     # What decides an image; how many and in what batches does not.
-    settings = {"model": model, "class_labels": class_labels, "seed": seed, **arguments}
+    model_hash = hash_networks(pipeline, arguments.get("solver", "auto"))
+    settings = {"model": model, "model_hash": model_hash, "class_labels": class_labels, "seed": seed, **arguments}
     settings |= {
         name: pipeline.config[name] for name in ("guidance_scale", "guidance_rule") if arguments[name] is None
     }

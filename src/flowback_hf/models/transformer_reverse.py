@@ -386,7 +386,7 @@ def hash_flow(flow: nn.Module) -> str | None:
     comparable = (torch.bfloat16, torch.float32, torch.float64)
     if any(parameter.is_meta or parameter.dtype not in comparable for parameter in parameters):
         return None
-    values = torch.cat([parameter.flatten()[:64].bfloat16() for parameter in parameters]).cpu()
+    values = torch.cat([parameter.flatten()[:64].bfloat16().cpu() for parameter in parameters])
     digest = hashlib.sha256(str([tuple(parameter.shape) for parameter in parameters]).encode())
     digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
