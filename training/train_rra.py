@@ -41,14 +41,19 @@ def main(args: argparse.Namespace):
     settings = vars(args) | describe_processes(arguments, accelerator)
     decide(accelerator, check_run_folder, args.output_dir, settings, args.resume_from_checkpoint)
     splits = load_splits(args)
-    flow, id2label, label_ids = make_flow(args, splits.class_names, splits.flow_sizes)
-    source = make_source(args, splits, flow.config, label_ids)
+    labelled = make_flow(args, splits.class_names, splits.flow_sizes)
+    flow = labelled.flow
+    if args.validation_guidance_scale is None:
+        args.validation_guidance_scale = arguments.validation_guidance_scale = labelled.guidance_scale
+    source = make_source(args, splits, flow.config, labelled.label_ids)
     if args.push_to_hub:
         check_repository(hub_model_id, dict(flow.config), args.hub_private_repo, hub_token)
     teacher = make_teacher(args, source, flow.config, accelerator)
     objective = make_objective(args, flow, source.teacher_dim if teacher is None else teacher.feature_dim)
 
-    trainer = Trainer(objective, source, arguments, teacher, id2label, vars(args), accelerator)
+    trainer = Trainer(
+        objective, source, arguments, teacher, labelled.id2label, vars(args), accelerator, labelled.guidance_rule
+    )
     pipeline = trainer.fit()
     if args.push_to_hub and accelerator.is_main_process:
         publish(pipeline, hub_model_id, args.output_dir, args.hub_private_repo, hub_token)

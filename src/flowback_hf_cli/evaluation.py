@@ -252,5 +252,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error("--write_best_guidance needs --features to compare guidance scales by.")
     if args.write_best_guidance and args.guidance_schedule == "linear":
         parser.error("--write_best_guidance is for the constant --guidance_schedule: a pipeline saves no other.")
+    if args.write_best_guidance and args.guidance_temperature != 1.0:
+        parser.error("--write_best_guidance is for --guidance_temperature 1.0: a pipeline saves no other.")
     if args.write_best_guidance and not Path(args.model).is_dir():
         parser.error(f"--write_best_guidance needs a --model folder to write to, but {args.model!r} is none.")

@@ -35,7 +35,6 @@ LR_SCHEDULERS = (
     "polynomial",
     "constant",
     "constant_with_warmup",
-    "piecewise_constant",
 )
 
 
@@ -104,7 +103,8 @@ class TrainingArguments:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "TrainingArguments":
         """Those of the flags that a [`~flowback_hf.training.Trainer`] reads."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+        values = {field.name: getattr(args, field.name) for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if value is not None})
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -129,9 +129,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument(
         "--validation_guidance_scale",
         type=number_of(TrainingArguments, "validation_guidance_scale"),
-        default=TrainingArguments.validation_guidance_scale,
-        help="Guidance scale of the sample grids; 1.0 is off. A new flow's pipeline is saved with it as its default."
-        " Default: %(default)s.",
+        help="Guidance scale of the sample grids, and the default that the pipeline is saved with; 1.0 is off."
+        " Default: the pretrained pipeline's; 1.0 for a new flow.",
     )
     add_hub_arguments(parser.add_argument_group("publishing"))
     args = parser.parse_args(arguments)

@@ -417,6 +417,10 @@ def test_results_of_other_weights_in_the_same_folder_are_refused(options, tmp_pa
             ["--data_dir", "d", "--features", "f", "--write_best_guidance", "--guidance_schedule", "linear"],
             "--write_best_guidance is for the constant --guidance_schedule",
         ),
+        (
+            ["--data_dir", "d", "--features", "f", "--write_best_guidance", "--guidance_temperature", "2"],
+            "--write_best_guidance is for --guidance_temperature 1.0",
+        ),
         (["--data_dir", "d", "--methods", "guess"], "invalid choice: 'guess'"),
     ],
 )

@@ -160,7 +160,7 @@ def test_two_processes(arguments, tmp_path):
         ({"alignment_blocks": [1], "alignment_layer": 1}, {"cosine_similarity/block1_layer1"}),
         ({"gradient_checkpointing": True, "mixed_precision": "bf16"}, {"alignment"}),
         ({"scale_lr": True, "learning_rate": 1e-3, "lr_scheduler": "constant"}, {"loss"}),
-        ({"unconditional": True, "label_column": "nothing"}, {"alignment"}),
+        ({"unconditional": True, "label_column": "nothing", "validation_guidance_scale": 2.0}, {"alignment"}),
         ({"in_channels": 1, "num_layers": [1, 2], "use_ema": True}, {"alignment"}),
     ],
 )
@@ -169,7 +169,9 @@ def test_options(train_rra, arguments, tmp_path, options, expected):
     metrics = read_metrics(tmp_path / "run")
     assert expected <= set(metrics[1])
     assert ("alignment" in metrics[1]) == (options.get("alignment") != "none")
-    config = FlowBackPipeline.from_pretrained(tmp_path / "run").transformer.config
+    pipeline = FlowBackPipeline.from_pretrained(tmp_path / "run")
+    assert len(pipeline(num_images_per_prompt=2).images) == 2 and pipeline.config.guidance_scale == 1.0
+    config = pipeline.transformer.config
     assert config.num_classes == (None if "unconditional" in options else 2)
     for name, default in {"in_channels": 3, "position_embedding": "learned", "activation_fn": "gelu"}.items():
         assert config[name] == options.get(name, default)
@@ -286,7 +288,8 @@ def test_fine_tuning_keeps_known_classes_and_starts_new_ones_at_the_mean(
     train_rra, arguments, randomised_model, tmp_path
 ):
     flow = randomised_model(sample_size=8, num_classes=2, noise_std=0.2).float()
-    FlowBackPipeline(flow, id2label={0: "dog", 1: "wolf"}).save_pretrained(tmp_path / "pretrained")
+    pretrained = FlowBackPipeline(flow, id2label={0: "dog", 1: "wolf"}, guidance_scale=2.5, guidance_rule="product")
+    pretrained.save_pretrained(tmp_path / "pretrained")
     sizes = ("resolution", "patch_size", "num_blocks", "num_layers", "num_attention_heads", "attention_head_dim")
     line = arguments(
         pretrained_model_name_or_path=tmp_path / "pretrained",
@@ -298,6 +301,7 @@ def test_fine_tuning_keeps_known_classes_and_starts_new_ones_at_the_mean(
     train_rra.main(train_rra.parse_args(line))
     pipeline = FlowBackPipeline.from_pretrained(tmp_path / "run")
     assert pipeline.labels == {"dog": 0, "wolf": 1, "cat": 2} and pipeline.transformer.config.noise_std == 0.2
+    assert (pipeline.config.guidance_scale, pipeline.config.guidance_rule) == (2.5, "product")
     sample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, -1])
     torch.testing.assert_close(pipeline.transformer(sample, labels).sample, flow(sample, labels).sample)

@@ -32,11 +32,15 @@ class LabelledFlow(NamedTuple):
         flow ([`TarFlowTransformer2DModel`]): The flow.
         id2label (`dict[int, str]`, *optional*): Its class names; `None` without classes.
         label_ids (`list[int]`): The flow's class id of each class id of the data set.
+        guidance_scale (`float`, defaults to 1.0), guidance_rule (`str`, defaults to `"linear"`):
+            The defaults of the pretrained pipeline.
     """
 
     flow: TarFlowTransformer2DModel
     id2label: dict[int, str] | None
     label_ids: list[int]
+    guidance_scale: float = 1.0
+    guidance_rule: str = "linear"
 
 
 def make_flow(args: argparse.Namespace, class_names: list[str] | None, data_sizes: dict[str, int]) -> LabelledFlow:
@@ -56,7 +60,8 @@ def make_flow(args: argparse.Namespace, class_names: list[str] | None, data_size
         option = "--pretrained_model_name_or_path"
         pipeline = load_pipeline(FlowBackPipeline, args.pretrained_model_name_or_path, option, args.cache_dir)
         check_contradictions("--pretrained_model_name_or_path", pipeline.transformer.config, sizes)
-        labelled = add_classes(pipeline, class_names)
+        guidance = {name: pipeline.config[name] for name in ("guidance_scale", "guidance_rule")}
+        labelled = add_classes(pipeline, class_names)._replace(**guidance)
         if args.lora_rank is not None:
             num_known = pipeline.transformer.config.num_classes
             new_classes = [name for label, name in (labelled.id2label or {}).items() if label >= num_known]

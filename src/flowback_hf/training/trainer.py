@@ -152,6 +152,7 @@ class Trainer:
         settings (`dict`, *optional*):
             What `training_args.json` holds; a resumed run must have the same. Default: `arguments` and the alignment.
         accelerator ([`~accelerate.Accelerator`], *optional*): Default: [`make_accelerator`] of `arguments`.
+        guidance_rule (`str`, defaults to `"linear"`): The pipeline's. Its default scale is that of the sample grids.
     Raises:
         ValueError: before anything is written, if the output folder holds another run, a validation label is unknown,
             there are fewer images than a step takes or none that can be used, or the flow has several adapters.
@@ -194,11 +195,13 @@ class Trainer:
         id2label: dict[int, str] | None = None,
         settings: dict[str, Any] | None = None,
         accelerator: Accelerator | None = None,
+        guidance_rule: str = "linear",
     ):
         import_pyplot()  # the loss curve needs it, hours from now
         self.arguments = arguments
         self.source = source
         self.teacher = teacher
+        self.guidance_rule = guidance_rule
         self.accelerator = make_accelerator(arguments) if accelerator is None else accelerator
         check_accelerator(self.accelerator)
         self.folder = Path(arguments.output_dir)
@@ -296,8 +299,9 @@ class Trainer:
         self.evaluated_model.register_to_config(inverse_profile=None)  # it was measured with other weights
         self.classifier = FlowBackClassificationPipeline(self.evaluated_model)
         self.classifier.set_progress_bar_config(disable=True)
-        guidance_scale = self.arguments.validation_guidance_scale
-        return FlowBackPipeline(self.evaluated_model, self.source.vae, id2label, guidance_scale)
+        is_guided = self.flow.config.num_classes is not None
+        guidance_scale = self.arguments.validation_guidance_scale if is_guided else 1.0
+        return FlowBackPipeline(self.evaluated_model, self.source.vae, id2label, guidance_scale, self.guidance_rule)
 
     def _compile(self, objective: AlignedFlowObjective):
         compile_layers(self.accelerator, objective, self.arguments.train_batch_size)
