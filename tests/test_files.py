@@ -59,6 +59,50 @@ def test_a_folder_replaces_a_folder_and_what_a_killed_process_left(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    disk = tmp_path / "disk"
+    (disk / "folder" / "old").mkdir(parents=True)
+    (disk / "text").write_text("old")
+    for name in ("folder", "text"):
+        (tmp_path / name).symlink_to(disk / name)
+    with write_whole(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "new").touch()
+    write_text(tmp_path / "text", "new")
+    assert (tmp_path / "folder").is_symlink() and (tmp_path / "text").is_symlink()
+    assert sorted(path.name for path in disk.iterdir()) == ["folder", "text"]
+    assert [path.name for path in (disk / "folder").iterdir()] == ["new"] and (disk / "text").read_text() == "new"
+
+
+def test_what_a_killed_process_left_may_be_of_the_other_kind(tmp_path):
+    (tmp_path / ".partial-folder").write_text("half")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / ".replaced-folder").mkdir()
+    with write_whole(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "new").touch()
+    (tmp_path / ".partial-text" / "half").mkdir(parents=True)
+    write_text(tmp_path / "text", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "text"]
+    assert (tmp_path / "folder" / "new").exists()
+
+
+def test_a_folder_that_is_replaced_is_never_seen_half(tmp_path, monkeypatch):
+    seen, replace, rmtree = [], os.replace, files.shutil.rmtree
+
+    def look():
+        seen.append(sorted(path.name for path in tmp_path.glob("folder/*")))
+
+    monkeypatch.setattr(os, "replace", lambda old, new: (replace(old, new), look()))
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path: (look(), rmtree(path)))
+    for names in (["a", "b"], ["c", "d"]):
+        with write_whole(tmp_path / "folder") as partial:
+            partial.mkdir()
+            for name in names:
+                (partial / name).touch()
+    assert seen == [["a", "b"], [], ["c", "d"], ["c", "d"]]
+
+
 def test_everything_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
     """Or a power cut leaves empty files under their final names."""
     events = []
@@ -75,7 +119,7 @@ def test_everything_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
 def test_an_index_never_stands_beside_what_it_does_not_describe(tmp_path, monkeypatch):
     """Wherever moving a pipeline over an older one is interrupted."""
     is_complete = True
-    for interrupted_at in range(1, 9):
+    for interrupted_at in range(1, 12):  # there are ten operations
         folder, staging = tmp_path / f"old-{interrupted_at}", tmp_path / f"new-{interrupted_at}"
         for path, content in ((folder, "old"), (staging, "new")):
             for name in ("index.json", "a/weights", "z/weights"):

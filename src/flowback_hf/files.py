@@ -43,6 +43,7 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
         ```
     """
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path  # a link stays, and what it leads to is replaced
     with staged(path) as partial:
         yield partial
     replace(partial, path)
@@ -57,7 +58,7 @@ def staged(path: Path) -> Iterator[Path]:
     When the block ends, what it wrote is on the disk.
     """
     partial = partial_path(path)
-    if partial.is_dir():  # left by a process that was killed; a file is written over
+    if os.path.lexists(partial):  # left by a process that was killed
         remove(partial)
     try:
         with explain_full_disk(path):
@@ -74,10 +75,17 @@ def partial_path(path: Path) -> Path:
 
 
 def replace(source: Path, target: Path):
-    """Rename a file or folder; what has the new name already is deleted."""
-    if target.is_dir():  # a rename does not replace a folder
-        shutil.rmtree(target)
+    """Rename a file or folder. What has the new name already is deleted, and never seen half."""
+    if target.is_symlink() or not target.is_dir():
+        os.replace(source, target)
+        return
+    # A rename does not replace a folder.
+    earlier = target.with_name(f".replaced-{target.name}")
+    if earlier.exists():  # left by a process that was killed
+        remove(earlier)
+    os.replace(target, earlier)
     os.replace(source, target)
+    remove(earlier)
 
 
 def flush(path: Path):

@@ -77,13 +77,13 @@ class EvaluationArguments:
     reference_split: str = "train"
     cache_dir: str | None = None
     max_images: int | None = number_field(None, Number(int, at_least=2))
-    max_reference_images: int | None = number_field(50_000, Number(int, at_least=2))
+    max_reference_images: int | None = number_field(50_000, Number(int, at_least=4))
     strict: bool = False
     methods: Sequence[str] = METHODS
     num_noise_draws: int = number_field(1, Number(int, at_least=0))
     shortlist_size: int = number_field(5, COUNT)
     features: str | None = None
-    num_samples: int = number_field(2000, Number(int, at_least=2))
+    num_samples: int = number_field(2000, Number(int, at_least=4))
     guidance_scales: Sequence[float] = number_field((1.0, 1.5, 2.0, 3.0), Number(float, at_least=1))
     guidance_rule: str | None = None
     guidance_schedule: str | None = None

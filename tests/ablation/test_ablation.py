@@ -33,7 +33,7 @@ from flowback_hf.ablation import (
     resolve_layer,
     summarise,
 )
-from flowback_hf.ablation.report import draw_speed_ups, format_figure
+from flowback_hf.ablation.report import draw_speed_ups, format_figure, legend_entry
 from flowback_hf.ablation.runner import error_message, save_checkpoint_pipeline
 from flowback_hf.data import DataSource, HoldOut
 from flowback_hf.files import read_json_lines
@@ -701,6 +701,9 @@ def test_how_many_times_fewer_steps():
     assert fast["times_fewer_steps_distance"]["mean"] == pytest.approx(200 / (100 * 5 / 6))
     assert fast["times_fewer_steps_distance"]["standard_error"] is None
     assert summary["variants"]["none"]["metrics"]["times_fewer_steps_accuracy"]["num_seeds"] == 1
+    assert legend_entry("fast", summary) == "fast (2.2×)"
+    rows.append(make_row("fast", 1, [0.1, 0.2, 0.3], [8.0, 4.0, 3.0]))  # never there
+    assert legend_entry("fast", summarise(rows)) == "fast (2.2×, 1 of 2 seeds)"
     slow = summary["variants"]["slow"]
     assert slow["metrics"] == {} and (slow["num_cells"], slow["num_done"]) == (2, 1)
     assert format_figure({"mean": 0.5, "standard_error": 0.01, "num_seeds": 2}, 100, 1, 3) == ("50.0 ± 1.0 (2 of 3)")

@@ -1201,6 +1201,8 @@ WRONG_PLACE = (
         ({"sample": torch.zeros(2, 1, 4, 4)}, WRONG_SAMPLE + r"\(2, 1, 4, 4\)\."),
         ({"sample": torch.zeros(3, 4, 4)}, WRONG_SAMPLE + r"\(3, 4, 4\)\."),
         ({"sample": torch.zeros(2, 3, 8, 8), "inverse": True}, WRONG_SAMPLE + r"\(2, 3, 8, 8\)\."),
+        ({"sample": torch.zeros(0, 3, 4, 4)}, r"`sample` must hold at least one sample, but has shape \(0, 3, 4, 4\)"),
+        ({"sample": torch.zeros(0, 3, 4, 4), "inverse": True}, r"`sample` must hold at least one sample, but has"),
         ({"class_labels": [1, 2]}, r"`class_labels` must be a tensor, but are \[1, 2\]\."),
         ({"class_labels": torch.zeros(2, 4)}, WRONG_LABELS + r"but are torch.float32 of shape \(2, 4\)\."),
         ({"class_labels": torch.zeros(2)}, WRONG_LABELS + r"but are torch.float32 of shape \(2,\)\."),

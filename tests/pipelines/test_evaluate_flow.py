@@ -369,7 +369,7 @@ def test_an_empty_folder_and_one_of_broken_images(options, tmp_path):
         for name in CLASS_NAMES:
             (tmp_path / "broken" / split / name).mkdir(parents=True)
             (tmp_path / "broken" / split / name / "0.png").write_text("not an image")
-    with pytest.raises(ValueError, match="at least two images, but 0 of the 3 of the split 'validation' can be used"):
+    with pytest.raises(ValueError, match="at least 2 images, but 0 of the 3 of the split 'validation' can be used"):
         run(output_dir=tmp_path / "evaluation", **{**options, "data_dir": tmp_path / "broken"})
     assert not (tmp_path / "evaluation").exists()
 
@@ -404,8 +404,8 @@ def test_results_of_other_weights_in_the_same_folder_are_refused(options, tmp_pa
     [
         ([], "give one of --dataset_name and --data_dir"),
         (
-            ["--data_dir", "d", "--num_samples", "1"],
-            "argument --num_samples: must be a whole number of at least 2, but is 1",
+            ["--data_dir", "d", "--num_samples", "3"],
+            "argument --num_samples: must be a whole number of at least 4, but is 3",
         ),
         (
             ["--data_dir", "d", "--guidance_scales", "0.5"],

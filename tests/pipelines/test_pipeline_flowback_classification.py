@@ -471,6 +471,8 @@ def test_one_array_of_a_coloured_image_is_one_image(randomised_model, pipe):
     array = np.asarray(pil_images(1)[0])
     for pipeline in (grey, pipe):
         assert set(pipeline(array, top_k=1)[0]) == {"label", "score"}
+        mirrored = array[:, ::-1]  # a view with a negative stride
+        assert torch.equal(pipeline.log_prob(mirrored), pipeline.log_prob(mirrored.copy()))
         with pytest.raises(ValueError, match=r"Image 0 must have 1 or 3 channels, but its shape is \(4, 4, 4\)"):
             pipeline(np.dstack([array, array[..., :1]]))  # with transparency
     with pytest.raises(ValueError, match=r"Image 0 must have 1 or 3 channels, but its shape is \(8, 8, 1\)"):

@@ -284,7 +284,11 @@ def zoom_in(axis: Any, curves: dict[str, tuple[list[int], list[float], list[floa
 def legend_entry(variant: str, summary: dict[str, Any]) -> str:
     times = summary["variants"][variant]["metrics"].get("times_fewer_steps_accuracy")
     is_baseline = variant == summary["variants"][variant]["baseline"]
-    return variant if times is None or is_baseline else f"{variant} ({times['mean']:.1f}×)"
+    if times is None or is_baseline:
+        return variant
+    num_done = summary["variants"][variant]["num_done"]
+    of_seeds = "" if times["num_seeds"] == num_done else f", {times['num_seeds']} of {num_done} seeds"
+    return f"{variant} ({times['mean']:.1f}×{of_seeds})"
 
 
 def has_speed_ups(variant: dict[str, Any]) -> bool:

@@ -94,13 +94,13 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def check_usable(self):
-        """Raise ValueError unless at least two images can be used. It looks no further than the second that can."""
+    def check_usable(self, at_least: int = 2):
+        """Raise ValueError unless at least so many images can be used. It looks no further than the last of these."""
         usable = (index for index in range(len(self)) if self.load(range(index, index + 1)).images)
-        num_usable = len(list(itertools.islice(usable, 2)))
-        if num_usable < 2:
+        num_usable = len(list(itertools.islice(usable, at_least)))
+        if num_usable < at_least:
             raise ValueError(
-                f"An evaluation needs at least two images, but {num_usable} of the {len(self)} of the split"
+                f"An evaluation needs at least {at_least} images, but {num_usable} of the {len(self)} of the split"
                 f" {self.split!r} can be used."
             )
 

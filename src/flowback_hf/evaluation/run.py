@@ -129,7 +129,8 @@ class Evaluation:
             if options.reference is not None:
                 self.reference = ReferenceFeatures.load(options.reference, self.extractor.name)
             else:
-                self.reference_images = self.load_images(options.reference_split, options.max_reference_images)
+                # Precision and recall look at the third neighbor of each image.
+                self.reference_images = self.load_images(options.reference_split, options.max_reference_images, 4)
         if options.linear_probe:
             self.probe_images = self.load_images(options.reference_split, options.max_probe_images)
         self.parts = Parts(options.output_dir / "parts", state)
@@ -137,14 +138,14 @@ class Evaluation:
         for name, settings in self.settings.items():
             self.parts.check(name, settings)
 
-    def load_images(self, split: str, max_images: int | None) -> LabelledImages:
-        """At most `max_images` labelled images of a split, at the flow's size."""
+    def load_images(self, split: str, max_images: int | None, at_least: int = 2) -> LabelledImages:
+        """At most `max_images` labelled images of a split, at the flow's size, of which `at_least` can be used."""
         options = self.options
         rows = load_split(self.source, split, options.image_column, self.hold_out)
         rows = first_rows(rows, max_images)
         label_ids = match_labels(rows, options.label_column, self.pipeline)
         images = LabelledImages.for_flow(self.classifier, rows, options.image_column, label_ids, options.strict, split)
-        images.check_usable()
+        images.check_usable(at_least)
         return images
 
     def collect_settings(self) -> dict[str, dict[str, Any]]:

@@ -1602,7 +1602,7 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
             `torch.Tensor` of shape `(batch_size, num_tokens, token_dim)`: tokens in raster order, whose values are
             ordered by channel, row and column. float32, or float64 for a float64 model or sample.
         Raises:
-            ValueError: if `sample` has another shape.
+            ValueError: if `sample` has another shape or is empty.
         """
         config = self.config
         expected = (config.in_channels, config.sample_size, config.sample_size)
@@ -1612,6 +1612,8 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
                 f" model's config, but has shape {tuple(sample.shape)}. Resize images first; a latent model takes what"
                 " its VAE's encoder returns."
             )
+        if len(sample) == 0:
+            raise ValueError(f"`sample` must hold at least one sample, but has shape {tuple(sample.shape)}.")
         # Densities need float32, whatever the dtype of the weights.
         dtype = torch.promote_types(torch.promote_types(sample.dtype, self.blocks[0].dtype), torch.float32)
         return F.pixel_unshuffle(sample.to(dtype), config.patch_size).flatten(2).transpose(1, 2)
