@@ -343,6 +343,15 @@ def test_a_repository_of_another_model_is_refused_without_force(the_hub, run_dir
     assert json.loads(files_of(the_hub)["transformer/config.json"])["num_blocks"] == 2
 
 
+def test_the_same_flow_is_published_again(the_hub, run_dir, randomised_model):
+    """With a profile of its inverse, which says nothing of the model, and with a tuple, which JSON does not know."""
+    flow = randomised_model(num_layers=(1, 2, 1)).float()
+    FlowBackPipeline(flow).push_to_hub("flow")
+    flow.profile_inverse(torch.randn(1, 3, 4, 4))
+    FlowBackPipeline(flow).push_to_hub("flow")
+    assert json.loads(files_of(the_hub)["transformer/config.json"])["inverse_profile"] is not None
+
+
 def test_a_repository_of_something_else_is_refused(the_hub, run_dir):
     pipeline = FlowBackPipeline.from_pretrained(run_dir)
     pipeline.push_to_hub("flow")

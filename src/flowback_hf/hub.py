@@ -2,6 +2,7 @@
 """Publishing pipelines on the Hub, as repositories that load with this package and without it; and loading them."""
 
 import inspect
+import json
 import os
 import shutil
 import tempfile
@@ -226,14 +227,14 @@ def check_repository(
     files = [sibling.rfilename for sibling in info.siblings]
     if force or not any(name.endswith((".json", ".safetensors", ".bin")) for name in files):
         return repo_id, files
-    remote_config = {}
+    remote_config, own_config = {}, json.loads(json.dumps(transformer_config))
     if "transformer/config.json" in files:
         with tempfile.TemporaryDirectory() as folder:
             remote_config = read_json(api.hf_hub_download(repo_id, "transformer/config.json", local_dir=folder))
     different = sorted(
         name
-        for name in remote_config.keys() | transformer_config.keys()
-        if not name.startswith("_") and remote_config.get(name) != transformer_config.get(name)
+        for name in (remote_config.keys() | own_config.keys()) - {"inverse_profile"}  # says nothing of the model
+        if not name.startswith("_") and remote_config.get(name) != own_config.get(name)
     )
     if different:
         raise ValueError(

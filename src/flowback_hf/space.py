@@ -97,7 +97,7 @@ def push_space(space_id: str, model_id: str, private: bool | None = None, token:
     Returns:
         `str`: the address of the Space.
     Raises:
-        ValueError: if there is no such flow, or the Space cannot be written to.
+        ValueError: if there is no such flow, if the Space cannot be written to, or if it is public and must not be.
     """
     api = HfApi(token=token)
     if "/" not in space_id:
@@ -107,6 +107,11 @@ def push_space(space_id: str, model_id: str, private: bool | None = None, token:
             raise ValueError(
                 f"The Space needs a flow on the Hub, but {model_id!r} is not one. Publish the flow with"
                 " pipelines/push_to_hub.py first."
+            )
+        if private and api.repo_exists(space_id, repo_type="space") and not api.space_info(space_id).private:
+            raise ValueError(
+                f"`space_id` {space_id!r} exists and is public, but `private` is True. Make it private on the Hub"
+                " first, or choose another."
             )
         keeps_card = api.file_exists(space_id, "README.md", repo_type="space")
         url = api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)

@@ -1,12 +1,14 @@
 """The learned inverse's network. What it is trained for is tested in tests/alignment."""
 
+import copy
 import math
 
 import pytest
 import torch
 from diffusers import ModelMixin
+from safetensors.torch import load_file
 
-from flowback_hf import TarFlowReverseTransformer2DModel, TarFlowTransformer2DModel
+from flowback_hf import FlowBackPipeline, TarFlowReverseTransformer2DModel, TarFlowTransformer2DModel
 from flowback_hf.models.transformer_reverse import HEADS_FILE, hash_flow
 
 from ..conftest import TINY_REVERSE_CONFIG, randomise_weights
@@ -200,6 +202,29 @@ def test_saved_and_loaded_to_the_bit_with_heads_in_a_file_of_their_own(random_re
     loaded = TarFlowReverseTransformer2DModel.from_pretrained(tmp_path, subfolder="reverse_transformer")
     with pytest.raises(OSError, match=HEADS_FILE):
         loaded.load_heads(tmp_path)
+
+
+def test_a_variant_is_saved_beside_the_weights_and_shards_are_small(
+    random_reverse_transformer, randomised_model, noise, tmp_path
+):
+    model = random_reverse_transformer().float()
+    model.add_heads()
+    pipeline = FlowBackPipeline(randomised_model(num_blocks=3).float(), reverse_transformer=model)
+    expected = model(noise.float(), LABELS["classes"], 2.0).sample
+    pipeline.save_pretrained(tmp_path)
+    copy.deepcopy(pipeline).to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    weights = {"diffusion_pytorch_model.safetensors": torch.float32, HEADS_FILE: torch.float32}
+    weights |= {"diffusion_pytorch_model.fp16.safetensors": torch.float16, "heads.fp16.safetensors": torch.float16}
+    for name, dtype in weights.items():
+        tensors = load_file(tmp_path / "reverse_transformer" / name)
+        assert {tensor.dtype for tensor in tensors.values()} == {dtype}, name
+    loaded = FlowBackPipeline.from_pretrained(tmp_path).reverse_transformer
+    assert torch.equal(loaded(noise.float(), LABELS["classes"], 2.0).sample, expected)
+    loaded.load_heads(tmp_path, variant="fp16")
+    assert torch.equal(loaded.heads.std, model.heads.std.half())
+
+    pipeline.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    assert len(list((tmp_path / "sharded" / "reverse_transformer").glob("diffusion_*.safetensors"))) > 1
 
 
 def test_only_the_main_process_saves_the_heads(random_reverse_transformer, tmp_path):

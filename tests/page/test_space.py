@@ -42,6 +42,17 @@ def test_an_edited_card_stays_and_the_page_is_replaced(the_hub, run_dir):
     assert files["README.md"] == b"edited" and files["page.py"] != b"old"
 
 
+def test_a_public_page_is_refused_where_a_private_one_is_asked_for(the_hub, run_dir):
+    publish(run_dir, hub_model_id="flow", space="page")
+    files = dict(the_hub.repositories["spaces/tester/page"].files)
+    with pytest.raises(ValueError, match="'tester/page' exists and is public, but `private` is True"):
+        push_space("page", "tester/flow", private=True)
+    assert the_hub.repositories["spaces/tester/page"].files == files
+    push_space("secret", "tester/flow", private=True)
+    push_space("secret", "tester/flow", private=True)
+    assert the_hub.repositories["spaces/tester/secret"].private
+
+
 def test_mistakes(the_hub, run_dir, tmp_path):
     with pytest.raises(ValueError, match="needs a flow on the Hub, but 'tester/nothing' is not one"):
         push_space("page", "tester/nothing")

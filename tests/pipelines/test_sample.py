@@ -125,6 +125,13 @@ def test_another_runs_folder_is_refused(script, model_folder, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
+def test_images_of_another_origin_are_not_taken_for_samples(script, model_folder, tmp_path):
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "000000.png")
+    with pytest.raises(ValueError, match="holds images, but no sampling.json that says how they were made"):
+        run(script, model=model_folder, num_images=2, output_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["000000.png"]
+
+
 def test_images_of_other_weights_in_the_same_folder_are_refused(script, model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     run(script, model=folder, num_images=2, output_dir=tmp_path / "samples")

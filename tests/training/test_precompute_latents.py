@@ -150,6 +150,22 @@ def test_features_of_both_flips(precompute_latents, latents_arguments, images, t
     assert distances.min() < 5e-3 < distances.sort().values[1]
 
 
+@pytest.mark.parametrize("labels", [[None, 1, 0, None], [None, None, -1, -1]])
+def test_latents_without_a_label_are_of_no_class(tmp_path, labels):
+    features = datasets.Features(
+        {"moments": datasets.Array4D((2, 2, 1, 1), "float16"), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    moments = [np.full((2, 2, 1, 1), number, np.float16) for number in range(4)]
+    rows = datasets.Dataset.from_dict({"moments": moments, "label": labels}, features)
+    dataset = LatentDataset(rows, "label", [5, 7])
+    expected = [{None: -1, -1: -1, 0: 5, 1: 7}[label] for label in labels]
+    assert [dataset[number]["class_labels"] for number in range(4)] == expected
+    reader = LatentReader("label", [5, 7])
+    stream = Stream(reader.prepare(rows.to_iterable_dataset()), reader)
+    items = {int(item["moments"][0, 0, 0, 0]): item["class_labels"] for item in itertools.islice(stream, 4)}
+    assert items == dict(enumerate(expected))
+
+
 @pytest.mark.parametrize("store", ["image", "features"])
 def test_streamed_latents_are_those_of_the_folder(
     precompute_latents, train_rra, latents_arguments, latent_run, teacher, tmp_path, store

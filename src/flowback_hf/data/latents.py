@@ -117,16 +117,18 @@ class LatentReader:
 
     def __call__(self, row: dict[str, Any], name: str) -> dict[str, Any]:
         """Read a row of what [`prepare`] returned. `name` is not used: there is nothing to complain about."""
-        label = -1 if self.label_column is None else int(row[self.label_column])
-        item = {
-            "moments": torch.from_numpy(row["moments"]),
-            "class_labels": -1 if label < 0 else self.label_ids[label],
-        }
+        item = {"moments": torch.from_numpy(row["moments"]), "class_labels": self._class_label(row)}
         if "teacher_features" in row:
             item["teacher_features"] = torch.from_numpy(row["teacher_features"])
         if "image" in row:
             item["images"] = image_to_tensor(row["image"])
         return item
+
+    def _class_label(self, row: dict[str, Any]) -> int:
+        label = None if self.label_column is None else row[self.label_column]
+        # A column of numbers holds NaN, as an array, where a label is missing.
+        is_class = label is not None and label >= 0
+        return self.label_ids[int(label)] if is_class else -1
 
 
 class LatentDataset(torch.utils.data.Dataset):

@@ -147,6 +147,10 @@ def sample_into_folder(
         name: pipeline.config[name] for name in ("guidance_scale", "guidance_rule") if arguments[name] is None
     }
     check_settings(output_dir / "sampling.json", settings)
+    if not (output_dir / "sampling.json").exists() and image_path(output_dir, 0).exists():
+        raise ValueError(
+            f"{output_dir} holds images, but no sampling.json that says how they were made. Name another folder."
+        )
     state.wait_for_everyone()
     if state.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ This file is uploaded together with the weights of a model that loads without th
 only.
 """
 
+import functools
 import hashlib
 import math
 import numbers
@@ -22,7 +23,7 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, Fee
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.hub_utils import _get_model_file
+from diffusers.utils.hub_utils import _add_variant, _get_model_file
 from safetensors.torch import load_file, save_file
 
 
@@ -683,13 +684,14 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             pretrained_model_name_or_path (`str`):
                 A folder or a repository on the Hub: that of the pipeline, or that of this model.
             kwargs: As in diffusers: `subfolder`, by default `"reverse_transformer"`, `revision`, `token`, `cache_dir`,
-                `local_files_only`.
+                `local_files_only`, `variant`.
         Raises:
             OSError: if there is no such file.
             ValueError: if the file holds the heads of a model of other sizes. The model is then left as it was.
         """
         options = {"subfolder": "reverse_transformer", **kwargs}
-        path = _get_model_file(pretrained_model_name_or_path, weights_name=HEADS_FILE, **options)
+        weights_name = _add_variant(HEADS_FILE, options.pop("variant", None))
+        path = _get_model_file(pretrained_model_name_or_path, weights_name=weights_name, **options)
         heads, state_dict = self._make_heads(), load_file(path)
         shapes = {name: tensor.shape for name, tensor in heads.state_dict().items()}
         if {name: tensor.shape for name, tensor in state_dict.items()} != shapes:
@@ -699,9 +701,12 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         heads.load_state_dict(state_dict)
         self.heads = heads.eval()
 
+    # Pipelines look up in the signature which arguments they may pass on.
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs):
         """
-        Save the model to a folder, as every diffusers model does, and its heads, if it has them, to a file beside it.
+        Save the model to a folder, as every diffusers model does, and its heads, if it has them, to a file beside it,
+        of the same variant.
 
         Args:
             save_directory (`str`): The folder.
@@ -714,7 +719,7 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             if heads is not None and is_main_process:
                 os.makedirs(save_directory, exist_ok=True)
                 state_dict = {name: tensor.contiguous() for name, tensor in heads.state_dict().items()}
-                save_file(state_dict, os.path.join(save_directory, HEADS_FILE))
+                save_file(state_dict, os.path.join(save_directory, _add_variant(HEADS_FILE, kwargs.get("variant"))))
             super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         finally:
             self.heads = heads
