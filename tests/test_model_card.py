@@ -6,7 +6,15 @@ import huggingface_hub
 import pytest
 
 from flowback_hf import FlowBackPipeline
-from flowback_hf.model_card import Run, find_run, is_as_written, read_edited_card, render_model_card, sign
+from flowback_hf.model_card import (
+    Run,
+    example_call,
+    find_run,
+    is_as_written,
+    read_edited_card,
+    render_model_card,
+    sign,
+)
 
 from .run_folders import ARGUMENTS, METRICS, PUBLISHED_RUNS, REPOSITORY, write_published_run, write_tiny_run
 
@@ -53,6 +61,23 @@ def test_the_card_says_what_the_runs_files_say(run_dir):
         assert line in card, line
     for placeholder in ("None", "TODO", "More information needed", "{{", "/home/"):
         assert placeholder not in card
+
+
+@pytest.mark.parametrize(
+    ("id2label", "labels"),
+    [
+        ({0: "cat, felis", 1: "dog"}, '["cat"]'),
+        ({0: "1", 1: "2"}, "[0]"),
+        ({0: "crane", 1: "crane"}, "[0]"),
+        ({"0": ", x"}, "[0]"),
+        ({}, "[0]"),
+    ],
+)
+def test_the_example_of_the_card_names_a_class_that_the_pipeline_reads(randomised_model, id2label, labels):
+    flow = randomised_model(num_classes=2)
+    assert example_call(flow.config, id2label) == f"class_labels={labels}, num_images_per_prompt=4, "
+    pipeline = FlowBackPipeline(flow, id2label=id2label)
+    assert pipeline.normalize_class_labels(json.loads(labels)) == [0]
 
 
 def test_the_card_names_where_latents_and_stored_features_came_from(run_dir, tmp_path):

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from flowback_hf.alignment.teacher import DEFAULT_TEACHER
 from flowback_hf.files import read_json, read_metrics_log
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
-from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
+from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline, classes_by_name, read_whole_number
 from flowback_hf.places import Place, parse_place
 from flowback_hf.reporting import markdown_code, markdown_table, markdown_text
 
@@ -338,8 +338,12 @@ def example_call(config: Any, id2label: dict[str, str]) -> str:
     """Return the first arguments of the example's call."""
     if config.num_classes is None:
         return "num_images_per_prompt=4, "
-    label = next(iter(id2label.values()), None)
-    labels = json.dumps([0 if label is None else label.split(",")[0].strip()], ensure_ascii=False)
+    label_id, name = next(iter(id2label.items()), (0, ""))
+    label = name.split(",")[0].strip()
+    # Not one that is the number or the name of another class.
+    own = int(label_id)
+    is_clear = read_whole_number(label) in (None, own) and classes_by_name(id2label).get(label) == [own]
+    labels = json.dumps([label if label and is_clear else own], ensure_ascii=False)
     return f"class_labels={labels}, num_images_per_prompt=4, "
 
 
@@ -367,9 +371,13 @@ def describe_learned_inverse(pipeline: FlowBackPipeline) -> str | None:
 
 def describe_grid(run: Run, config: Any) -> str:
     step = int(run.grid.stem.removeprefix("step-"))
-    text = f"Drawn by the training script at step {step}, seed {run.args['seed']}"
+    text = f"Drawn by the training script at step {step}"
+    if "seed" in run.args:
+        text += f", seed {run.args['seed']}"
     if config.num_classes is not None:
-        text += f", one row a class, `guidance_scale={run.args['validation_guidance_scale']:g}`"
+        text += ", one row a class"
+        if "validation_guidance_scale" in run.args:
+            text += f", `guidance_scale={run.args['validation_guidance_scale']:g}`"
     if run.trains_inverse:
         text += ", the exact sampler's on the left, those of the learned inverse of the same noise on the right"
     return f"{text}. The samples were not selected."

@@ -244,7 +244,10 @@ class FlowPage:
         scores = None
         if self.num_classes is not None:
             classes = self.classifier(image, top_k=5, shortlist_size=NUM_COMPARED_CLASSES)
-            scores = {entry["label"]: entry["score"] for entry in classes}
+            scores = {}
+            for rank, entry in enumerate(classes, start=1):
+                name = entry["label"]
+                scores[f"{name} ({rank})" if name in scores else name] = entry["score"]  # classes may share a name
         (log_prob,) = self.classifier.log_prob(image).tolist()
         (distance,) = self.classifier.out_of_distribution_score(image, self.reference_log_prob).tolist()
         verdict = "typical" if distance < 2 else "unusual" if distance < 4 else "nothing like what the flow draws"

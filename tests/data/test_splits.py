@@ -40,6 +40,18 @@ def test_integer_labels_are_numbered_in_their_order_and_negative_ones_are_no_cla
     assert splits.train["label"][:] == [3, 2, 0, 4, 1, None] and sorted(splits.validation["label"][:]) == [2, 4]
 
 
+def test_names_with_brackets_are_no_patterns(arguments, tmp_path):
+    folder = tmp_path / "my images [v1]"
+    for label, name in enumerate(("cat", "dog")):
+        write_images(folder / name, 3, seed=label)
+    line = arguments(train_data_dir=folder, train_val_split=0.5, output_dir=tmp_path / "run")
+    splits = load_splits(parse_args(line))
+    assert splits.class_names == ["cat", "dog"]
+    splits.train.to_parquet(folder / "rows [v1].parquet")
+    line = arguments(train_data_dir=None, dataset_name=folder / "rows [v1].parquet", output_dir=tmp_path / "run")
+    assert len(load_splits(parse_args(line)).train) == 2
+
+
 def test_labels_that_are_lists_are_refused(arguments, tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Sequence(datasets.Value("int64"))})
     rows = {"image": [PIL.Image.new("RGB", (8, 8))] * 3, "label": [[0], [1], [0, 1]]}

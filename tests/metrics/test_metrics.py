@@ -200,6 +200,19 @@ def test_inception_score_of_sure_and_of_clueless_predictions():
     results = InceptionScore("oracle").compute(predictions=sure)
     assert 3.9 < results["inception_score"] <= 4
     assert InceptionScore("oracle").compute(predictions=0 * sure)["inception_score"] == pytest.approx(1)
+    for num_images in (4, 8, 16):  # ten splits of so few would say nothing
+        few = InceptionScore("oracle").compute(predictions=sure[:num_images])
+        assert few["inception_score"] == pytest.approx(4) and few["inception_score_std"] == 0.0
+
+
+def test_the_random_numbers_of_every_device_stay_what_they_were(monkeypatch):
+    def refuse(seed):
+        raise AssertionError("reseeds all GPUs")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    expected = torch.get_rng_state()
+    first, again = (InceptionScore("oracle").compute(predictions=torch.arange(60.0).view(20, 3).sin()) for _ in "ab")
+    assert first == again and torch.equal(torch.get_rng_state(), expected)
 
 
 # Precision and recall
@@ -337,11 +350,15 @@ def test_the_image_half_of_clip_and_an_encoder_without_a_pooler(tmp_path):
 
 def test_mae_sees_the_whole_image(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ViTMAEModel(ViTMAEConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(tmp_path)
+    encoder = ViTMAEModel(ViTMAEConfig(**sizes, image_size=16, patch_size=4))
+    encoder.half().save_pretrained(tmp_path)
     BitImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False).save_pretrained(tmp_path)
     extractor = ImageFeatureExtractor.from_pretrained(tmp_path)
+    assert extractor.model.dtype == torch.float32  # whatever it was saved in
     images = colours(3)
     features = extractor(images).features
+    direct = ImageFeatureExtractor(encoder.float(), extractor.processor, "direct")
+    torch.testing.assert_close(direct(images).features, features, rtol=0, atol=1e-6)
     torch.testing.assert_close(extractor(images).features, features, rtol=0, atol=1e-6)
     images[0].putpixel((3, 3), (255, 255, 255))
     assert (extractor(images).features - features)[0].abs().max() > 1e-5

@@ -76,6 +76,15 @@ def test_classify(page, client, image_file):
     assert torch.equal(read(seen), read(image_file))
 
 
+def test_classes_of_the_same_name_are_shown_apart(randomised_model, image_file):
+    names = dict(enumerate(("crane", "crane", "cow", "emu", "dog")))
+    page = make_page(randomised_model(sample_size=8, in_channels=1), names)
+    scores, _, _ = page._classify(PIL.Image.open(image_file))
+    expected = page.classifier(image_file, method="bayes")
+    assert len(scores) == 5 and list(scores.values()) == pytest.approx([entry["score"] for entry in expected])
+    assert sum(name.startswith("crane") for name in scores) == 2
+
+
 def test_a_drawing_is_classified_as_the_image_that_the_flow_sees(page, client, tmp_path):
     drawing = PIL.Image.new("RGB", (320, 320), "white")
     drawing.paste((0, 0, 0), (80, 80, 160, 240))

@@ -41,6 +41,15 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def test_the_progress_bar_can_be_turned_off(pipe, capfd):
+    modular = make_modular(pipe)
+    modular(class_labels=["cat"], output="images")
+    assert "3/3" in capfd.readouterr().err
+    modular.set_progress_bar_config(disable=True)
+    modular(class_labels=["cat"], output="images")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("fixture", ["pipe", "latent_pipe"])
 @pytest.mark.parametrize(
     "arguments",

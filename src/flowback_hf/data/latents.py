@@ -11,6 +11,7 @@ A row holds the moments of the posterior for an image and for its mirror image, 
 teacher's features of both.
 """
 
+import glob
 import hashlib
 import os
 from pathlib import Path
@@ -93,7 +94,11 @@ def load_latents(
     To map them, `datasets` first makes Arrow files of the shards in its cache.
     """
     settings = read_latents_settings(folder)
-    files = {split: sorted(map(str, (Path(folder) / split).glob("*.parquet"))) for split in settings["num_sources"]}
+    # `datasets` reads names as patterns.
+    files = {
+        split: [glob.escape(str(path)) for path in sorted((Path(folder) / split).glob("*.parquet"))]
+        for split in settings["num_sources"]
+    }
     return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir, streaming=streaming)
 
 

@@ -4,6 +4,7 @@ Data sets and their splits: opened, checked and held out in one way by training,
 """
 
 import argparse
+import glob
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,13 +60,15 @@ class DataSource:
         Raises:
             ValueError: if there is no such folder, or nothing in it that can be loaded.
         """
+        # `datasets` reads names of files as patterns: brackets in the name of one that exists are escaped.
+        name = glob.escape(self.name) if Path(self.name).exists() else self.name
         builder = {"path": self.name, "name": self.config_name}
         if self.is_image_folder:
             if not Path(self.name).is_dir():
                 raise ValueError(f"`{self.option}` must be an existing folder, but is {self.name!r}.")
-            builder = {"path": "imagefolder", "data_dir": self.name}
+            builder = {"path": "imagefolder", "data_dir": name}
         elif self.name.endswith(".parquet"):
-            builder = {"path": "parquet", "data_files": self.name}
+            builder = {"path": "parquet", "data_files": name}
         try:
             return datasets.load_dataset(**builder, cache_dir=self.cache_dir, streaming=streaming)
         except (OSError, ValueError) as error:

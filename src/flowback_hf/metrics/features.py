@@ -61,6 +61,8 @@ class ImageFeatureExtractor(nn.Module):
     def __init__(self, model: nn.Module, processor, name: str):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
+        if getattr(model.config, "model_type", None) == "vit_mae":
+            model.config.mask_ratio = 0.0  # by default it hides three random patches of four
         self.processor = processor
         self.name = name
 
@@ -71,7 +73,8 @@ class ImageFeatureExtractor(nn.Module):
 
         Args:
             pretrained_model_name_or_path (`str`): A Hub id such as `"facebook/dinov2-base"`, or a folder.
-            kwargs: Arguments of transformers' `from_pretrained`: `cache_dir`, `revision`, `token`, ...
+            kwargs: Arguments of transformers' `from_pretrained`: `cache_dir`, `revision`, `token`, ... `dtype` is
+                float32 by default.
         Returns:
             [`ImageFeatureExtractor`]: the extractor, on the CPU.
         Raises:
@@ -79,7 +82,8 @@ class ImageFeatureExtractor(nn.Module):
             ValueError: if it is damaged, or brings its own code, which is never run.
         """
         with refuse_unreadable(pretrained_model_name_or_path):
-            kwargs |= {"trust_remote_code": False}
+            # Distances must not depend on the precision that an encoder was saved in.
+            kwargs = {"dtype": torch.float32, **kwargs, "trust_remote_code": False}
             config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
             if any(name.endswith("ForImageClassification") for name in config.architectures or []):
                 model_class = AutoModelForImageClassification
@@ -90,8 +94,6 @@ class ImageFeatureExtractor(nn.Module):
                 model_class = AutoModel
             model = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
             processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if config.model_type == "vit_mae":
-            model.config.mask_ratio = 0.0  # by default it hides three random patches of four
         # The last two parts of a path identify the folder without naming anything else of the machine.
         path = Path(pretrained_model_name_or_path)
         name = "/".join(path.resolve().parts[-2:]) if path.is_dir() else str(pretrained_model_name_or_path)

@@ -136,7 +136,7 @@ class FeatureMetric(evaluate.Metric):
             raise ValueError(f"{type(self).__name__} needs at least two images, but was given {self.num_images}.")
         # torchmetrics draws subsets with the global generator. Its state must neither matter nor change.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed GPUs, too
             results = self._results()
         results |= {"num_images": self.num_images, "features": self.feature_name}
         self.metric, self.num_images = None, 0
@@ -276,7 +276,8 @@ class InceptionScore(FeatureMetric):
     """
     Compute the Inception Score of generated images from a classifier's logits.
 
-    It is `exp(E KL(p(y | x) || p(y)))`, as the mean over ten splits of the images. With Inception's logits it is the
+    It is `exp(E KL(p(y | x) || p(y)))`, as the mean over ten splits of the images, or fewer, so that each has at least
+    ten. With Inception's logits it is the
     IS (Salimans et al., Improved Techniques for Training GANs, https://arxiv.org/abs/1606.03498). Scores of different
     classifiers are not comparable.
 
@@ -305,8 +306,12 @@ class InceptionScore(FeatureMetric):
         self.metric.features.extend(other.metric.features)
 
     def _results(self) -> dict[str, Any]:
-        mean, std = self.metric.compute()
-        return {"inception_score": mean.item(), "inception_score_std": std.item()}
+        self.metric.splits = max(1, min(10, self.num_images // 10))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a single split has no standard deviation
+            mean, std = self.metric.compute()
+        std = std.item() if self.metric.splits > 1 else 0.0
+        return {"inception_score": mean.item(), "inception_score_std": std}
 
 
 class PrecisionRecall(ReferenceMetric):

@@ -40,6 +40,14 @@ COMPONENT_CLASSES = {
 }
 
 
+class ProgressBarMixin:
+    """Blocks of blocks, which hand the options of the progress bar on to those that have one."""
+
+    def set_progress_bar_config(self, **kwargs):
+        for block in self.sub_blocks.values():
+            block.set_progress_bar_config(**kwargs)
+
+
 class FlowBackBlock(ModularPipelineBlocks):
     """
     A block that calls one method of a pipeline.
@@ -86,6 +94,10 @@ class FlowBackBlock(ModularPipelineBlocks):
         description = f"As `{self.pipeline_class.__name__}.{self.method_name}` returns."
         return [OutputParam(name, description=description) for name in self.output_names]
 
+    def set_progress_bar_config(self, **kwargs):
+        """Keep the options of the progress bar, which the pipeline hands to its blocks."""
+        self._progress_bar_config = kwargs
+
     @torch.no_grad()
     def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         parts = {spec.name: getattr(components, spec.name) for spec in self.expected_components}
@@ -93,6 +105,7 @@ class FlowBackBlock(ModularPipelineBlocks):
             raise ValueError("The pipeline has no `transformer` yet. Call its `load_components()` first.")
         configs = {spec.name: components.config[spec.name] for spec in self.expected_configs}
         pipeline = self.pipeline_class(**parts, **configs)
+        pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         outputs = getattr(pipeline, self.method_name)(**self.get_block_state(state).as_dict())
         for name, output in zip(self.output_names, outputs if len(self.output_names) > 1 else [outputs]):
             state.set(name, output)
@@ -123,7 +136,7 @@ class FlowBackReverseTransformerBlock(FlowBackBlock):
     output_names = ("sample",)
 
 
-class FlowBackInvertBlocks(ConditionalPipelineBlocks):
+class FlowBackInvertBlocks(ProgressBarMixin, ConditionalPipelineBlocks):
     """Map noise to data: with the learned inverse if `solver` is `"learned"`, else block by block."""
 
     block_names = ["exact", "learned"]
@@ -161,7 +174,7 @@ class FlowBackClassifyBlock(FlowBackBlock):
     output_names = ("classes",)
 
 
-class FlowBackGenerateBlocks(SequentialPipelineBlocks):
+class FlowBackGenerateBlocks(ProgressBarMixin, SequentialPipelineBlocks):
     """Generate images. Without the block `"denoise"`, those of exact solvers keep the noise of training."""
 
     block_names = ["check_inputs", "encode_labels", "prepare_latents", "invert", "denoise", "decode"]
@@ -179,7 +192,7 @@ class FlowBackGenerateBlocks(SequentialPipelineBlocks):
         return inspect.getdoc(FlowBackGenerateBlocks)
 
 
-class FlowBackBlocks(ConditionalPipelineBlocks):
+class FlowBackBlocks(ProgressBarMixin, ConditionalPipelineBlocks):
     """
     Generate, score or classify images, depending on what is given.
 

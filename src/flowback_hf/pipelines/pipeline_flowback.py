@@ -1245,8 +1245,9 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         num_images = num_images_per_prompt * num_labels
         check_generator(generator, num_images)
         expected = (num_images, config.in_channels, config.sample_size, config.sample_size)
-        if latents is not None and tuple(getattr(latents, "shape", ())) != expected:
-            shape = f"have shape {tuple(latents.shape)}" if isinstance(latents, torch.Tensor) else f"are {latents!r}"
+        if latents is not None and not (isinstance(latents, torch.Tensor) and latents.shape == expected):
+            is_tensor = isinstance(latents, torch.Tensor)
+            shape = f"have shape {tuple(latents.shape)}" if is_tensor else f"are {latents!r:.60}"
             raise ValueError(f"`latents` must be a tensor of shape {expected}, but {shape}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but is {output_type!r}.")
