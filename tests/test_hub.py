@@ -343,6 +343,15 @@ def test_a_repository_of_another_model_is_refused_without_force(the_hub, run_dir
     assert json.loads(files_of(the_hub)["transformer/config.json"])["num_blocks"] == 2
 
 
+def test_saving_publishes_with_its_license_and_no_variant(the_hub, run_dir, tmp_path):
+    pipeline = FlowBackPipeline.from_pretrained(run_dir)
+    with pytest.raises(ValueError, match="`variant` must be left out with `push_to_hub`, .* but is 'fp16'"):
+        pipeline.save_pretrained(tmp_path / "flow", push_to_hub=True, variant="fp16")
+    assert not the_hub.repositories and not (tmp_path / "flow").exists()
+    pipeline.save_pretrained(tmp_path / "flow", push_to_hub=True, license="cc-by-4.0")
+    assert "license: cc-by-4.0" in files_of(the_hub)["README.md"].decode()
+
+
 def test_the_same_flow_is_published_again(the_hub, run_dir, randomised_model):
     """With a profile of its inverse, which says nothing of the model, and with a tuple, which JSON does not know."""
     flow = randomised_model(num_layers=(1, 2, 1)).float()

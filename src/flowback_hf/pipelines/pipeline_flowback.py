@@ -936,9 +936,16 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 repository with the folder's name.
             args, kwargs:
                 Arguments of [`~diffusers.DiffusionPipeline.save_pretrained`], such as `max_shard_size`, and `repo_id`,
-                `commit_message`, `private`, `token` and `create_pr` of [`~FlowBackPipeline.push_to_hub`].
+                `commit_message`, `private`, `token`, `create_pr` and `license` of [`~FlowBackPipeline.push_to_hub`].
+        Raises:
+            ValueError: if a `variant` is to be published, which `push_to_hub` does not do.
         """
-        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        if push_to_hub and kwargs.get("variant") is not None:
+            raise ValueError(
+                "`variant` must be left out with `push_to_hub`, which publishes the weights as they are, but is"
+                f" {kwargs['variant']!r}."
+            )
+        names = ("repo_id", "commit_message", "private", "token", "create_pr", "license")
         publishing = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         if push_to_hub:
