@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
 from flowback_hf.pipelines import pipeline_flowback
@@ -119,6 +119,14 @@ def test_class_tables_travel_with_their_names(make_pipeline, randomised_model, s
     assert FlowBackPipeline.from_pretrained(tmp_path / "flow").labels["dog"] == 3 and image.shape == (1, 3, 4, 4)
     with pytest.raises(ValueError, match=r"must hold class tables for this flow, of widths \[8\], but .* \[8, 8, 8\]"):
         make_pipeline(num_blocks=1).load_class_embeddings(tmp_path)
+    tables = load_file(tmp_path / "class_embed.safetensors")
+    save_file(tables, tmp_path / "class_embed.safetensors")  # without names
+    loaded.load_class_embeddings(tmp_path)
+    assert loaded.config.id2label is None and loaded.transformer.config.num_classes == 4
+    tables[min(tables)] = tables[min(tables)][:2].clone()
+    save_file(tables, tmp_path / "class_embed.safetensors")
+    with pytest.raises(ValueError, match=r"must hold class tables of as many classes each, but those of .* \[2, 4\]"):
+        loaded.load_class_embeddings(tmp_path)
     with pytest.raises(ValueError, match="Class tables need a flow with classes, but this one is unconditional"):
         make_pipeline(num_classes=None).save_class_embeddings(tmp_path)
 

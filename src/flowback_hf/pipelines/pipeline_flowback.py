@@ -1032,10 +1032,16 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 "`pretrained_model_name_or_path_or_dict` must hold class tables for this flow, of widths"
                 f" {list(expected.values())}, but those of {str(source)!r} are of widths {list(widths.values())}."
             )
+        num_classes = {len(table) for table in tables.values()}
+        if len(num_classes) > 1:
+            raise ValueError(
+                "`pretrained_model_name_or_path_or_dict` must hold class tables of as many classes each, but those of"
+                f" {str(source)!r} are of {sorted(num_classes)}."
+            )
         for name, block in zip(own, self.transformer.blocks):
             block.class_embed = torch.nn.Parameter(tables[name].to(block.class_embed))
-        self.transformer.register_to_config(num_classes=len(tables[name]))
-        id2label = metadata["id2label"] or {}
+        self.transformer.register_to_config(num_classes=num_classes.pop())
+        id2label = (metadata or {}).get("id2label") or {}
         self.register_to_config(id2label={int(label_id): label for label_id, label in id2label.items()} or None)
 
     def _class_tables(self) -> dict[str, torch.nn.Parameter]:
