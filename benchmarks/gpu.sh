@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A day on a GPU in one command: tests and benchmarks at the paper's size, in pieces of at most nine minutes.
+# What needs a GPU, in one command: tests and benchmarks at the paper's size, in pieces of at most nine minutes.
 #
 #   benchmarks/gpu.sh                          # all pieces that have not finished
 #   benchmarks/gpu.sh --list                   # their commands

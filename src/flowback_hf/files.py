@@ -19,8 +19,9 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     Give a temporary path to write a file or a folder to, and rename it to `path` when the block ends.
 
-    Whoever looks at `path`, at any moment, sees it whole or as it was before, even after a power cut. The temporary
-    name ends as `path` does, for writers that choose a format by the ending.
+    Whoever looks at `path`, at any moment, sees it whole or as it was before, even after a power cut; a folder that is
+    replaced is away for a moment. The temporary name ends as `path` does, for writers that choose a format by the
+    ending.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder. One that exists is replaced.
@@ -76,13 +77,13 @@ def partial_path(path: Path) -> Path:
 
 def replace(source: Path, target: Path):
     """Rename a file or folder. What has the new name already is deleted, and never seen half."""
-    if target.is_symlink() or not target.is_dir():
+    earlier = target.with_name(f".replaced-{target.name}")
+    if os.path.lexists(earlier):  # left by a process that was killed
+        remove(earlier)
+    if not target.is_dir():
         os.replace(source, target)
         return
-    # A rename does not replace a folder.
-    earlier = target.with_name(f".replaced-{target.name}")
-    if earlier.exists():  # left by a process that was killed
-        remove(earlier)
+    # A rename replaces neither a folder nor a link to one.
     os.replace(target, earlier)
     os.replace(source, target)
     remove(earlier)

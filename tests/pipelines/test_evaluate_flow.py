@@ -392,11 +392,20 @@ def test_results_of_other_weights_in_the_same_folder_are_refused(options, tmp_pa
     pipeline = FlowBackPipeline.from_pretrained(folder)
     pipeline.transformer.blocks[0].proj_out.bias.data.add_(1.0)
     pipeline.save_pretrained(folder)
-    message = (
-        r"likelihood holds what was made with other settings: model_hash \(.*\). Name another .* delete .*parts\."
-    )
+    message = r"likelihood holds what was made with other settings: model_hash \(.*\). Name .* delete .*parts and "
     with pytest.raises(ValueError, match=message):
         run(**options)
+
+    # not all of it deleted: the samples would be those of the other weights
+    output_dir = tmp_path / "evaluation"
+    earlier = json.loads((output_dir / "evaluation.json").read_text())["frechet_distance/guidance_1.0"]
+    shutil.rmtree(output_dir / "parts")
+    with pytest.raises(ValueError, match="guidance_1.0 holds images, but .*guidance_1.0, which says .* is missing"):
+        run(**options)
+    for folder in output_dir.glob("samples/guidance_*"):
+        shutil.rmtree(folder)
+    run(**options)
+    assert json.loads((output_dir / "evaluation.json").read_text())["frechet_distance/guidance_1.0"] != earlier
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from flowback_hf.alignment import reverse_objective
 from flowback_hf.data import HoldOut, load_splits
 from flowback_hf.hub import write_repository
 from flowback_hf.models.transformer_reverse import HEADS_FILE
-from flowback_hf.training import TrainingArguments, reverse, validation
+from flowback_hf.training import TrainingArguments, check_run_folder, reverse, validation
 from flowback_hf_cli import reverse_training, training
 
 from ..conftest import REPOSITORY, command_line, load_script, randomise_weights
@@ -464,8 +464,18 @@ def test_a_run_does_not_go_on_with_another_flow_in_the_same_folder(train_reverse
     flow.blocks[0].proj_out.bias.data.add_(1.0)
     flow.save_pretrained(model / "transformer")
     options |= {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
-    with pytest.raises(ValueError, match="holds a different run; it differs in --flow_hash"):
+    with pytest.raises(ValueError, match="holds a different run; it differs in the flow's weights \\("):
         train_reverse.main(train_reverse.parse_args(line(**options)))
+
+
+def test_a_run_that_does_not_say_which_weights_its_flow_had_goes_on(tmp_path):
+    settings = {"train_batch_size": 2, "num_processes": 1, "gradient_accumulation_steps": 1, "total_batch_size": 2}
+    settings |= {"sharding": None, "seed": 0}
+    (tmp_path / "training_args.json").write_text(json.dumps(settings))
+    now = settings | {"flow_hash": "0" * 64}
+    assert check_run_folder(tmp_path, now, "latest") == settings | {"flow_hash": "0" * 64}
+    with pytest.raises(ValueError, match="it differs in --seed"):
+        check_run_folder(tmp_path, now | {"seed": 1}, "latest")
 
 
 def test_classes_that_the_flow_does_not_know(train_reverse, line, images, tmp_path):

@@ -5,6 +5,7 @@ Data sets and their splits: opened, checked and held out in one way by training,
 
 import argparse
 import glob
+import numbers
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -113,12 +114,12 @@ def encode_labels(splits: datasets.DatasetDict, label_column: str) -> datasets.D
             f"`--label_column` must hold one class per row, but {label_column!r} holds {features[label_column]}."
         )
     values = {value for rows in splits.values() for value in rows.unique(label_column)} - {None}
-    values = sorted(value for value in values if isinstance(value, str) or value >= 0)
-    numbers = {value: number for number, value in enumerate(values)}
+    values = sorted(value for value in values if not isinstance(value, numbers.Real) or value >= 0)
+    label_ids = {value: number for number, value in enumerate(values)}
     encoded = features.copy()
     encoded[label_column] = datasets.ClassLabel(names=[str(value) for value in values])
     return splits.map(
-        lambda labels: {label_column: [numbers.get(label) for label in labels]},
+        lambda labels: {label_column: [label_ids.get(label) for label in labels]},
         input_columns=[label_column],
         batched=True,
         features=encoded,

@@ -150,15 +150,16 @@ def match_labels(rows: datasets.Dataset, label_column: str, pipeline: FlowBackPi
         return [-1] * len(rows)
     check_column(rows.features, "--label_column", label_column)
     numbers, feature = rows[label_column][:], rows.features[label_column]
-    labels = numbers
-    if isinstance(feature, datasets.ClassLabel):
-        labels = [None if label is None or label < 0 else feature.names[label] for label in numbers]
+    is_numbered = isinstance(feature, datasets.ClassLabel)
+    labels = [None if isinstance(label, int) and label < 0 else label for label in numbers]
+    if is_numbered:
+        labels = [None if label is None else feature.names[label] for label in labels]
     if None in labels:
         raise ValueError(f"The data set's column {label_column!r} has rows without a label: choose another --split.")
     if pipeline.config.id2label:
         rows_names = [str(label) for label in labels]
-        names = feature.names if isinstance(feature, datasets.ClassLabel) else list(dict.fromkeys(rows_names))
-        label_ids = dict(zip(names, match_class_names(names, pipeline.config.id2label)))
+        names = feature.names if is_numbered else list(dict.fromkeys(rows_names))
+        label_ids = dict(zip(names, match_class_names(names, pipeline.config.id2label, in_order=is_numbered)))
         unknown = sorted({name for name in rows_names if label_ids[name] is None})
         if not unknown:
             return [label_ids[name] for name in rows_names]
@@ -169,7 +170,7 @@ def match_labels(rows: datasets.Dataset, label_column: str, pipeline: FlowBackPi
                 f" {', '.join(map(repr, known[:5]))}{', ...' if len(known) > 5 else ''}: evaluate it on the"
                 " classes that it was trained on."
             )
-    if isinstance(feature, datasets.ClassLabel) and feature.num_classes != num_classes:
+    if is_numbered and feature.num_classes != num_classes:
         raise ValueError(
             f"The data set has {feature.num_classes} classes, but the flow has {num_classes} without names"
             " (`id2label`): they cannot be matched."

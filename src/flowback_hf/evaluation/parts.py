@@ -25,10 +25,14 @@ def join_processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def check_settings(path: Path, settings: dict[str, Any], folder: Path | None = None):
+def check_settings(path: Path, settings: dict[str, Any], cure: str = "Name another folder, or delete this one."):
     """
-    Raise ValueError if the file `path` holds other settings: its folder then has results of something else. The
-    message names `folder`, by default that of the file, as what to delete.
+    Raise ValueError if the file `path` holds other settings: its folder then has results of something else.
+
+    Args:
+        path (`pathlib.Path`): The file, which need not exist.
+        settings (`dict`): What it is to hold.
+        cure (`str`): The end of the message, which says what to do.
     """
     earlier = read_json(path)
     if earlier is None:
@@ -36,13 +40,10 @@ def check_settings(path: Path, settings: dict[str, Any], folder: Path | None = N
     # Files of earlier versions do not say which weights the model had.
     different = compare_settings({"model_hash": settings.get("model_hash"), **earlier}, settings)
     if different:
-        raise ValueError(
-            f"{path.parent} holds what was made with other settings: {', '.join(different)}. Name another folder, or"
-            f" delete {folder or path.parent}."
-        )
+        raise ValueError(f"{path.parent} holds what was made with other settings: {', '.join(different)}. {cure}")
 
 
-def hash_networks(pipeline: FlowBackPipeline, solver: str) -> str | None:
+def hash_networks(pipeline: FlowBackPipeline, solver: str = "auto") -> str | None:
     """A hash of the weights that decide a pipeline's results; `None` if they are not comparable, see [`hash_flow`]."""
     networks = [pipeline.transformer, *([pipeline.reverse_transformer] if solver == "learned" else [])]
     hashes = [hash_flow(network) for network in networks]
@@ -127,7 +128,12 @@ class Parts:
 
     def check(self, name: str, settings: dict[str, Any]):
         """Raise ValueError if this part was begun with other settings."""
-        check_settings(self.folder / name / "settings.json", settings, self.folder)
+        output_dir = self.folder.parent
+        check_settings(
+            self.folder / name / "settings.json",
+            settings,
+            f"Name another folder, or delete {output_dir / 'parts'} and {output_dir / 'samples'}/guidance_*.",
+        )
 
     def run(self, name: str, settings: dict[str, Any], compute: Callable[[Path], Results]) -> Results:
         """

@@ -17,7 +17,7 @@ from flowback_hf.evaluation.parts import Parts, Results, hash_networks, join_pro
 from flowback_hf.evaluation.probe import evaluate_linear_probe
 from flowback_hf.evaluation.report import draw_guidance_curve, draw_linear_probe, markdown
 from flowback_hf.evaluation.samples import FeatureExtractor, evaluate_samples, load_extractor, save_reference
-from flowback_hf.evaluation.sampling import choose_class_labels, draw_first_images
+from flowback_hf.evaluation.sampling import choose_class_labels, draw_first_images, image_path
 from flowback_hf.files import read_json, write_json, write_text
 from flowback_hf.metrics import ReferenceFeatures
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
@@ -137,6 +137,8 @@ class Evaluation:
         self.settings = self.collect_settings()
         for name, settings in self.settings.items():
             self.parts.check(name, settings)
+        for scale in options.guidance_scales if self.extractor is not None else []:
+            self.check_samples(scale)
 
     def load_images(self, split: str, max_images: int | None, at_least: int = 2) -> LabelledImages:
         """At most `max_images` labelled images of a split, at the flow's size, of which `at_least` can be used."""
@@ -153,7 +155,7 @@ class Evaluation:
         options = self.options
         common = {
             "model": str(options.model),
-            "model_hash": hash_networks(self.pipeline, options.solver),
+            "model_hash": hash_networks(self.pipeline),
             "data": self.source.name,
             "seed": options.seed,
             "batch_size": options.batch_size,
@@ -179,6 +181,7 @@ class Evaluation:
         for scale in options.guidance_scales if self.extractor is not None else []:
             settings[f"samples_guidance_{scale}"] = {
                 **common,
+                "model_hash": hash_networks(self.pipeline, options.solver),
                 "features": self.extractor.name,
                 "reference": str(options.reference or options.reference_split),
                 "num_samples": options.num_samples,
@@ -295,6 +298,14 @@ class Evaluation:
 
     def samples_dir(self, guidance_scale: float) -> Path:
         return self.options.output_dir / "samples" / f"guidance_{guidance_scale}"
+
+    def check_samples(self, guidance_scale: float):
+        """Raise ValueError if there are samples, but nothing says how they were made."""
+        folder, part = self.samples_dir(guidance_scale), self.parts.folder / f"samples_guidance_{guidance_scale}"
+        if image_path(folder, 0).exists() and not part.exists():
+            raise ValueError(
+                f"{folder} holds images, but {part}, which says how they were made, is missing: delete the images."
+            )
 
     def write_report(self, results: Results):
         """Write the results, the page and the figures."""

@@ -276,10 +276,9 @@ class InceptionScore(FeatureMetric):
     """
     Compute the Inception Score of generated images from a classifier's logits.
 
-    It is `exp(E KL(p(y | x) || p(y)))`, as the mean over ten splits of the images, or fewer, so that each has at least
-    ten. With Inception's logits it is the
-    IS (Salimans et al., Improved Techniques for Training GANs, https://arxiv.org/abs/1606.03498). Scores of different
-    classifiers are not comparable.
+    It is `exp(E KL(p(y | x) || p(y)))`, as the mean over ten splits of the images, or over fewer, of about ten images
+    each. With Inception's logits it is the IS (Salimans et al., Improved Techniques for Training GANs,
+    https://arxiv.org/abs/1606.03498). Scores of different classifiers are not comparable.
 
     Args:
         feature_name (`str`): The name of the classifier in reports.

@@ -45,7 +45,8 @@ class ProgressBarMixin:
 
     def set_progress_bar_config(self, **kwargs):
         for block in self.sub_blocks.values():
-            block.set_progress_bar_config(**kwargs)
+            if hasattr(block, "set_progress_bar_config"):
+                block.set_progress_bar_config(**kwargs)
 
 
 class FlowBackBlock(ModularPipelineBlocks):

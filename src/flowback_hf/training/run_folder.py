@@ -156,11 +156,13 @@ def check_run_folder(
         if any(any(folder.glob(name)) for name in ("checkpoint-*", INDEX_FILE, ADAPTER_FILE)):
             raise ValueError(f"`--output_dir` {folder} already holds another model: choose another folder.")
         return None
+    if "flow_hash" in settings:  # runs of learned inverses that began before it was recorded
+        earlier = {"flow_hash": settings["flow_hash"], **earlier}
     different = compare_settings(
         earlier, settings, {*RESUMABLE_SETTINGS, *DIVISION_SETTINGS, *BRANCH_SETTINGS, "sharding", BRANCHES}
     )
     if different:
-        flags = ", ".join(f"--{difference}" for difference in different)
+        flags = ", ".join(f"--{difference}" for difference in different).replace("--flow_hash", "the flow's weights")
         raise ValueError(f"`--output_dir` {folder} holds a different run; it differs in {flags}.")
     check_sharding(earlier, settings)
     check_total_batch_size(earlier, settings)
