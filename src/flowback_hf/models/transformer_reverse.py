@@ -706,12 +706,7 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs):
         """
         Save the model to a folder, as every diffusers model does, and its heads, if it has them, to a file beside it,
-        of the same variant.
-
-        Args:
-            save_directory (`str`): The folder.
-            is_main_process (`bool`, defaults to `True`): Only the main process writes.
-            args, kwargs: As in [`~diffusers.ModelMixin.save_pretrained`].
+        of the same variant. Takes the arguments of diffusers' `save_pretrained`.
         """
         heads, self.heads = self.heads, None
         try:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
@@ -274,7 +273,7 @@ def array_to_pixels(image: Any, number: int) -> torch.Tensor:
         pixels = image.detach().cpu()
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels
     elif hasattr(image, "__array__"):
-        pixels = torch.from_numpy(np.array(image, order="C"))  # a copy: torch has no negative strides
+        pixels = torch.from_numpy(image.__array__().copy())  # torch has no negative strides, as of a mirrored array
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(-1, 0)
     else:
         raise ValueError(
