@@ -75,7 +75,7 @@ def main(args: argparse.Namespace):
     from flowback_hf.files import write_whole
     from flowback_hf.hub import load_pipeline, write_repository
     from flowback_hf.model_card import find_run
-    from flowback_hf.space import push_space
+    from flowback_hf.space import check_space, push_space
 
     pipeline = load_pipeline(FlowBackPipeline, args.model)
     repo_id = args.hub_model_id or args.model.resolve().name
@@ -84,6 +84,8 @@ def main(args: argparse.Namespace):
             write_repository(pipeline, partial, repo_id, find_run(pipeline), args.license)
         print(args.output_dir)
         return
+    if args.space is not None:
+        check_space(args.space, args.hub_private_repo, args.hub_token)
     url = pipeline.push_to_hub(
         repo_id,
         commit_message=args.commit_message,

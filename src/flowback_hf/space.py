@@ -85,6 +85,32 @@ def write_space(folder: str | os.PathLike, model_id: str):
     shutil.copyfile(Path(__file__).with_name("page.py"), folder / "page.py")
 
 
+def check_space(space_id: str, private: bool | None = None, token: str | None = None) -> str:
+    """
+    Check that a Space may be written to, before anything is published.
+
+    Args:
+        space_id, private, token: As in [`push_space`].
+    Returns:
+        `str`: the name of the Space with its namespace.
+    Raises:
+        ValueError: if the Hub cannot be reached, or if the Space is public and must not be.
+    """
+    api = HfApi(token=token)
+    try:
+        if "/" not in space_id:
+            space_id = f"{api.whoami()['name']}/{space_id}"
+        is_public = private and api.repo_exists(space_id, repo_type="space") and not api.space_info(space_id).private
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise ValueError(f"`space_id` {space_id!r} on the Hub cannot be written to: {error}") from error
+    if is_public:
+        raise ValueError(
+            f"`space_id` {space_id!r} exists and is public, but `private` is True. Make it private on the Hub first,"
+            " or choose another."
+        )
+    return space_id
+
+
 def push_space(space_id: str, model_id: str, private: bool | None = None, token: str | None = None) -> str:
     """
     Publish the page of a flow as a Space. An existing Space keeps its card.
@@ -99,19 +125,12 @@ def push_space(space_id: str, model_id: str, private: bool | None = None, token:
     Raises:
         ValueError: if there is no such flow, if the Space cannot be written to, or if it is public and must not be.
     """
-    api = HfApi(token=token)
-    if "/" not in space_id:
-        space_id = f"{api.whoami()['name']}/{space_id}"
+    api, space_id = HfApi(token=token), check_space(space_id, private, token)
     try:
         if not api.file_exists(model_id, "pipeline_flowback_classification.py"):
             raise ValueError(
                 f"The Space needs a flow on the Hub, but {model_id!r} is not one. Publish the flow with"
                 " pipelines/push_to_hub.py first."
-            )
-        if private and api.repo_exists(space_id, repo_type="space") and not api.space_info(space_id).private:
-            raise ValueError(
-                f"`space_id` {space_id!r} exists and is public, but `private` is True. Make it private on the Hub"
-                " first, or choose another."
             )
         keeps_card = api.file_exists(space_id, "README.md", repo_type="space")
         url = api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)

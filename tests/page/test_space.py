@@ -48,6 +48,9 @@ def test_a_public_page_is_refused_where_a_private_one_is_asked_for(the_hub, run_
     with pytest.raises(ValueError, match="'tester/page' exists and is public, but `private` is True"):
         push_space("page", "tester/flow", private=True)
     assert the_hub.repositories["spaces/tester/page"].files == files
+    with pytest.raises(ValueError, match="'tester/page' exists and is public"):
+        publish(run_dir, hub_model_id="other", space="page", hub_private_repo=True)
+    assert "tester/other" not in the_hub.repositories
     push_space("secret", "tester/flow", private=True)
     push_space("secret", "tester/flow", private=True)
     assert the_hub.repositories["spaces/tester/secret"].private
