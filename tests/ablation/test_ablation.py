@@ -868,7 +868,7 @@ def test_a_bad_grid_raises_and_nothing_runs(ablate, line, tmp_path, grid, messag
         ),
         (
             {"evaluate": {"num_samples": 1}},
-            "'none' cannot be run: argument --num_samples: must be a whole number of at least 2, but is 1",
+            "'none' cannot be run: argument --num_samples: must be a whole number of at least 4, but is 1",
         ),
         ({"checkpoint_guidance_scale": 3.0}, r"must be one of the evaluation's 'guidance_scales' \[\], .* but is 3.0"),
         (
