@@ -59,7 +59,7 @@ def staged(path: Path) -> Iterator[Path]:
     When the block ends, what it wrote is on the disk.
     """
     partial = partial_path(path)
-    if os.path.lexists(partial):  # left by a process that was killed
+    if partial.exists() and not partial.is_symlink():  # left by a process that was killed
         remove(partial)
     try:
         with explain_full_disk(path):

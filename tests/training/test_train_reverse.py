@@ -529,7 +529,7 @@ def test_flags_are_those_of_the_package():
     args = reverse_training.parse_args(["--model", "flow", "--output_dir", "run", "--train_data_dir", "images"])
     # Its default depends on the pairs.
     assert args.validation_guidance_scale is None
-    args.validation_guidance_scale = reverse.choose_validation_guidance_scale(args)
+    assert reverse.choose_validation_guidance_scale(args) == 1.0
     assert TrainingArguments.from_args(args) == TrainingArguments("run")
     shared = vars(training.parse_args(["--output_dir", "run", "--train_data_dir", "images"]))
     # What both have means the same in both; sizes are the flow's by default.
