@@ -4,14 +4,14 @@
 import argparse
 
 from flowback_hf_cli.data import add_data_arguments, check_data_arguments
-from flowback_hf_cli.numbers import COUNT, Number, number_of
+from flowback_hf_cli.numbers import COUNT, Number
 from flowback_hf_cli.training import (
-    TrainingArguments,
     add_hub_arguments,
     add_latents_argument,
     add_loading_arguments,
     add_optimization_arguments,
     add_run_arguments,
+    add_validation_guidance_argument,
     check_streaming_arguments,
 )
 
@@ -53,10 +53,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_optimization_arguments(parser.add_argument_group("optimization"))
     run = parser.add_argument_group("run")
     add_run_arguments(run)
-    run.add_argument(
-        "--validation_guidance_scale",
-        type=number_of(TrainingArguments, "validation_guidance_scale"),
-        help="Guidance scale of the sample grids; 1.0 is off. Default: 1.0, or with --pairs sampler,"
+    add_validation_guidance_argument(
+        run,
+        "Guidance scale of the sample grids; 1.0 is off. Default: 1.0, or with --pairs sampler,"
         " --sampled_guidance_scale.",
     )
     add_hub_arguments(parser.add_argument_group("publishing"))

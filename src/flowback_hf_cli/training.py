@@ -126,11 +126,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_optimization_arguments(parser.add_argument_group("optimization"))
     run = parser.add_argument_group("run")
     add_run_arguments(run)
-    run.add_argument(
-        "--validation_guidance_scale",
-        type=number_of(TrainingArguments, "validation_guidance_scale"),
-        help="Guidance scale of the sample grids, and the default that the pipeline is saved with; 1.0 is off."
-        " Default: the pretrained pipeline's; 1.0 for a new flow.",
+    add_validation_guidance_argument(
+        run,
+        "Guidance scale of the sample grids, and the default that the pipeline is saved with; 1.0 is off. Default: the"
+        " pretrained pipeline's; 1.0 for a new flow.",
     )
     add_hub_arguments(parser.add_argument_group("publishing"))
     args = parser.parse_args(arguments)
@@ -383,6 +382,13 @@ def add_optimization_arguments(group: argparse._ArgumentGroup):
         action=argparse.BooleanOptionalAction,
     )
     add("ema_decay", "Largest decay of that average, per optimizer step.")
+
+
+def add_validation_guidance_argument(group: argparse._ArgumentGroup, help: str):
+    """Add the flag of the sample grids' guidance. What it is by default is decided later, and `help` says how."""
+    group.add_argument(
+        "--validation_guidance_scale", type=number_of(TrainingArguments, "validation_guidance_scale"), help=help
+    )
 
 
 def add_run_arguments(group: argparse._ArgumentGroup):
