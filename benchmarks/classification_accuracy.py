@@ -31,7 +31,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="A folder with one folder of images for each class, named as the flows name it.",
     )
     images.add_argument(
-        "--dataset_name", help="Hub id, or folder that `datasets` loads, of images with the flows' class names."
+        "--dataset_name", help="A data set of images with the flows' class names: its id on the Hub, or a folder."
     )
     parser.add_argument("--split", default="validation", help="The split of --dataset_name. Default: %(default)s.")
     parser.add_argument(

@@ -178,10 +178,12 @@ class Evaluation:
                 "split": options.reference_split,
                 "num_images": len(self.reference_images),
             }
-        for scale in options.guidance_scales if self.extractor is not None else []:
+        guidance_scales = options.guidance_scales if self.extractor is not None else []
+        sampler_hash = hash_networks(self.pipeline, options.solver) if guidance_scales else None
+        for scale in guidance_scales:
             settings[f"samples_guidance_{scale}"] = {
                 **common,
-                "model_hash": hash_networks(self.pipeline, options.solver),
+                "model_hash": sampler_hash,
                 "features": self.extractor.name,
                 "reference": str(options.reference or options.reference_split),
                 "num_samples": options.num_samples,
