@@ -22,7 +22,7 @@ quickstart:
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
 
-# The long forms of tests/drills, and what takes too long for `make test`: about half an hour.
+# The long forms of tests/drills, and what takes too long for `make test`: about a quarter of an hour.
 drills: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m drill tests/drills tests/training
 

@@ -232,11 +232,13 @@ def checkpoints() -> Table:
 
 @table("train-loop")
 def train_loop() -> Table:
+    names = {"as it is": "the trainer's", "reading every step": "reading the loss at every step"}
+    names |= {"one batch": "the same batch in every step, without a loader"}
     rows = []
     for loop in read("train_loop")["results"]["loops"]:
-        row = [loop["loop"], f"{loop['median_seconds']:.3f} s", f"{loop['times_as_it_is']:.3f}"]
+        row = [names[loop["loop"]], f"{loop['median_seconds']:.3f} s", f"{loop['times_as_it_is']:.3f}"]
         rows.append([*row, f"{loop['reads_per_step']:.1f}"])
-    return Table(["loop", "a step", "of as it is", "reads of the device in a step"], rows, ["train_loop"])
+    return Table(["loop", "a step", "relative to the trainer's", "reads of the device per step"], rows, ["train_loop"])
 
 
 @table("loader")
@@ -261,7 +263,7 @@ def loader_parts() -> Table:
         floats = taken["convert"] + taken["collate"]
         cells = [taken["decode"], taken["resize"], floats, taken["convert later"]]
         rows.append([kind.upper(), *(f"{1e-3 * cell:.3f} ms" for cell in cells)])
-    header = ["format", "decode", "resize", "to floats, into a batch", "into a batch of integers, to floats there"]
+    header = ["format", "decode", "resize", "to a batch of floats", "to a batch of 8-bit integers, and that to floats"]
     return Table(header, rows, ["loader"])
 
 
@@ -672,7 +674,9 @@ def learned_training() -> Table:
     for step in read("reverse_step")["results"]:
         row = [step["step"], f"{step['num_trained_parameters'] / 1e6:.1f} million", seconds(step["median_seconds"])]
         rows.append([*row, f"{step['times_flow']:.2f}", f"{step['peak_bytes'] / 2**30:.2f} GiB"])
-    return Table(["step of", "trained parameters", "time", "of the flow's", "peak memory"], rows, ["reverse_step"])
+    return Table(
+        ["step of", "trained parameters", "time", "relative to the flow's", "peak memory"], rows, ["reverse_step"]
+    )
 
 
 @table("learned-speed")
@@ -879,7 +883,7 @@ def measured() -> Table:
             f"{seconds(sampling['published loop'])} (published loop)",
             f"{seconds(sampling['auto, compiled'])} (compiled)",
             "sampling_learned",
-            "sampling",
+            "learned_inverse",
         ],
         [
             "the same in one evaluation",

@@ -1,7 +1,7 @@
 """
-Seconds of a step in the trainer's loop, and how often the host reads the device in it: as it is, with a look at the
-loss after every step, and with one batch again and again, which needs no loader. They run in turns. What the first
-takes longer than the last is the loader's share of the step.
+Seconds of a step in the trainer's loop, and how often the host reads the device in it: as it is, reading the loss
+after every step, and with the same batch in every step, which needs no loader. They run in turns. The difference
+between the first and the last is the loader's share of the step.
 
     python benchmarks/train_loop.py
     python benchmarks/train_loop.py --device cuda --num_attention_heads 16 --mixed_precision bf16 --batch_size 32

@@ -7,8 +7,8 @@ Sample from a flow that was trained on a demo data set, and let the data set's j
         --output_dir outputs/quickstart
 
 The judge is a classifier that was trained on the data set independently of the flow. The script writes `samples.png`,
-a grid with one row a class, and `report.json`: the validation nll in nats per dimension before and after training, and
-the share of samples that the judge recognizes as their class.
+a grid with one row per class, and `report.json`: the validation nll in nats per dimension before and after training,
+and the share of samples that the judge recognizes as their class.
 """
 
 from __future__ import annotations

@@ -16,14 +16,15 @@ The settings hold what all cells share: arguments of training/train_rra.py (`tra
 pipelines/evaluate_flow.py (`evaluate`), which run each cell in a folder of its own, and, to evaluate every kept
 checkpoint, too, the guidance scale of its samples (`checkpoint_guidance_scale`).
 
-Writes `results.json`, `results.md` (mean and standard error over seeds), `curves.png`, `distance_against_accuracy.png`
-and `linear_probe.png` whenever a cell ends. The same command resumes an interrupted run: finished cells are kept, a
-killed one goes on from its last checkpoint, and a failed one is tried again. With --records_dir, a finished cell also
-leaves a small record, and cells with a record never run again, whatever the output folder holds.
+Writes `results.json`, `results.md` (mean and standard error over seeds), `curves.png`, `speed_ups.png`,
+`distance_against_accuracy.png` and `linear_probe.png` whenever a cell ends. The same command resumes an interrupted
+run: finished cells are kept, a killed one goes on from its last checkpoint, and a failed one is tried again. With
+--records_dir, a finished cell also leaves a small record, and cells with a record never run again, whatever the output
+folder holds.
 
 A named variant may name its `baseline`, another variant that is not aligned; the others are compared with `none`.
---time_steps measures what a step of each takes, for × less time. --confirm runs the best one with `confirmation_seeds`
-of the grid, which it was not picked by.
+--time_steps times a step of each variant, so that reports compare times, too. --confirm repeats the best variant and
+the baseline with the grid's `confirmation_seeds`, which were not used to pick it.
 """
 
 import argparse
@@ -44,7 +45,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=Path, required=True, help="JSON file of the grid, as in training/ablations.")
     parser.add_argument(
-        "--settings", type=Path, required=True, help="JSON file of what all cells share, as in ablations/settings."
+        "--settings",
+        type=Path,
+        required=True,
+        help="JSON file of what all cells share, as in training/ablations/settings.",
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder that cells and results are written to.")
     parser.add_argument(
@@ -83,7 +87,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--confirm",
         action="store_true",
-        help="Run none and the variant that is best on the validation split with the grid's confirmation_seeds.",
+        help="Run the baseline and the variant that is best on the validation split with the grid's"
+        " confirmation_seeds.",
     )
     add_debug_argument(parser)
     args = parser.parse_args(arguments)

@@ -62,7 +62,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--shuffle",
         choices=["class", "all"],
-        help="Store another image's features with each image: of one of its class, or of any one. Default: its own.",
+        help="Store with each image the features of another image: one of the same class, or any. Default: its own.",
     )
     group.add_argument(
         "--mixed_precision",

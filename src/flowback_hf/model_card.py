@@ -375,7 +375,7 @@ def describe_grid(run: Run, config: Any) -> str:
     if "seed" in run.args:
         text += f", seed {run.args['seed']}"
     if config.num_classes is not None:
-        text += ", one row a class"
+        text += ", one row per class"
         if "validation_guidance_scale" in run.args:
             text += f", `guidance_scale={run.args['validation_guidance_scale']:g}`"
     if run.trains_inverse:

@@ -92,8 +92,8 @@ def add_model_arguments(group: argparse._ArgumentGroup):
     group.add_argument(
         "--num_layers",
         type=COUNT,
-        help="Transformer layers in each stage; there is one stage more than flow blocks. Default: as many as make no"
-        " more layers than the flow has.",
+        help="Transformer layers in each stage; there is one stage more than flow blocks. Default: the most that"
+        " make no more layers than the flow has, at least 1.",
     )
     group.add_argument("--num_attention_heads", type=COUNT, help="Attention heads. Default: the flow's.")
     group.add_argument(
@@ -105,7 +105,7 @@ def add_model_arguments(group: argparse._ArgumentGroup):
         "--max_guidance_scale",
         type=Number(float, at_least=1),
         help="Train for guidance scales from 1.0 to this; 1.0 trains without guidance. Pairs of the sampler teach"
-        " --sampled_guidance_scale alone. Default: 3.0 for flows with classes, or --sampled_guidance_scale if that is"
+        " only --sampled_guidance_scale. Default: 3.0 for flows with classes, or --sampled_guidance_scale if that is"
         " larger.",
     )
     group.add_argument(

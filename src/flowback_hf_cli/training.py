@@ -263,8 +263,9 @@ def add_alignment_arguments(group: argparse._ArgumentGroup):
         "--alignment",
         choices=STRATEGIES,
         default="reverse",
-        help="How the gradient of the alignment reaches the flow: forward, detach or reverse. none trains without"
-        " alignment and without a teacher. Default: %(default)s.",
+        help="Where the gradient of the alignment goes: forward, through the likelihood pass, to the aligned block and"
+        " those nearer the image; detach, to the aligned block only; reverse, through the generative pass, to the"
+        " aligned block and those nearer the noise. none trains without a teacher. Default: %(default)s.",
     )
     group.add_argument(
         "--teacher_model_name_or_path",
@@ -296,8 +297,8 @@ def add_alignment_arguments(group: argparse._ArgumentGroup):
     group.add_argument(
         "--alignment_order",
         type=order_type,
-        help="How many terms of its series after the first the gradient of reverse has: 0, 1, 2, ... or exact."
-        " Default: 0.",
+        help="Terms after the first of the series that is the gradient of --alignment reverse: 0, 1, 2, ... or exact,"
+        " which is the slowest. Default: 0.",
     )
     group.add_argument(
         "--projector_dim", type=COUNT, default=1024, help="Hidden width of MLP projectors. Default: %(default)s."
@@ -366,7 +367,7 @@ def add_optimization_arguments(group: argparse._ArgumentGroup):
     group.add_argument(
         "--scale_lr",
         action="store_true",
-        help="Multiply the learning rate by the images of an optimizer step on all processes.",
+        help="Multiply the learning rate by the number of images per optimizer step, of all processes together.",
     )
     add("lr_scheduler", "How the learning rate falls after the warm-up.", choices=LR_SCHEDULERS)
     add("lr_warmup_steps", "Optimizer steps over which the learning rate grows from 0.")
