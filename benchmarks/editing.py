@@ -24,7 +24,7 @@ from flowback_hf.files import read_json
 from flowback_hf.metrics import load_feature_extractor
 from flowback_hf.models.transformer_tarflow import Guidance
 from flowback_hf.pipelines.pipeline_flowback import slerp
-from flowback_hf.reporting import import_pyplot, markdown_table, save_figure
+from flowback_hf.reporting import figure_file, markdown_table
 from flowback_hf_cli.numbers import COUNT, SEED, Number
 
 
@@ -292,29 +292,26 @@ def measure_maps(bench: Bench, patch_tokens: int, seed: int) -> dict[str, dict[s
 
 def draw_grid(path: Path, rows: list[list[torch.Tensor]], titles: list[str], names: Iterable[str] = ()):
     """Draw rows of images, of shape `(channels, height, width)`, and of maps, `(height, width)`, on one scale."""
-    plt = import_pyplot()
     values = torch.cat([torch.zeros(0), *(image.flatten() for row in rows for image in row if image.ndim == 2)])
     scale = {} if len(values) == 0 else {"vmin": values.quantile(0.01).item(), "vmax": values.max().item()}
     num_columns = max(map(len, rows))
-    figure, axes = plt.subplots(
-        len(rows), num_columns, figsize=(0.85 * num_columns + 0.7, 0.85 * len(rows) + 0.3), squeeze=False
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, images in enumerate(rows):
-        for axis, image in zip(axes[row], images):
-            if image.ndim == 2:
-                axis.imshow(image, cmap="magma", **scale)
-            else:
-                image = image.clamp(0, 1)
-                image = image[0] if len(image) == 1 else image.movedim(0, -1)
-                axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=9)
-    for axis, name in zip(axes[:, 0], names):
-        axis.text(-0.15, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
-    figure.tight_layout(pad=0.3)
-    save_figure(figure, path, dpi=72)
+    size = (0.85 * num_columns + 0.7, 0.85 * len(rows) + 0.3)
+    with figure_file(path, len(rows), num_columns, figsize=size, dpi=72) as (figure, axes):
+        for axis in axes.flat:
+            axis.axis("off")
+        for row, images in enumerate(rows):
+            for axis, image in zip(axes[row], images):
+                if image.ndim == 2:
+                    axis.imshow(image, cmap="magma", **scale)
+                else:
+                    image = image.clamp(0, 1)
+                    image = image[0] if len(image) == 1 else image.movedim(0, -1)
+                    axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+        for axis, title in zip(axes[0], titles):
+            axis.set_title(title, fontsize=9)
+        for axis, name in zip(axes[:, 0], names):
+            axis.text(-0.15, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
+        figure.tight_layout(pad=0.3)
 
 
 def draw_pictures(bench: Bench, folder: Path, patch_tokens: int):

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from flowback_hf import FlowBackPipeline
 from flowback_hf.metrics import FrechetDistance, ReferenceFeatures, load_feature_extractor
 from flowback_hf.models.transformer_tarflow import Guidance, SolverSettings
-from flowback_hf.reporting import import_pyplot, markdown_table, save_figure
+from flowback_hf.reporting import figure_file, markdown_table
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -95,24 +95,25 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def draw(cases: list[dict[str, Any]], path: Path):
-    figure, axis = import_pyplot().subplots(figsize=(5, 3.2))
-    learned, *exact = cases
-    axis.plot(
-        [case["num_evaluations"] for case in exact],
-        [case["frechet_distance"] for case in exact],
-        "o-",
-        label="exact sampler, stopped early",
-    )
-    axis.plot(learned["num_evaluations"], learned["frechet_distance"], "*", markersize=14, label="learned inverse")
-    axis.set(xlabel="network evaluations, one after another", ylabel="Fréchet distance", xscale="log", yscale="log")
-    axis.set_xticks([1, 2, 4, 8, 16], [])
-    axis.set_yticks([2, 5, 10, 20, 50, 100], [])
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_formatter("{x:g}")
-        side.set_minor_formatter("")
-    axis.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)
+    with figure_file(path, figsize=(5, 3.2)) as (_, [[axis]]):
+        learned, *exact = cases
+        axis.plot(
+            [case["num_evaluations"] for case in exact],
+            [case["frechet_distance"] for case in exact],
+            "o-",
+            label="exact sampler, stopped early",
+        )
+        axis.plot(learned["num_evaluations"], learned["frechet_distance"], "*", markersize=14, label="learned inverse")
+        axis.set(
+            xlabel="network evaluations, one after another", ylabel="Fréchet distance", xscale="log", yscale="log"
+        )
+        axis.set_xticks([1, 2, 4, 8, 16], [])
+        axis.set_yticks([2, 5, 10, 20, 50, 100], [])
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter("")
+        axis.legend(frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def main(args: argparse.Namespace, arguments: list[str] | None = None):

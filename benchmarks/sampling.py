@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from flowback_hf import FlowBackPipeline, TarFlowReverseTransformer2DModel, TarFlowTransformer2DModel
 from flowback_hf.models.transformer_tarflow import Guidance, measure_residual
-from flowback_hf.reporting import markdown_table
+from flowback_hf.reporting import figure_file, markdown_table
 
 
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -323,28 +323,24 @@ def memory_table(memory: dict) -> str:
 
 def draw(results: list[dict], path: Path):
     """Seconds an image against the batch size, with the floor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     scales = sorted({result["guidance_scale"] for result in results})
-    figure, axes = plt.subplots(1, len(scales), figsize=(6 * len(scales), 4.5), sharey=True, squeeze=False)
-    for axis, scale in zip(axes[0], scales):
-        of_scale = [result for result in results if result["guidance_scale"] == scale]
-        batch_sizes = [result["batch_size"] for result in of_scale]
-        for name in of_scale[0]["samplers"]:
-            seconds = [result["samplers"][name]["median_seconds"] / result["batch_size"] for result in of_scale]
-            axis.plot(batch_sizes, seconds, marker="o", linestyle="--" if name in BASELINES else "-", label=name)
-        floor = [max(result["floor"].values()) / result["batch_size"] for result in of_scale]
-        axis.fill_between(batch_sizes, floor, min(floor) / 3, color="0.85", label="below the floor")
-        axis.set(xscale="log", yscale="log", xlabel="batch size", title=f"guidance scale {scale:g}")
-        axis.set_xticks(batch_sizes, batch_sizes)
-        axis.minorticks_off()
-    axes[0, 0].set_ylabel("seconds an image")
-    axes[0, -1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    size = (6 * len(scales), 4.5)
+    with figure_file(path, 1, len(scales), dpi=110, figsize=size, layout="constrained") as (_, [axes]):
+        for axis in axes[1:]:
+            axis.sharey(axes[0])
+        for axis, scale in zip(axes, scales):
+            of_scale = [result for result in results if result["guidance_scale"] == scale]
+            batch_sizes = [result["batch_size"] for result in of_scale]
+            for name in of_scale[0]["samplers"]:
+                seconds = [result["samplers"][name]["median_seconds"] / result["batch_size"] for result in of_scale]
+                axis.plot(batch_sizes, seconds, marker="o", linestyle="--" if name in BASELINES else "-", label=name)
+            floor = [max(result["floor"].values()) / result["batch_size"] for result in of_scale]
+            axis.fill_between(batch_sizes, floor, min(floor) / 3, color="0.85", label="below the floor")
+            axis.set(xscale="log", yscale="log", xlabel="batch size", title=f"guidance scale {scale:g}")
+            axis.set_xticks(batch_sizes, batch_sizes)
+            axis.minorticks_off()
+        axes[0].set_ylabel("seconds an image")
+        axes[-1].legend(fontsize=8)
 
 
 def report(

@@ -65,22 +65,21 @@ def classify_with_judge(images: list[PIL.Image.Image], judge_dir: Path) -> list[
 
 def draw_grid(images: list[PIL.Image.Image], labels: list[str], judged: list[str], columns: int, path: Path):
     """Draw one row of images a class. Images that the judge takes for another class get a red frame and its name."""
-    from flowback_hf.reporting import import_pyplot, save_figure
+    from flowback_hf.reporting import figure_file
 
-    plt = import_pyplot()
     rows = math.ceil(len(images) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(0.9 * columns + 0.8, 0.95 * rows), squeeze=False)
-    for axis, image, label, judged_label in zip(axes.flat, images, labels, judged):
-        axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
-        axis.spines[:].set_visible(True)
-        axis.set(xticks=[], yticks=[])
-        if judged_label != label:
-            axis.spines[:].set(color="red", linewidth=3)
-            axis.set_title(f"read as {judged_label}", color="red", fontsize=7, pad=2)
-    for axis, label in zip(axes[:, 0], labels[::columns]):
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=14)
-    figure.tight_layout(pad=0.4)
-    save_figure(figure, path, dpi=120, bbox_inches=None)
+    size = (0.9 * columns + 0.8, 0.95 * rows)
+    with figure_file(path, rows, columns, dpi=120, bbox_inches=None, figsize=size) as (figure, axes):
+        for axis, image, label, judged_label in zip(axes.flat, images, labels, judged):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
+            axis.spines[:].set_visible(True)
+            axis.set(xticks=[], yticks=[])
+            if judged_label != label:
+                axis.spines[:].set(color="red", linewidth=3)
+                axis.set_title(f"read as {judged_label}", color="red", fontsize=7, pad=2)
+        for axis, label in zip(axes[:, 0], labels[::columns]):
+            axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=14)
+        figure.tight_layout(pad=0.4)
 
 
 def main(args: argparse.Namespace):

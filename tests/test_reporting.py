@@ -1,14 +1,16 @@
 import subprocess
 import sys
 
+import matplotlib
+import matplotlib.pyplot as plt
 import PIL.Image
+import pytest
 
 from flowback_hf.reporting import (
     current_commit,
     describe_machine,
-    import_pyplot,
+    figure_file,
     markdown_table,
-    save_figure,
     shade_blocks,
 )
 
@@ -20,16 +22,30 @@ def test_a_table_has_a_row_for_each_row():
 
 
 def test_a_figure_is_written_whole(tmp_path):
-    figure, axis = import_pyplot().subplots()
-    shade_blocks(axis, [1, 1, 2, 2, 2], [0, 1, 2, 3, 4])
+    with figure_file(tmp_path / "figure.png") as (figure, [[axis]]):
+        shade_blocks(axis, [1, 1, 2, 2, 2], [0, 1, 2, 3, 4])
     numbers = axis.child_axes[0]
     assert [label.get_text() for label in numbers.get_xticklabels()] == ["block 1", "block 2"]
     assert numbers.get_xticks().tolist() == [0.5, 3.0]
     (shade,) = axis.patches
     assert (shade.get_x(), shade.get_width()) == (1.5, 3.0)
-    save_figure(figure, tmp_path / "figure.png")
     assert PIL.Image.open(tmp_path / "figure.png").format == "PNG"
     assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]
+
+
+def test_figures_leave_the_callers_matplotlib_as_it_is(tmp_path):
+    settings, backend = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)
+    with figure_file(tmp_path / "figure.png", 1, 2) as (_, [axes]):
+        assert axes[0].set_title("$5").get_parse_math() is False
+    assert dict(matplotlib.rcParams) == settings and matplotlib.get_backend(auto_select=False) == backend
+    assert plt.get_fignums() == []
+
+
+def test_a_figure_that_failed_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), figure_file(tmp_path / "figure.png"):
+        raise KeyError("values")
+    assert not list(tmp_path.iterdir()) and "text.parse_math" in matplotlib.rcParams
+    assert matplotlib.rcParams["text.parse_math"] is True
 
 
 def test_the_machine_and_the_commit_are_named():

@@ -1,11 +1,12 @@
 # Copyright 2026 The flowback_hf team. Licensed under the Apache License, Version 2.0.
 """What stands beside a measured number: a Markdown table, a figure, the machine and the commit."""
 
+import contextlib
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 import torch
 
 from flowback_hf.files import write_whole
+
+
+# Names of classes and runs are shown as they are: a dollar in them is no formula.
+FIGURE_STYLE = {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -72,34 +77,55 @@ def spreadsheet_text(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def import_pyplot() -> Any:
-    """
-    Import matplotlib's `pyplot`, which then draws to files only.
-
-    Raises:
-        ImportError: if matplotlib is missing; says what to install.
-    """
+def check_matplotlib():
+    """Raise ImportError if matplotlib is missing; the message says what to install."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError('Figures need matplotlib: pip install "flowback_hf[train]".') from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    # Names of classes and runs are shown as they are: a dollar in them is no formula.
-    plt.rcParams.update(
-        {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
-    )
-    return plt
 
 
-def save_figure(figure: Any, path: Path, **options: Any):
-    """Write a matplotlib figure, whole or not at all, and close it. `options` are those of `figure.savefig`."""
-    import matplotlib.pyplot as plt
+@contextlib.contextmanager
+def figure_file(
+    path: Path, rows: int = 1, columns: int = 1, dpi: int = 150, bbox_inches: str | None = "tight", **options: Any
+) -> Iterator[tuple[Any, Any]]:
+    """
+    Give a matplotlib figure to draw, and write it when the block ends, whole or not at all.
 
-    with write_whole(path) as partial:
-        figure.savefig(partial, **({"dpi": 150, "bbox_inches": "tight"} | options))
-    plt.close(figure)
+    The caller's own figures, backend and settings of matplotlib stay as they are.
+
+    Args:
+        path (`pathlib.Path`): The file to write.
+        rows, columns (`int`): How many axes the figure has.
+        dpi, bbox_inches: As in `matplotlib.figure.Figure.savefig`.
+        **options: As in `matplotlib.figure.Figure`, such as `figsize` and `layout`.
+    Yields:
+        `matplotlib.figure.Figure`, and its axes as an array of shape `(rows, columns)`.
+    Raises:
+        ImportError: if matplotlib is missing; says what to install.
+
+    Example:
+        ```py
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from flowback_hf.reporting import figure_file
+
+        >>> path = Path(tempfile.mkdtemp(), "line.png")
+        >>> with figure_file(path, figsize=(4, 3)) as (figure, [[axis]]):
+        ...     _ = axis.plot([1, 2, 4])
+        >>> path.exists()
+        True
+        ```
+    """
+    check_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = Figure(**options)
+        yield figure, figure.subplots(rows, columns, squeeze=False)
+        with write_whole(path) as partial:
+            figure.savefig(partial, dpi=dpi, bbox_inches=bbox_inches)
 
 
 def shade_blocks(axis: Any, blocks: list[int], positions: list[float]):

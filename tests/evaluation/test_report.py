@@ -1,7 +1,7 @@
+import contextlib
 import doctest
 import inspect
 
-import matplotlib.pyplot as plt
 import numpy as np
 import PIL.Image
 import pytest
@@ -10,6 +10,7 @@ from flowback_hf import ablation, evaluation
 from flowback_hf.ablation import report as ablation_report
 from flowback_hf.evaluation import Level, ProbeCurve, draw_linear_probes, markdown, parts
 from flowback_hf.evaluation import report as evaluation_report
+from flowback_hf.reporting import figure_file
 
 
 PUBLIC = {
@@ -48,17 +49,22 @@ def test_settings_of_an_earlier_run(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Draws, and returns the figure's axis while it is open."""
+    """Draws, and returns the figure's axis."""
     figures = []
-    monkeypatch.setattr(evaluation_report, "save_figure", lambda figure, path: figures.append(figure))
+
+    @contextlib.contextmanager
+    def kept_figure_file(*arguments, **options):
+        with figure_file(*arguments, **options) as (figure, axes):
+            yield figure, axes
+            figures.append(figure)
+
+    monkeypatch.setattr(evaluation_report, "figure_file", kept_figure_file)
 
     def draw(*arguments):
         draw_linear_probes(arguments[0], tmp_path / "probe.png", *arguments[1:])
         return figures[-1].axes[0]
 
-    yield draw
-    for figure in figures:
-        plt.close(figure)
+    return draw
 
 
 NAMES = ["block1_layer1", "block1_layer2", "block2_layer1"]

@@ -16,10 +16,9 @@ from flowback_hf.files import write_json, write_text
 from flowback_hf.reporting import (
     current_commit,
     describe_machine,
-    import_pyplot,
+    figure_file,
     markdown_table,
     markdown_text,
-    save_figure,
 )
 
 
@@ -237,7 +236,6 @@ def mean_curves(rows: list[Row], curve: str, name: str) -> dict[str, tuple[list[
 
 def draw_curves(rows: list[Row], summary: dict[str, Any], path: Path):
     """Draw accuracy, distance and nll of every variant over steps, and what the baseline ends with."""
-    plt = import_pyplot()
     colors = colors_of(summary["variants"])
     panels = {
         "accuracy": (100, "accuracy by one gradient, %"),
@@ -247,30 +245,29 @@ def draw_curves(rows: list[Row], summary: dict[str, Any], path: Path):
     curves = {name: mean_curves(rows, choose_curve(rows), name) for name in panels}
     panels = {name: panel for name, panel in panels.items() if curves[name]}
     size = (4.6 * len(panels) + 1.5, 3.8)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for axis, (name, (factor, label)) in zip(axes[0], panels.items()):
-        for variant, (steps, means, errors) in curves[name].items():
-            lower = [factor * (mean - error) for mean, error in zip(means, errors)]
-            upper = [factor * (mean + error) for mean, error in zip(means, errors)]
-            values = [factor * mean for mean in means]
-            axis.plot(steps, values, color=colors[variant], marker="o", markersize=3, label=variant)
-            axis.fill_between(steps, lower, upper, color=colors[variant], alpha=0.15, linewidth=0)
-        for baseline, final in summary["baseline_final"].items():
-            if final[name] is not None:
-                axis.axhline(factor * final[name], color=colors[baseline], linestyle="--", linewidth=1)
-        axis.set(xlabel="step", ylabel=label, xlim=(0, None))
-        axis.grid(alpha=0.3)
-    zoom_in(axes[0, -1], curves["nll"])
-    handles, labels = axes[0, -1].get_legend_handles_labels()
-    axes[0, -1].legend(
-        handles,
-        [legend_entry(variant, summary) for variant in labels],
-        frameon=False,
-        loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
-        title="(× fewer steps to the\nbaseline's final accuracy)",
-    )
-    save_figure(figure, path)
+    with figure_file(path, 1, len(panels), figsize=size, layout="constrained") as (_, axes):
+        for axis, (name, (factor, label)) in zip(axes[0], panels.items()):
+            for variant, (steps, means, errors) in curves[name].items():
+                lower = [factor * (mean - error) for mean, error in zip(means, errors)]
+                upper = [factor * (mean + error) for mean, error in zip(means, errors)]
+                values = [factor * mean for mean in means]
+                axis.plot(steps, values, color=colors[variant], marker="o", markersize=3, label=variant)
+                axis.fill_between(steps, lower, upper, color=colors[variant], alpha=0.15, linewidth=0)
+            for baseline, final in summary["baseline_final"].items():
+                if final[name] is not None:
+                    axis.axhline(factor * final[name], color=colors[baseline], linestyle="--", linewidth=1)
+            axis.set(xlabel="step", ylabel=label, xlim=(0, None))
+            axis.grid(alpha=0.3)
+        zoom_in(axes[0, -1], curves["nll"])
+        handles, labels = axes[0, -1].get_legend_handles_labels()
+        axes[0, -1].legend(
+            handles,
+            [legend_entry(variant, summary) for variant in labels],
+            frameon=False,
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+            title="(× fewer steps to the\nbaseline's final accuracy)",
+        )
 
 
 def zoom_in(axis: Any, curves: dict[str, tuple[list[int], list[float], list[float]]]):
@@ -307,54 +304,50 @@ def draw_speed_ups(variants: dict[str, Any], path: Path):
     shown = {name: own for name, own in variants.items() if name != own["baseline"] and has_speed_ups(own)}
     if not shown:
         return
-    plt = import_pyplot()
     colors = colors_of(variants)
     titles = {"accuracy": "accuracy by one gradient", "nll": "nll", "distance": "Fréchet distance"}
     panels = [name for name in titles if any(own["speed_up_curves"][name]["step"] for own in shown.values())]
     size = (4.6 * len(panels) + 1.5, 3.8)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], panels):
-        for variant, own in shown.items():
-            points = own["speed_up_curves"][name]
-            means, errors = points["mean"], [error or 0.0 for error in points["standard_error"]]
-            lower, upper = ([mean + sign * error for mean, error in zip(means, errors)] for sign in (-1, 1))
-            axis.plot(points["step"], means, color=colors[variant], marker="o", markersize=3, label=variant)
-            axis.fill_between(points["step"], lower, upper, color=colors[variant], alpha=0.15, linewidth=0)
-        axis.axhline(1, color=colors[BASELINE], linestyle="--", linewidth=1)
-        axis.set(xlabel="step of the baseline", ylabel="× fewer steps", title=titles[name], xlim=(0, None))
-        axis.grid(alpha=0.3)
-    drawn = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
-    axes[0, -1].legend(drawn.values(), drawn, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    save_figure(figure, path)
+    with figure_file(path, 1, len(panels), figsize=size, layout="constrained") as (_, axes):
+        for axis, name in zip(axes[0], panels):
+            for variant, own in shown.items():
+                points = own["speed_up_curves"][name]
+                means, errors = points["mean"], [error or 0.0 for error in points["standard_error"]]
+                lower, upper = ([mean + sign * error for mean, error in zip(means, errors)] for sign in (-1, 1))
+                axis.plot(points["step"], means, color=colors[variant], marker="o", markersize=3, label=variant)
+                axis.fill_between(points["step"], lower, upper, color=colors[variant], alpha=0.15, linewidth=0)
+            axis.axhline(1, color=colors[BASELINE], linestyle="--", linewidth=1)
+            axis.set(xlabel="step of the baseline", ylabel="× fewer steps", title=titles[name], xlim=(0, None))
+            axis.grid(alpha=0.3)
+        drawn = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
+        axes[0, -1].legend(drawn.values(), drawn, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def draw_distance_against_accuracy(summary: dict[str, Any], path: Path):
     """Draw the Fréchet distance over accuracy, the paper's Figure 1d: lower right is better."""
-    plt = import_pyplot()
     colors = colors_of(summary["variants"])
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axis, guidance in zip(axes, ("unguided", "guided")):
-        for name, variant in summary["variants"].items():
-            accuracy = variant["metrics"].get("accuracy_gradient")
-            distance = variant["metrics"].get(f"frechet_distance_{guidance}")
-            if accuracy is None or distance is None:
-                continue
-            axis.errorbar(
-                100 * accuracy["mean"],
-                distance["mean"],
-                xerr=100 * (accuracy["standard_error"] or 0) or None,
-                yerr=distance["standard_error"],
-                color=colors[name],
-                marker="o",
-                markersize=6,
-                elinewidth=1,
-                linestyle="none",
-                label=name,
-            )
-        axis.set(xlabel="accuracy by one gradient, %", ylabel="Fréchet distance", title=guidance)
-        axis.grid(alpha=0.3)
-    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    save_figure(figure, path)
+    with figure_file(path, 1, 2, figsize=(10, 3.6), layout="constrained") as (_, [axes]):
+        for axis, guidance in zip(axes, ("unguided", "guided")):
+            for name, variant in summary["variants"].items():
+                accuracy = variant["metrics"].get("accuracy_gradient")
+                distance = variant["metrics"].get(f"frechet_distance_{guidance}")
+                if accuracy is None or distance is None:
+                    continue
+                axis.errorbar(
+                    100 * accuracy["mean"],
+                    distance["mean"],
+                    xerr=100 * (accuracy["standard_error"] or 0) or None,
+                    yerr=distance["standard_error"],
+                    color=colors[name],
+                    marker="o",
+                    markersize=6,
+                    elinewidth=1,
+                    linestyle="none",
+                    label=name,
+                )
+            axis.set(xlabel="accuracy by one gradient, %", ylabel="Fréchet distance", title=guidance)
+            axis.grid(alpha=0.3)
+        axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def draw_probes(rows: list[Row], path: Path):

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 from flowback_hf.evaluation.parts import Results
 from flowback_hf.places import Place, parse_place
 from flowback_hf.reporting import (
-    import_pyplot,
+    figure_file,
     markdown_code,
     markdown_table,
     markdown_text,
-    save_figure,
     shade_blocks,
 )
 
@@ -48,47 +47,46 @@ def by_prefix(results: Results, prefix: str) -> dict[str, Any]:
 
 def draw_guidance_curve(results: Results, path: Path):
     """Draw the Fréchet distance over guidance scales, and what it is traded for."""
-    plt = import_pyplot()
     curves = {
         name: {float(key.removeprefix("guidance_")): value for key, value in by_prefix(results, name).items()}
         for name in ("frechet_distance", "precision", "recall", "classifier_reads_label", "inception_score")
     }
-    figure, axes = plt.subplots(1, 3 if curves["inception_score"] else 2, figsize=(9.5, 2.9), layout="constrained")
+    columns = 3 if curves["inception_score"] else 2
+    with figure_file(path, 1, columns, figsize=(9.5, 2.9), layout="constrained") as (figure, [axes]):
 
-    def plot(axis: Any, name: str, label: str, **style: Any):
-        points = sorted(curves[name].items())
-        axis.plot(*zip(*points), marker="o", markersize=4, label=label, **style)
+        def plot(axis: Any, name: str, label: str, **style: Any):
+            points = sorted(curves[name].items())
+            axis.plot(*zip(*points), marker="o", markersize=4, label=label, **style)
 
-    distances, best = curves["frechet_distance"], results["best_guidance_scale"]
-    plot(axes[0], "frechet_distance", "Fréchet distance", color="C0")
-    axes[0].plot(best, distances[best], marker="o", markersize=9, color="C3", fillstyle="none", mew=1.5)
-    axes[0].annotate(
-        f"{distances[best]:.3g}",
-        (best, distances[best]),
-        textcoords="offset points",
-        xytext=(0, -19),  # below: it is the lowest point
-        ha="center",
-        color="C3",
-    )
-    axes[0].set(ylabel="Fréchet distance", ylim=(0, 1.08 * max(distances.values())))
-    plot(axes[1], "precision", "precision", color="C0")
-    plot(axes[1], "recall", "recall", color="C1")
-    if curves["classifier_reads_label"]:
-        plot(axes[1], "classifier_reads_label", "read as its label", color="C2")
-    axes[1].set(ylabel="share of images", ylim=(0, 1.03))
-    axes[1].legend(frameon=False)
-    if curves["inception_score"]:
-        plot(axes[2], "inception_score", "Inception Score", color="C0")
-        axes[2].set(ylabel="Inception Score", ylim=(1, 1.08 * max(curves["inception_score"].values())))
-    for axis in axes:
-        axis.set_xlabel("guidance scale")
-        axis.grid(alpha=0.3)
-    figure.suptitle(
-        f"{results['num_samples']} samples a point, against {results['num_reference_images']} images of"
-        f" {results['reference']}; features of {results['features']}",
-        fontsize=9,
-    )
-    save_figure(figure, path)
+        distances, best = curves["frechet_distance"], results["best_guidance_scale"]
+        plot(axes[0], "frechet_distance", "Fréchet distance", color="C0")
+        axes[0].plot(best, distances[best], marker="o", markersize=9, color="C3", fillstyle="none", mew=1.5)
+        axes[0].annotate(
+            f"{distances[best]:.3g}",
+            (best, distances[best]),
+            textcoords="offset points",
+            xytext=(0, -19),  # below: it is the lowest point
+            ha="center",
+            color="C3",
+        )
+        axes[0].set(ylabel="Fréchet distance", ylim=(0, 1.08 * max(distances.values())))
+        plot(axes[1], "precision", "precision", color="C0")
+        plot(axes[1], "recall", "recall", color="C1")
+        if curves["classifier_reads_label"]:
+            plot(axes[1], "classifier_reads_label", "read as its label", color="C2")
+        axes[1].set(ylabel="share of images", ylim=(0, 1.03))
+        axes[1].legend(frameon=False)
+        if curves["inception_score"]:
+            plot(axes[2], "inception_score", "Inception Score", color="C0")
+            axes[2].set(ylabel="Inception Score", ylim=(1, 1.08 * max(curves["inception_score"].values())))
+        for axis in axes:
+            axis.set_xlabel("guidance scale")
+            axis.grid(alpha=0.3)
+        figure.suptitle(
+            f"{results['num_samples']} samples a point, against {results['num_reference_images']} images of"
+            f" {results['reference']}; features of {results['features']}",
+            fontsize=9,
+        )
 
 
 @dataclass
@@ -126,30 +124,28 @@ def draw_linear_probes(curves: dict[str, ProbeCurve], path: Path, levels: dict[s
         path (`pathlib.Path`): The figure.
         levels (`dict` of `str` to [`Level`], *optional*): Accuracies to compare with, by name.
     """
-    plt = import_pyplot()
     names = list(next(iter(curves.values())).accuracies)
     places = [parse_place(name) for name in names]
     blocks = [block for block, _ in places]
-    figure, axis = plt.subplots(figsize=(max(5.0, 0.3 * len(places) + 3), 3.5), layout="constrained")
-    shade_blocks(axis, blocks, list(range(len(places))))
-    for title, curve in curves.items():
-        for block in dict.fromkeys(blocks):
-            draw_block(axis, curve, [number for number in range(len(names)) if blocks[number] == block], names)
-        axis.plot([], [], color=curve.color, marker="o", markersize=4, label=title)
-    for title, level in (levels or {}).items():
-        axis.axhline(100 * level.accuracy, color=level.color, linestyle=level.line_style, label=title)
-    axis.set_xticks(range(len(places)), [str(layer) for _, layer in places], fontsize=9)
-    axis.set(xlabel="layer, within flow blocks", ylabel="accuracy, %", xlim=(-0.5, len(places) - 0.5))
-    axis.grid(axis="y", alpha=0.3)
-    marked = any(curve.aligned is not None for curve in curves.values())
-    axis.legend(
-        frameon=False,
-        fontsize=9,
-        loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
-        title="full: aligned here" if marked else None,
-    )
-    save_figure(figure, path)
+    with figure_file(path, figsize=(max(5.0, 0.3 * len(places) + 3), 3.5), layout="constrained") as (_, [[axis]]):
+        shade_blocks(axis, blocks, list(range(len(places))))
+        for title, curve in curves.items():
+            for block in dict.fromkeys(blocks):
+                draw_block(axis, curve, [number for number in range(len(names)) if blocks[number] == block], names)
+            axis.plot([], [], color=curve.color, marker="o", markersize=4, label=title)
+        for title, level in (levels or {}).items():
+            axis.axhline(100 * level.accuracy, color=level.color, linestyle=level.line_style, label=title)
+        axis.set_xticks(range(len(places)), [str(layer) for _, layer in places], fontsize=9)
+        axis.set(xlabel="layer, within flow blocks", ylabel="accuracy, %", xlim=(-0.5, len(places) - 0.5))
+        axis.grid(axis="y", alpha=0.3)
+        marked = any(curve.aligned is not None for curve in curves.values())
+        axis.legend(
+            frameon=False,
+            fontsize=9,
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+            title="full: aligned here" if marked else None,
+        )
 
 
 def draw_block(axis: Any, curve: ProbeCurve, positions: list[int], names: list[str]):

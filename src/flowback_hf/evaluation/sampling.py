@@ -19,7 +19,7 @@ from flowback_hf.data.noise import make_generator
 from flowback_hf.evaluation.parts import check_settings, hash_networks, join_processes
 from flowback_hf.files import write_json, write_whole
 from flowback_hf.pipelines.pipeline_flowback import FlowBackPipeline
-from flowback_hf.reporting import import_pyplot, save_figure
+from flowback_hf.reporting import figure_file
 from flowback_hf_cli.numbers import check_number
 
 
@@ -191,19 +191,17 @@ def draw_grid(rows: dict[str, list[PIL.Image.Image]], path: Path):
         rows (`dict` of `str` to `list[PIL.Image.Image]`): Images by the name of their row.
         path (`pathlib.Path`): The figure.
     """
-    plt = import_pyplot()
     columns = max(len(images) for images in rows.values())
     label_width = 0.1 * max(len(name) for name in rows) + 0.1
     size = (0.8 * columns + label_width, 0.8 * len(rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
-    figure.subplots_adjust(left=label_width / size[0], right=1, bottom=0, top=1, wspace=0.04, hspace=0.04)
-    for row, (name, images) in zip(axes, rows.items()):
-        for axis in row:
-            axis.axis("off")
-        for axis, image in zip(row, images):
-            axis.imshow(image.convert("RGB"), interpolation="bicubic")
-        row[0].text(-0.08, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=11)
-    save_figure(figure, path, bbox_inches=None)
+    with figure_file(path, len(rows), columns, figsize=size, bbox_inches=None) as (figure, axes):
+        figure.subplots_adjust(left=label_width / size[0], right=1, bottom=0, top=1, wspace=0.04, hspace=0.04)
+        for row, (name, images) in zip(axes, rows.items()):
+            for axis in row:
+                axis.axis("off")
+            for axis, image in zip(row, images):
+                axis.imshow(image.convert("RGB"), interpolation="bicubic")
+            row[0].text(-0.08, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=11)
 
 
 def draw_first_images(

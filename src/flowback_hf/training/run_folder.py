@@ -31,7 +31,7 @@ from flowback_hf.files import (
     write_text,
     write_whole,
 )
-from flowback_hf.reporting import import_pyplot, save_figure
+from flowback_hf.reporting import figure_file
 from flowback_hf.training.adapters import ADAPTER_FILE
 from flowback_hf.training.checkpoints import SETTINGS_FILE, checkpoints_to_try, list_checkpoints, read_copy
 from flowback_hf.training.sharding import sharding_of
@@ -300,7 +300,6 @@ class MetricsLog:
 
     def draw(self, path: Path):
         """Draw the losses over the steps: the likelihood and the alignment, or the distances of a learned inverse."""
-        plt = import_pyplot()
         panels = {
             "nats per dimension": ("nll", "validation_nll"),
             "mean of -cos": ("alignment",),
@@ -309,13 +308,14 @@ class MetricsLog:
         }
         recorded = {key for record in self.records for key in record}
         panels = {label: keys for label, keys in panels.items() if recorded.intersection(keys)}
-        figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
-        for axis, (label, keys) in zip(axes[0], panels.items()):
-            for key in keys:
-                points = [(record["step"], record[key]) for record in self.records if key in record]
-                if points:
-                    axis.plot(*zip(*points), label=key.replace("_", " "), marker="o" if "validation" in key else None)
-            axis.set(xlabel="step", ylabel=label)
-            axis.legend()
-            axis.grid(alpha=0.3)
-        save_figure(figure, path, dpi=100)
+        size = (6 * len(panels), 4)
+        with figure_file(path, 1, len(panels), dpi=100, figsize=size, layout="constrained") as (_, [axes]):
+            for axis, (label, keys) in zip(axes, panels.items()):
+                for key in keys:
+                    points = [(record["step"], record[key]) for record in self.records if key in record]
+                    if points:
+                        marker = "o" if "validation" in key else None
+                        axis.plot(*zip(*points), label=key.replace("_", " "), marker=marker)
+                axis.set(xlabel="step", ylabel=label)
+                axis.legend()
+                axis.grid(alpha=0.3)

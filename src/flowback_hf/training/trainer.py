@@ -33,7 +33,7 @@ from flowback_hf import (
 from flowback_hf.data import ImageSource, LatentSource, RowGenerator, Stream, add_noise, collate, make_generator
 from flowback_hf.files import write_json
 from flowback_hf.places import place_name
-from flowback_hf.reporting import import_pyplot
+from flowback_hf.reporting import check_matplotlib
 from flowback_hf.training.adapters import save_adapter, trained_parameters, trains_class_tables
 from flowback_hf.training.checkpoints import (
     SETTINGS_FILE,
@@ -197,7 +197,7 @@ class Trainer:
         accelerator: Accelerator | None = None,
         guidance_rule: str = "linear",
     ):
-        import_pyplot()  # the loss curve needs it, hours from now
+        check_matplotlib()  # the loss curve needs it, hours from now
         self.arguments = arguments
         self.source = source
         self.teacher = teacher
