@@ -83,8 +83,7 @@ def draw_grid(images: list[PIL.Image.Image], labels: list[str], judged: list[str
 
 
 def main(args: argparse.Namespace):
-
-    # Imports that take seconds stand below the checks: `--help` and wrong arguments are answered at once.
+    # Imported after the flags are parsed: it takes seconds.
     import torch
 
     from flowback_hf import FlowBackPipeline

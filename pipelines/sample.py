@@ -47,7 +47,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--guidance_temperature",
         type=Number(float, above=0),
         default=1.0,
-        help="Attention temperature that guides an unconditional flow. 1.0 is off. Default: %(default)s.",
+        help="Attention temperature that guides an unconditional flow, with a guidance scale above 1.0. Default:"
+        " %(default)s.",
     )
     parser.add_argument(
         "--solver",
@@ -58,8 +59,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tolerance",
         type=Number(float, at_least=0),
-        help="How exactly the solver jacobi inverts a block: the largest change of a token that it still accepts. 0 is"
-        " exact. Default: 1e-5 in float32, 1e-10 in float64.",
+        help="How near the samples of the solver jacobi come to those of sequential, on trained flows. 0 is exact."
+        " Default: 1e-5 in float32, 1e-10 in float64.",
     )
     parser.add_argument("--no_denoise", action="store_true", help="Leave the noise of training in the images.")
     parser.add_argument(

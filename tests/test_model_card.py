@@ -64,6 +64,15 @@ def test_the_card_says_what_the_runs_files_say(run_dir):
         assert placeholder not in card
 
 
+def test_the_card_says_how_the_learning_rate_and_the_gradients_are_scaled(run_dir):
+    pipeline = FlowBackPipeline.from_pretrained(run_dir)
+    assert "gradients clipped to " in render_model_card(pipeline, "somebody/flow", run_dir)
+    settings = json.loads((run_dir / "training_args.json").read_text())
+    (run_dir / "training_args.json").write_text(json.dumps(settings | {"max_grad_norm": 0.0, "scale_lr": True}))
+    card = render_model_card(pipeline, "somebody/flow", run_dir)
+    assert "learning rate 0.001 times the images of a step, cosine" in card and "gradients not clipped" in card
+
+
 @pytest.mark.parametrize(
     ("id2label", "labels"),
     [

@@ -17,6 +17,7 @@ statistics and takes away what it knows of each image.
 """
 
 import argparse
+import datetime
 import time
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def main(args: argparse.Namespace):
     # Imported after the flags are parsed: it takes seconds.
     import datasets
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     from flowback_hf.data import ImageDataset, load_splits, load_teacher
     from flowback_hf.data.teacher_features import (
@@ -108,7 +110,9 @@ def main(args: argparse.Namespace):
 
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    # Processes may have different numbers of shards, and those without work wait for the others.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[patience])
     args.unconditional = args.shuffle != "class"  # else labels play no part
     rows = load_splits(args).train
     dataset = ImageDataset(rows, args.image_column, None, [], args.resolution, args.in_channels)

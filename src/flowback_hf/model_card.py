@@ -318,7 +318,7 @@ def public_name(source: str) -> str:
 
 def describe_flow(pipeline: FlowBackPipeline, is_aligned: bool) -> str:
     config = pipeline.transformer.config
-    size = config.sample_size * pipeline.vae_scale_factor
+    size = pipeline.image_size
     kind = "An unconditional" if config.num_classes is None else f"A class-conditional ({config.num_classes} classes)"
     grey = "grey " if pipeline.vae is None and config.in_channels == 1 else ""
     text = (
@@ -406,7 +406,7 @@ def describe_metrics(run: Run) -> str:
 
 def describe_limits(pipeline: FlowBackPipeline) -> str:
     config = pipeline.transformer.config
-    size = config.sample_size * pipeline.vae_scale_factor
+    size = pipeline.image_size
     sentences = [
         "This model is for teaching and for research on generative models with exact likelihoods.",
         f"It generates {size}×{size} images like those it was trained on, with their gaps and biases.",
@@ -489,14 +489,16 @@ def training_settings(run: Run) -> dict[str, Any]:
         settings["aligned places"] = ", ".join(f"block {block} layer {layer}" for block, layer in sorted(places))
         settings["teacher"] = public_name(run.teacher) if run.teacher is not None else "not recorded"
     accumulation = args["gradient_accumulation_steps"]
+    per_image = " times the images of a step" if args.get("scale_lr") else ""
+    clipping = f"gradients clipped to {args['max_grad_norm']:g}" if args["max_grad_norm"] else "gradients not clipped"
     return settings | {
         "steps": max((record["step"] for record in run.metrics), default=args["max_train_steps"]),
         "batch size": f"{args['train_batch_size']} per process"
         + (f", {accumulation} accumulated" if accumulation > 1 else ""),
         "optimizer": (
-            f"AdamW ({args['adam_beta1']:g}, {args['adam_beta2']:g}), learning rate {args['learning_rate']:g},"
-            f" {args['lr_scheduler']} after {args['lr_warmup_steps']} steps of warm-up, weight decay"
-            f" {args['adam_weight_decay']:g}, gradients clipped to {args['max_grad_norm']:g}"
+            f"AdamW ({args['adam_beta1']:g}, {args['adam_beta2']:g}), learning rate {args['learning_rate']:g}"
+            f"{per_image}, {args['lr_scheduler']} after {args['lr_warmup_steps']} steps of warm-up, weight decay"
+            f" {args['adam_weight_decay']:g}, {clipping}"
         ),
         "averaged weights": f"decay {args['ema_decay']:g}" if args["use_ema"] else "no",
         "precision": args["mixed_precision"] or "as configured in Accelerate",

@@ -62,6 +62,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     check_data_arguments(parser, args)
     check_streaming_arguments(parser, args)
+    if args.pairs == "data" and args.sampled_guidance_scale is not None:
+        parser.error("--sampled_guidance_scale is for --pairs sampler and both: leave it out with --pairs data.")
     return args
 
 

@@ -360,8 +360,8 @@ def add_optimization_arguments(group: argparse._ArgumentGroup):
     group.add_argument(
         "--torch_compile",
         action="store_true",
-        help="Compile the transformer layers. Training first times a few steps with all layers compiled and with some,"
-        " and keeps the faster.",
+        help="Compile the transformer layers. For an aligned flow, a few steps are timed with all layers compiled and"
+        " with some, and the faster is kept.",
     )
     add("learning_rate", "Largest learning rate, reached after the warm-up.")
     group.add_argument(

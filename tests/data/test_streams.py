@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowback_hf.data import collate
-from flowback_hf.data.streams import Place, Stream, divide_anew, first_itineraries, itinerary_from_json
+from flowback_hf.data.streams import LanePosition, Stream, divide_anew, first_itineraries, itinerary_from_json
 
 
 # Rows of each shard; they share nothing with the numbers of lanes below.
@@ -83,7 +83,7 @@ def test_epochs_are_shuffled_anew_and_across_a_buffer(rows):
 
 def test_a_stream_goes_on_at_any_row(rows):
     """Also where a buffer, a shard or an epoch ends."""
-    whole = list(itertools.islice(make_stream(rows, [[Place(1, 2)]]), 2 * NUM_ROWS))
+    whole = list(itertools.islice(make_stream(rows, [[LanePosition(1, 2)]]), 2 * NUM_ROWS))
     for num_read in range(1, NUM_ROWS + 3):
         kept = json.loads(json.dumps(whole[num_read - 1]["itinerary"]))
         rest = itertools.islice(make_stream(rows, [itinerary_from_json(kept)]), NUM_ROWS // 2)
@@ -112,7 +112,7 @@ def test_another_division_leaves_no_row_out_and_reads_none_twice(rows, divisions
 
 
 def test_the_same_division_goes_on_as_it_was():
-    itineraries = [[Place(0, 2, epoch=1)], [Place(1, 2, epoch=2)]]
+    itineraries = [[LanePosition(0, 2, epoch=1)], [LanePosition(1, 2, epoch=2)]]
     assert divide_anew(itineraries, 2) == itineraries
 
 

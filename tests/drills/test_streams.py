@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from flowback_hf.data.images import ImageReader, checksum, image_to_tensor
-from flowback_hf.data.streams import Place, Stream
+from flowback_hf.data.streams import LanePosition, Stream
 from flowback_hf.files import read_json
 from flowback_hf.training import Trainer
 
@@ -61,7 +61,7 @@ def left_in_epoch(data: Path, checkpoint: Path) -> Counter:
     rows = datasets.load_dataset(str(data), split="train", streaming=True)
     reader, left = ImageReader("image", "label", [0, 1], 8, 3), Counter()
     for file in checkpoint.glob("stream-*.json"):
-        for place in (Place(**place) for itinerary in read_json(file) for place in itinerary):
+        for place in (LanePosition(**place) for itinerary in read_json(file) for place in itinerary):
             stream = Stream(reader.prepare(rows), reader)
             stream.buffer_size, stream.itineraries = 5, [[place]]
             of_first_epoch = itertools.takewhile(lambda item: item["itinerary"][0]["epoch"] == 0, stream)

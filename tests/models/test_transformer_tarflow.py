@@ -570,6 +570,15 @@ def test_log_abs_det_of_guided_sampling_is_the_autograd_jacobian(randomised_mode
     assert_close(actual, expected, atol=1e-9)
 
 
+def test_guidance_without_labels_costs_no_second_branch(randomised_model, monkeypatch):
+    """Both branches would be the same."""
+    model = randomised_model()
+    latents = random_sample(model)
+    unguided = model(latents, inverse=True).sample
+    monkeypatch.setattr(transformer_tarflow, "apply_guidance", lambda *_: pytest.fail("there were two branches"))
+    assert torch.equal(model(latents, inverse=True, guidance_scale=2.0).sample, unguided)
+
+
 @each_guidance
 def test_guidance_scale_of_one_is_off_to_the_bit(randomised_model, guidance):
     model = randomised_model()
@@ -1227,7 +1236,8 @@ WRONG_PLACE = (
             {"guidance_scale": 0.5, "inverse": True},
             r"`guidance_scale` must be a finite number of at least 1\.0, but is 0\.5\.",
         ),
-        ({"guidance_scale": 2.0}, r"`guidance_scale` must be 1\.0 with `inverse=False`, but is 2\.0"),
+        ({"guidance_scale": 2.0}, "`guidance_scale` is for `inverse=True`, but is 2.0 with"),
+        ({"guidance_rule": "product"}, "`guidance_rule` is for `inverse=True`, but is 'product' with"),
         ({"guidance_rule": "sum"}, r"`guidance_rule` must be one of \('linear', 'product'\), but is 'sum'\."),
         ({"guidance_schedule": "cosine"}, r"`guidance_schedule` must be one of .*'linear'\), but is 'cosine'\."),
         ({"guidance_temperature": 0.0}, r"`guidance_temperature` must be a finite number above 0.0, but is 0\.0\."),

@@ -383,6 +383,8 @@ def test_another_evaluations_folder_is_refused(options, tmp_path):
     with pytest.raises(ValueError, match=r"samples_guidance_1.0 holds .*: num_samples \(19 then, 21 now\)"):
         run(output_dir=tmp_path / "evaluation", **{**options, "num_samples": 21})
     assert (tmp_path / "evaluation" / "evaluation.json").read_text() == before
+    # by name or by default, the schedule is the same
+    run(output_dir=tmp_path / "evaluation", guidance_schedule="constant", **options)
 
 
 def test_results_of_other_weights_in_the_same_folder_are_refused(options, tmp_path):

@@ -152,6 +152,7 @@ def test_images_of_other_weights_in_the_same_folder_are_refused(script, model_fo
     [
         ({"class_labels": ["dog"]}, "'dog' is not one. The nearest known ones are"),
         ({"class_labels": [3]}, "`class_labels` must lie between 0 and 2"),
+        ({"guidance_scale": 1.0, "guidance_temperature": 0.7}, "`guidance_temperature` is 0.7, but guidance is off"),
     ],
 )
 def test_bad_arguments_leave_nothing(script, model_folder, tmp_path, options, message):

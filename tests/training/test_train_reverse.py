@@ -391,6 +391,42 @@ def test_pairs_are_drawn_by_all_processes_and_once(flow_folder, tmp_path, monkey
         reverse.draw_pairs(pipeline, tmp_path / "one", **arguments)
 
 
+def test_a_signal_ends_a_run_that_draws_pairs(train_reverse, line, tmp_path, monkeypatch):
+    """After the file it is at, which a resumed run keeps."""
+    drawn, draw = [], reverse.draw_pairs_of_labels
+
+    def draw_and_signal(*arguments):
+        drawn.append(draw(*arguments))
+        if len(drawn) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return drawn[-1]
+
+    monkeypatch.setattr(reverse, "PAIRS_PER_FILE", 3)
+    monkeypatch.setattr(reverse, "draw_pairs_of_labels", draw_and_signal)
+    options = {"output_dir": tmp_path / "run", "pairs": "sampler", "num_sampled_pairs": 10, "max_train_steps": 1}
+    options |= {"resume_from_checkpoint": "latest"}
+    with pytest.raises(SystemExit) as error:
+        train_reverse.main(train_reverse.parse_args(line(**options)))
+    files = ["00000000.safetensors", "00000003.safetensors"]
+    assert error.value.code == 128 + signal.SIGTERM and names(tmp_path / "run" / "sampled_pairs") == files
+    train_reverse.main(train_reverse.parse_args(line(**options)))
+    assert len(drawn) == len(names(tmp_path / "run" / "sampled_pairs")) == 4
+
+
+def test_processes_look_for_signals_equally_often(flow_folder, tmp_path, monkeypatch):
+    """They do it together: a process without a file in the last round would let the others wait."""
+    monkeypatch.setattr(reverse, "PAIRS_PER_FILE", 3)
+    pipeline, counts = FlowBackPipeline.from_pretrained(flow_folder), [0, 0]
+
+    def count(process_index):
+        counts[process_index] += 1
+
+    for process_index in (0, 1):
+        arguments = (7, reverse.Guidance(2.0), 3, 0.0, 0, process_index, 2)
+        reverse.draw_pairs(pipeline, tmp_path / "pairs", *arguments, functools.partial(count, process_index))
+    assert counts == [2, 2] and len(names(tmp_path / "pairs")) == 3
+
+
 def test_pairs_that_overflow_are_refused(flow_folder, tmp_path):
     pipeline = FlowBackPipeline.from_pretrained(flow_folder)
     pipeline.transformer.blocks[0].proj_out.bias.data.fill_(200.0)
@@ -454,6 +490,12 @@ def test_mistakes_are_found_before_anything_is_written(train_reverse, line, tmp_
     with pytest.raises(ValueError, match=message):
         train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", **options)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_guidance_of_the_sampler_without_its_pairs_is_refused(train_reverse, line, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_reverse.parse_args(line(output_dir=tmp_path / "run", sampled_guidance_scale=2.0))
+    assert "--sampled_guidance_scale is for --pairs sampler and both" in capsys.readouterr().err
 
 
 def test_a_run_does_not_go_on_with_another_flow_in_the_same_folder(train_reverse, line, flow_folder, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import datasets
 import PIL.Image
@@ -543,9 +544,45 @@ def test_an_earlier_branch_is_set_aside(train_rra, arguments, tmp_path, caplog):
     options = {"resume_from_checkpoint": "checkpoint-2", "learning_rate": 1e-3, "checkpointing_steps": 3}
     with caplog.at_level("WARNING"):
         train_rra.main(train_rra.parse_args(arguments(output_dir=output_dir, **options)))
-    assert "checkpoint-4 belongs to the branch that is left: it is now" in caplog.text
+    assert "checkpoint-4 comes after the step that the run goes on from: it is now" in caplog.text
     folders = sorted(path.name for path in output_dir.glob("*checkpoint-*"))
     assert folders == ["abandoned-checkpoint-4", "checkpoint-2", "checkpoint-3", "checkpoint-4"]
+
+
+def test_a_run_that_goes_back_counts_its_checkpoints_from_there(train_rra, arguments, tmp_path):
+    output_dir = tmp_path / "run"
+    options = {"output_dir": output_dir, "checkpointing_steps": 1}
+    train_rra.main(train_rra.parse_args(arguments(max_train_steps=4, **options)))
+    options |= {"resume_from_checkpoint": "checkpoint-1", "checkpoints_total_limit": 2}
+    train_rra.main(train_rra.parse_args(arguments(max_train_steps=3, **options)))
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_the_speed_is_that_of_training(train_rra, arguments, tmp_path, monkeypatch):
+    """By a clock on which a step takes 1 second, and validations and checkpoints 100."""
+    now = [0.0]
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for name, seconds in {"_train_on": 1.0, "_evaluate": 100.0, "_save_checkpoint": 100.0}.items():
+
+        def take(self, *arguments, method=getattr(trainer.Trainer, name), seconds=seconds):
+            now[0] += seconds
+            return method(self, *arguments)
+
+        monkeypatch.setattr(trainer.Trainer, name, take)
+    options = {"train_batch_size": 4, "validation_steps": 1, "checkpointing_steps": 2}
+    train_rra.main(train_rra.parse_args(arguments(output_dir=tmp_path / "run", **options)))
+    speeds = [record["images_per_second"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert speeds == [4.0] * 4
+
+
+def test_a_resumed_run_records_what_was_changed(train_rra, arguments, tmp_path):
+    output_dir = tmp_path / "run"
+    train_rra.main(train_rra.parse_args(arguments(output_dir=output_dir)))
+    options = {"resume_from_checkpoint": "latest", "max_train_steps": 5, "max_validation_samples": 3}
+    options |= {"validation_guidance_scale": 3.0, "validation_class_labels": "1"}
+    train_rra.main(train_rra.parse_args(arguments(output_dir=output_dir, **options)))
+    settings = json.loads((output_dir / "training_args.json").read_text())
+    assert {name: settings[name] for name in options} == options | {"validation_class_labels": [1]}
 
 
 def test_an_order_that_is_none_is_said(train_rra, arguments, tmp_path, capsys):

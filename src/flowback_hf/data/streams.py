@@ -28,7 +28,7 @@ MAX_EMPTY_EPOCHS = 10
 
 
 @dataclass(frozen=True)
-class Place:
+class LanePosition:
     """
     How far a lane is: what it has to read, and where it goes on.
 
@@ -51,12 +51,12 @@ class Place:
 
 
 # What a loader has to read, one after another: the rests of lanes of an earlier division, then a lane of its own.
-Itinerary = list[Place]
+Itinerary = list[LanePosition]
 
 
 def first_itineraries(num_lanes: int) -> list[Itinerary]:
     """Where the lanes of a new run begin."""
-    return [[Place(lane, num_lanes)] for lane in range(num_lanes)]
+    return [[LanePosition(lane, num_lanes)] for lane in range(num_lanes)]
 
 
 def divide_anew(itineraries: list[Itinerary], num_lanes: int) -> list[Itinerary]:
@@ -68,9 +68,9 @@ def divide_anew(itineraries: list[Itinerary], num_lanes: int) -> list[Itinerary]
 
     Example:
         ```py
-        >>> from flowback_hf.data.streams import Place, divide_anew
+        >>> from flowback_hf.data.streams import LanePosition, divide_anew
 
-        >>> old = [[Place(0, 2, epoch=3)], [Place(1, 2, epoch=4, row=7)]]
+        >>> old = [[LanePosition(0, 2, epoch=3)], [LanePosition(1, 2, epoch=4, row=7)]]
         >>> for itinerary in divide_anew(old, num_lanes=1):
         ...     print([(place.lane, place.num_lanes, place.epoch, place.last_epoch) for place in itinerary])
         [(0, 2, 3, 4), (1, 2, 4, 4), (0, 1, 5, None)]
@@ -81,7 +81,9 @@ def divide_anew(itineraries: list[Itinerary], num_lanes: int) -> list[Itinerary]
     places = sorted((place for itinerary in itineraries for place in itinerary), key=lambda place: place.epoch)
     last_epoch = places[-1].epoch
     rests = [replace(place, last_epoch=last_epoch) if place.last_epoch is None else place for place in places]
-    return [[*rests[lane::num_lanes], Place(lane, num_lanes, epoch=last_epoch + 1)] for lane in range(num_lanes)]
+    return [
+        [*rests[lane::num_lanes], LanePosition(lane, num_lanes, epoch=last_epoch + 1)] for lane in range(num_lanes)
+    ]
 
 
 def itinerary_to_json(itinerary: Itinerary) -> list[dict[str, Any]]:
@@ -89,7 +91,7 @@ def itinerary_to_json(itinerary: Itinerary) -> list[dict[str, Any]]:
 
 
 def itinerary_from_json(places: list[dict[str, Any]]) -> Itinerary:
-    return [Place(**place) for place in places]
+    return [LanePosition(**place) for place in places]
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -97,8 +99,8 @@ class Stream(torch.utils.data.IterableDataset):
     An endless stream of items, shuffled, in which each row comes once in every epoch.
 
     In an epoch, the shards are shuffled and dealt out. A lane fills a buffer with rows of its shards, reads it in a
-    random order, and fills it again. Both orders follow from the seed and the place, so that a [`Place`] is all that
-    is needed to go on. (`datasets.IterableDataset.shuffle` would lose what is in its buffer.)
+    random order, and fills it again. Both orders follow from the seed and the position, so that a [`LanePosition`] is
+    all that is needed to go on. (`datasets.IterableDataset.shuffle` would lose what is in its buffer.)
 
     An item is what `read` makes of a row, with `skipped`, the names of rows before it that cannot be used, and
     `itinerary`, what is left to read after it, as plain data.
@@ -152,7 +154,7 @@ class Stream(torch.utils.data.IterableDataset):
             for place, item in self._items_from(first):
                 yield item | {"itinerary": [asdict(place), *later]}
 
-    def _items_from(self, place: Place) -> Iterator[tuple[Place, dict[str, Any]]]:
+    def _items_from(self, place: LanePosition) -> Iterator[tuple[LanePosition, dict[str, Any]]]:
         """The items of a lane, each with the place after it."""
         skipped, num_empty = [], 0
         while place.last_epoch is None or place.epoch <= place.last_epoch:
@@ -172,9 +174,9 @@ class Stream(torch.utils.data.IterableDataset):
             if num_empty == MAX_EMPTY_EPOCHS:
                 reason = f": {skipped[0]}, for example" if skipped else ""
                 raise ValueError(f"One loader has found nothing that it can use in {num_empty} epochs{reason}.")
-            place = Place(place.lane, place.num_lanes, place.epoch + 1, place.last_epoch)
+            place = LanePosition(place.lane, place.num_lanes, place.epoch + 1, place.last_epoch)
 
-    def _buffers(self, place: Place) -> Iterator[tuple[Place, list[tuple[dict[str, Any], str]]]]:
+    def _buffers(self, place: LanePosition) -> Iterator[tuple[LanePosition, list[tuple[dict[str, Any], str]]]]:
         """What fills the shuffle buffer, one after another, to the end of the epoch, each with where it begins."""
         own = self._shuffled_shards(place.epoch)[place.lane :: place.num_lanes]
         buffer, start = [], place

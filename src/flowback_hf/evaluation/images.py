@@ -88,8 +88,7 @@ class LabelledImages:
         split: str = "",
     ) -> "LabelledImages":
         """Images of the size and the number of channels that a flow, or its VAE, takes."""
-        part = classifier.transformer if classifier.vae is None else classifier.vae
-        return cls(rows, image_column, label_ids, part.config.in_channels, classifier.image_size, strict, split)
+        return cls(rows, image_column, label_ids, classifier.num_channels, classifier.image_size, strict, split)
 
     def __len__(self) -> int:
         return len(self.rows)

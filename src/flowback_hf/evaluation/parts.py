@@ -2,6 +2,7 @@
 """Work that is shared between processes, done in parts, and resumed where it was interrupted."""
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ Arrays = dict[str, np.ndarray]
 
 def join_processes() -> PartialState:
     """The processes that share the work: those that `accelerate launch` started, or only this one."""
-    # PartialState does not read this variable by itself.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    # PartialState does not read this variable by itself. The others wait while the main process fits probes for hours.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=7))
 
 
 def check_settings(path: Path, settings: dict[str, Any], cure: str = "Name another folder, or delete this one."):

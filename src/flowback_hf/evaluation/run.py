@@ -189,7 +189,8 @@ class Evaluation:
                 "num_samples": options.num_samples,
                 "guidance_scale": scale,
                 "guidance_rule": self.guidance_rule,
-                "guidance_schedule": options.guidance_schedule,
+                # Evaluations of earlier versions have null where the schedule was not given.
+                "guidance_schedule": None if options.guidance_schedule == "constant" else options.guidance_schedule,
                 "guidance_temperature": options.guidance_temperature,
                 **self.solver,
             }

@@ -140,6 +140,12 @@ def sample_into_folder(
     check_number("batch_size", batch_size, int, at_least=1)
     check_number("seed", seed, int, at_least=0)
     pipeline.check_inputs(class_labels, **arguments)
+    scale = pipeline.config.guidance_scale if guidance_scale is None else guidance_scale
+    temperature = arguments.get("guidance_temperature", 1.0)
+    if scale == 1.0 and temperature != 1.0:
+        raise ValueError(
+            f"`guidance_temperature` is {temperature}, but guidance is off: give a `guidance_scale` above 1.0."
+        )
     # What decides an image; how many and in what batches does not.
     model_hash = hash_networks(pipeline, arguments.get("solver", "auto"))
     settings = {"model": model, "model_hash": model_hash, "class_labels": class_labels, "seed": seed, **arguments}

@@ -387,7 +387,9 @@ def hash_flow(flow: nn.Module) -> str | None:
     comparable = (torch.bfloat16, torch.float32, torch.float64)
     if any(parameter.is_meta or parameter.dtype not in comparable for parameter in parameters):
         return None
-    values = torch.cat([parameter.flatten()[:64].bfloat16().cpu() for parameter in parameters])
+    # They are gathered on one device first: each copy to the CPU waits for a GPU.
+    device = parameters[0].device
+    values = torch.cat([parameter.flatten()[:64].bfloat16().to(device) for parameter in parameters]).cpu()
     digest = hashlib.sha256(str([tuple(parameter.shape) for parameter in parameters]).encode())
     digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

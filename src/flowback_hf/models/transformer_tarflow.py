@@ -11,7 +11,7 @@ import math
 import numbers
 import os
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -424,13 +424,15 @@ def check_guidance(guidance: Guidance, inverse: bool, is_conditional: bool):
         raise ValueError(f"`guidance_rule` must be one of {GUIDANCE_RULES}, but is {guidance.rule!r}.")
     if guidance.schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"`guidance_schedule` must be one of {GUIDANCE_SCHEDULES}, but is {guidance.schedule!r}.")
+    if not inverse and guidance != Guidance():
+        values = {field.name: getattr(guidance, field.name) for field in fields(guidance)}
+        name = next(name for name, value in values.items() if value != getattr(Guidance(), name))
+        raise ValueError(
+            f"`guidance_{name}` is for `inverse=True`, but is {values[name]!r} with `inverse=False`: guidance changes"
+            " how latents become data, not the density of the data."
+        )
     if not guidance.is_on:
         return
-    if not inverse:
-        raise ValueError(
-            f"`guidance_scale` must be 1.0 with `inverse=False`, but is {guidance.scale}: guidance changes how latents"
-            " become data, not the density of the data."
-        )
     if not is_conditional and guidance.temperature == 1.0:
         raise ValueError(
             f"`guidance_scale` is {guidance.scale} and `guidance_temperature` 1.0, but this model is unconditional and"
@@ -1703,6 +1705,8 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
         numbers = self._check_blocks(blocks)
         guidance = Guidance(guidance_scale, guidance_rule, guidance_schedule, guidance_temperature)
         check_guidance(guidance, inverse, is_conditional=self.config.num_classes is not None)
+        if class_labels is None and guidance.temperature == 1.0:
+            guidance = Guidance()  # both branches are the same
         check_solver(solver, tolerance, window_size, output_report, inverse, self._num_tokens)
         places = [] if output_hidden_states is None else self._check_places(output_hidden_states, numbers, inverse)
 

@@ -141,7 +141,8 @@ class FlowBackClassificationPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             num_steps (`int`, defaults to 10): Steps of `"ascent"`, `l <- l + learning_rate * K * grad_l log p(x | l)`.
             learning_rate (`float`, defaults to 0.05): The learning rate of `"ascent"`, for a gradient in nats.
             tolerance (`float`, defaults to 0.01):
-                The gain, in nats, below which `"ascent"` stops for an image. A step that loses is undone.
+                The gain, in nats, below which `"ascent"` stops for an image. A step that loses is undone, except for
+                the last one, whose gain is not measured.
             shortlist_size (`int`, defaults to 5): The number of classes among which `"shortlist"` decides.
             strict (`bool`, defaults to `False`): Refuse images of another size or mode instead of converting them.
         Returns:

@@ -4,7 +4,8 @@
 import argparse
 import itertools
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -221,6 +222,7 @@ def draw_pairs(
     seed: int,
     process_index: int = 0,
     num_processes: int = 1,
+    after_file: Callable[[], None] = lambda: None,
 ):
     """
     Draw pairs with the exact sampler and save them, [`PAIRS_PER_FILE`] in a file. Files that are there are kept.
@@ -235,25 +237,30 @@ def draw_pairs(
         seed (`int`): Decides noise and dropped classes, for each file.
         process_index (`int`, defaults to 0), num_processes (`int`, defaults to 1):
             Which share of the files is drawn here.
+        after_file (`Callable`, *optional*):
+            Called after each file, as often in every process. It may end the process.
     Raises:
         ValueError: if a file holds pairs of another flow or other guidance, or an image overflows.
     """
     folder.mkdir(exist_ok=True)
     origin = describe_origin(pipeline, guidance)
-    starts = list(enumerate(range(0, num_pairs, PAIRS_PER_FILE)))[process_index::num_processes]
-    progress_bar = tqdm(total=num_pairs, desc="Drawing pairs", disable=process_index > 0)
-    for number, start in starts:
-        path, count = folder / f"{start:08d}.safetensors", min(PAIRS_PER_FILE, num_pairs - start)
-        if path.exists():
-            check_origin(path, origin)
-        else:
-            generator = make_generator(seed, PAIRS, number)
-            labels = draw_labels(start, count, pipeline.transformer.config.num_classes, dropout, generator)
-            tensors = draw_pairs_of_labels(pipeline, labels, guidance, batch_size, generator)
-            with write_whole(path) as partial:
-                save_file(tensors, partial, metadata=origin)
-        progress_bar.update(count * num_processes)
-    progress_bar.close()
+    num_files = math.ceil(num_pairs / PAIRS_PER_FILE)
+    with tqdm(total=num_pairs, desc="Drawing pairs", disable=process_index > 0) as progress_bar:
+        for first in range(0, num_files, num_processes):
+            number = first + process_index
+            if number < num_files:
+                start = number * PAIRS_PER_FILE
+                path, count = folder / f"{start:08d}.safetensors", min(PAIRS_PER_FILE, num_pairs - start)
+                if path.exists():
+                    check_origin(path, origin)
+                else:
+                    generator = make_generator(seed, PAIRS, number)
+                    labels = draw_labels(start, count, pipeline.transformer.config.num_classes, dropout, generator)
+                    tensors = draw_pairs_of_labels(pipeline, labels, guidance, batch_size, generator)
+                    with write_whole(path) as partial:
+                        save_file(tensors, partial, metadata=origin)
+            progress_bar.update(min(num_processes * PAIRS_PER_FILE, num_pairs - progress_bar.n))
+            after_file()
 
 
 def draw_labels(
@@ -427,6 +434,7 @@ class ReverseTrainer(Trainer):
                 arguments.seed,
                 accelerator.process_index,
                 accelerator.num_processes,
+                self._exit_if_stopped,
             )
             accelerator.wait_for_everyone()
             self.sampled_pairs = read_pairs(self.folder / PAIRS_FOLDER)

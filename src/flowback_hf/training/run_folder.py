@@ -204,12 +204,12 @@ def describe_branch(earlier: dict[str, Any], settings: dict[str, Any]) -> list[s
 
 
 def set_aside_later_checkpoints(folder: Path, last_step: int):
-    """Rename the checkpoints of another branch, which `latest` would otherwise find."""
+    """Rename the checkpoints after the step that a run goes on from, which `latest` would otherwise find."""
     for checkpoint in list_checkpoints(folder):
         if int(checkpoint.name.removeprefix("checkpoint-")) > last_step:
             aside = folder / f"abandoned-{checkpoint.name}"
             replace(checkpoint, aside)
-            logger.warning(f"{checkpoint} belongs to the branch that is left: it is now {aside}.")
+            logger.warning(f"{checkpoint} comes after the step that the run goes on from: it is now {aside}.")
     flush_entry(folder)
 
 

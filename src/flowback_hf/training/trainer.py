@@ -52,6 +52,7 @@ from flowback_hf.training.run_folder import (
     BRANCHES,
     DIVISION_SETTINGS,
     OWNER_FILE,
+    RESUMABLE_SETTINGS,
     MetricsLog,
     check_run_folder,
     describe_branch,
@@ -447,15 +448,18 @@ class Trainer:
         use_fused_steps(self.optimizer)
         self.global_step = self._saved_step = progress["global_step"]
         set_learning_rates(self.optimizer, self.lr_scheduler, self.global_step)
-        earlier = earlier | {name: self.settings[name] for name in DIVISION_SETTINGS}
         changes = describe_branch(earlier, self.settings)
-        if not changes:
-            return earlier
-        logger.warning(f"A new branch of the run starts at step {self.global_step}: {', '.join(changes)}.")
-        if self.accelerator.is_main_process:
+        # Later checkpoints that `latest` passed over are damaged, and will be written again.
+        if self.accelerator.is_main_process and (changes or self.arguments.resume_from_checkpoint != "latest"):
             set_aside_later_checkpoints(self.folder, self.global_step)
-        branches = [*earlier.get(BRANCHES, []), {"from_step": self.global_step, "changes": changes}]
-        return earlier | {name: self.settings.get(name) for name in BRANCH_SETTINGS} | {BRANCHES: branches}
+        changeable = [*DIVISION_SETTINGS, *RESUMABLE_SETTINGS, *BRANCH_SETTINGS]
+        settings = earlier | {name: self.settings[name] for name in changeable if name in self.settings}
+        settings["validation_class_labels"] = self.validation_class_labels
+        if changes:
+            logger.warning(f"A new branch of the run starts at step {self.global_step}: {', '.join(changes)}.")
+            branch = {"from_step": self.global_step, "changes": changes}
+            settings[BRANCHES] = [*earlier.get(BRANCHES, []), branch]
+        return settings
 
     # Steps
 
@@ -487,9 +491,7 @@ class Trainer:
             self._timed_steps += 1
             progress_bar.update()
             self._end_step(progress_bar)
-            received = self._shared_signal.share(self._stop_signals.received)
-            if received is not None:
-                self._save_and_exit(received)
+            self._exit_if_stopped()
             if self.global_step == self.max_train_steps:
                 return
         if self.accelerator.num_processes == 1 and self._stop_signals.received is not None:
@@ -601,11 +603,13 @@ class Trainer:
                 }
             )
             self._timed_steps, self._timed_since = 0, time.perf_counter()
+        before = time.perf_counter()
         # What was logged before a checkpoint is kept when the run is resumed from it: it comes last.
         if validates:
             self._evaluate()
         if saves:
             self._save_checkpoint()
+        self._timed_since += time.perf_counter() - before  # the speed is that of training
 
     def _save_checkpoint(self):
         figures = {self.measure: self._measure_weights()}
@@ -636,6 +640,12 @@ class Trainer:
             self._check_finite_weights(self.ema.shadow_params, "averaged weights")
         return value
 
+    def _exit_if_stopped(self):
+        """Called by every process after every step: save and end if one of them has received a signal."""
+        received = self._shared_signal.share(self._stop_signals.received)
+        if received is not None:
+            self._save_and_exit(received)
+
     def _save_and_exit(self, received: int):
         """Save the steps so far and end the process, after a signal."""
         self._shared_signal.finish()
@@ -645,7 +655,7 @@ class Trainer:
         if self._background is not None:
             self._background.finish()
         name = signal.Signals(received).name
-        logger.warning(f"{name}: saved up to step {self.global_step}. Resume with the same command.")
+        logger.warning(f"{name}: saved up to step {self.global_step}. Go on with --resume_from_checkpoint latest.")
         self.accelerator.end_training()
         raise SystemExit(128 + received)
 

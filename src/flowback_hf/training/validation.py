@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from diffusers.utils import make_image_grid
 
 from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline
-from flowback_hf.alignment.reverse_objective import trajectory_of
+from flowback_hf.alignment.reverse_objective import squared_error, trajectory_of
 from flowback_hf.data import ImageSource, LatentSource, RowGenerator, add_noise, make_generator
 from flowback_hf.files import write_whole
 from flowback_hf.models.transformer_tarflow import Guidance
@@ -98,8 +98,7 @@ def validate_learned_inverse(
         latents = trajectory_of(flow, noisy_sample, class_labels, guidance)[-1]
         sample = reverse_transformer(latents, class_labels, scale).sample
         target = clean_sample if reverse_transformer.config.denoises else noisy_sample
-        error = (sample - target).square().flatten(1).mean(dim=1)
-        errors.append(accelerator.gather_for_metrics(error))
+        errors.append(accelerator.gather_for_metrics(squared_error(sample, target)))
     return {"validation_reconstruction": torch.cat(errors).mean().item()}
 
 
