@@ -531,7 +531,10 @@ def test_classes_that_the_flow_does_not_know(train_reverse, line, images, tmp_pa
     "options, message",
     [
         ({"max_guidance_scale": 2.0}, "`--max_guidance_scale` and .* must be 1.0 for a flow without classes, but are"),
-        ({"sampled_guidance_scale": 2.0}, "`--sampled_guidance_scale` must be 1.0 for a flow without classes, but"),
+        (
+            {"pairs": "sampler", "sampled_guidance_scale": 2.0},
+            "`--sampled_guidance_scale` must be 1.0 for a flow without classes, but",
+        ),
         ({"validation_guidance_scale": 2.0}, "`validation_guidance_scale` must be 1.0 for a learned inverse without"),
         ({"unconditional": None}, "The pretrained flow has `num_classes` None, but the data set has labels"),
     ],
