@@ -114,13 +114,14 @@ def is_repo_id(name: str) -> bool:
 
 
 def push_to_hub(
-    pipeline: pipeline_flowback.FlowBackPipeline,
+    pipeline: pipeline_flowback.FlowBackPipelineMixin,
     repo_id: str,
-    run_dir: str | os.PathLike | None = None,
     commit_message: str | None = None,
     private: bool | None = None,
     token: str | None = None,
     create_pr: bool = False,
+    *,
+    run_dir: str | os.PathLike | None = None,
     license: str = "apache-2.0",
     force: bool = False,
 ) -> str:
@@ -133,6 +134,7 @@ def push_to_hub(
     """
     repo_id, existing_files = check_repository(repo_id, dict(pipeline.transformer.config), private, token, force)
     run_dir = find_run(pipeline, run_dir)
+    pipeline = pipeline_flowback.FlowBackPipeline.from_pipe(pipeline)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

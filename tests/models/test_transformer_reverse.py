@@ -327,7 +327,7 @@ def test_bad_configurations_are_refused(config, message):
     "arguments, message",
     [
         ({"guidance_scale": 3.5}, r"`guidance_scale` must be between 1.0 and 3.0, for which this .* but is 3.5"),
-        ({"guidance_scale": 0.5}, "`guidance_scale` must be a finite number of at least 1.0"),
+        ({"guidance_scale": -0.5}, "`guidance_scale` must be a finite number of at least 0.0"),
         ({"guidance_scale": torch.ones(3)}, r"must be a number or have shape \(2,\), but has shape \(3,\)"),
         ({"class_labels": torch.tensor([5, 0])}, "`class_labels` must lie between 0 and 4"),
         ({"class_labels": torch.tensor([0])}, r"`class_labels` must be integers of shape \(2,\)"),

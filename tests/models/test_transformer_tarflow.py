@@ -570,6 +570,25 @@ def test_log_abs_det_of_guided_sampling_is_the_autograd_jacobian(randomised_mode
     assert_close(actual, expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("solver", ["sequential", "jacobi"])
+def test_a_compiled_model_does_not_unroll_its_loops_over_tokens(randomised_model, solver):
+    def count_operations(grid_size):
+        model = randomised_model(sample_size=2 * grid_size, patch_size=2, num_blocks=1, num_layers=[1])
+        latents, labels, num_operations = random_sample(model), torch.tensor([2, -1]), [0]
+
+        def backend(graph, _):
+            num_operations[0] += len(graph.graph.nodes)
+            return graph.forward
+
+        torch._dynamo.reset()
+        options = {"inverse": True, "solver": solver, "guidance_scale": 2.0}
+        sample = torch.compile(model, backend=backend)(latents, labels, **options).sample
+        assert_close(sample, model(latents, labels, **options).sample, atol=1e-10)
+        return num_operations[0]
+
+    assert count_operations(3) == count_operations(2)
+
+
 def test_guidance_without_labels_costs_no_second_branch(randomised_model, monkeypatch):
     """Both branches would be the same."""
     model = randomised_model()
@@ -1233,8 +1252,8 @@ WRONG_PLACE = (
             r"`output_hidden_states` cannot be combined with `inverse=True`",
         ),
         (
-            {"guidance_scale": 0.5, "inverse": True},
-            r"`guidance_scale` must be a finite number of at least 1\.0, but is 0\.5\.",
+            {"guidance_scale": -0.5, "inverse": True},
+            r"`guidance_scale` must be a finite number of at least 0\.0, but is -0\.5\.",
         ),
         ({"guidance_scale": 2.0}, "`guidance_scale` is for `inverse=True`, but is 2.0 with"),
         ({"guidance_rule": "product"}, "`guidance_rule` is for `inverse=True`, but is 'product' with"),

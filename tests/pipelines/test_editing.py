@@ -434,7 +434,7 @@ def test_interpolation_takes_one_image_at_each_end(pipe):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"guidance_scale": 0.5}, "`guidance_scale` must be a finite number of at least 1.0"),
+        ({"guidance_scale": -0.5}, "`guidance_scale` must be a finite number of at least 0.0"),
         ({"guidance_rule": "both"}, "`guidance_rule` must be one of"),
         ({"guidance_schedule": "none"}, "`guidance_schedule` must be one of"),
         ({"guidance_temperature": 0}, "`guidance_temperature` must be a finite number above 0.0"),

@@ -7,11 +7,16 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.hooks.group_offloading import ModuleGroup
 from safetensors.torch import load_file, save_file
 
-from flowback_hf import FlowBackClassificationPipeline, FlowBackPipeline, TarFlowTransformer2DModel
+from flowback_hf import (
+    FlowBackClassificationPipeline,
+    FlowBackPipeline,
+    TarFlowReverseTransformer2DModel,
+    TarFlowTransformer2DModel,
+)
 
 
 @pytest.fixture
@@ -60,6 +65,17 @@ def test_from_pipe_shares_components_both_ways(latent_pipe, dtype):
         assert other.transformer.dtype == dtype and other.labels == {"ant": 0}
     assert type(third) is FlowBackPipeline
     assert (again.config.guidance_scale, third.config.guidance_scale) == (1.5, 3.0)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_from_pipe_casts_only_where_it_is_asked_to(latent_pipe, name):
+    latent_pipe.transformer.to(torch.bfloat16)
+    FlowBackClassificationPipeline.from_pipe(latent_pipe)
+    assert (latent_pipe.transformer.dtype, latent_pipe.vae.dtype) == (torch.bfloat16, torch.float32)
+    other = FlowBackPipeline.from_pipe(latent_pipe, **{name: torch.float64})
+    assert (other.transformer.dtype, other.vae.dtype) == (torch.float64, torch.float64)
+    with pytest.raises(TypeError, match="guidance"):
+        FlowBackPipeline.from_pipe(latent_pipe, guidance=3.0)
 
 
 def test_from_pipe_needs_a_flow(tiny_vae):
@@ -174,6 +190,18 @@ def test_encode_undoes_sampling(pipe):
     torch.testing.assert_close(restored, (data / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
 
 
+def test_a_vae_without_a_distribution_encodes(randomised_model):
+    channels = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    vae = AutoencoderTiny(**channels, **blocks, scaling_factor=0.5)
+    pipe = FlowBackPipeline(randomised_model(in_channels=4).float(), vae=vae)
+    images = torch.rand(2, 3, 8, 8)
+    data = pipe.encode(images)
+    expected = vae.encode(2 * images - 1).latents * 0.5
+    assert data.shape == (2, 4, 4, 4) and torch.allclose(data, expected)
+    assert len(pipe.swap_class(images, source=0, target=1).images) == 2
+
+
 # Memory
 
 
@@ -187,6 +215,14 @@ def test_group_offloading_moves_a_block_once_however_many_tokens(pipe, monkeypat
     assert torch.equal(sample(pipe, denoise=False), sample(pipe, denoise=False))
     assert [onloaded.count(block) for block in pipe.transformer.blocks] == [2] * len(pipe.transformer.blocks)
     assert torch.equal(sample(pipe), expected)
+
+
+def test_group_offloading_by_streams_waits_for_its_copies(pipe):
+    """It does so by a hook on the model itself, which diffusers adds if there is a module beside the blocks."""
+    reverse_transformer = TarFlowReverseTransformer2DModel.for_flow(pipe.transformer)
+    for model in (pipe.transformer, reverse_transformer):
+        model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+        assert hasattr(model, "_diffusers_hook")
 
 
 def test_the_layers_cache_is_never_moved(pipe):

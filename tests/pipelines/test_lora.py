@@ -153,7 +153,7 @@ def test_other_files_are_refused_in_a_sentence(make_pipeline, tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     pipeline = make_pipeline()
     for source in (tmp_path, tmp_path / "nowhere", "nobody/nothing"):
-        with pytest.raises(ValueError, match=f"{NOT_AN_ADAPTER} holds an adapter's safetensors, but '{source}'"):
+        with pytest.raises(OSError, match=f"{NOT_AN_ADAPTER} holds an adapter's safetensors, but '{source}'"):
             pipeline.load_lora_weights(source)
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match=f"{NOT_AN_ADAPTER}.* cannot be read: "):

@@ -146,7 +146,7 @@ def test_an_unconditional_flow_is_scored_by_its_own_block(randomised_model):
     "arguments, message",
     [
         ({"class_labels": ["bird"]}, "`class_labels` must be known names or numbers, but 'bird' is not one"),
-        ({"guidance_scale": 0.5}, "`guidance_scale` must be a finite number of at least 1.0"),
+        ({"guidance_scale": -0.5}, "`guidance_scale` must be a finite number of at least 0.0"),
         ({"output_type": "gif"}, "`output_type` must be one of"),
         ({"solver": "learned"}, "`solver='learned'` needs a learned inverse, but .* no `reverse_transformer`. Train"),
     ],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers.callbacks import PipelineCallback
 from diffusers.utils import logging
 
 from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
@@ -214,6 +215,58 @@ def test_callback_sees_every_block_and_may_change_latents_and_guidance(pipe):
     assert pipe.guidance_scale == 3.0 and pipe.num_timesteps == 3
 
 
+def test_a_callback_changes_the_guidance_of_the_blocks_after_it(pipe):
+    def callback(pipeline, step, block, tensors):
+        pipeline._guidance_scale = 3.0
+
+    labels, options = torch.tensor([1]), {"inverse": True, "guidance_rule": pipe.config.guidance_rule}
+    changed = pipe(class_labels=[1], generator=seeded(), guidance_scale=2.0, denoise=False, output_type="latent",
+                   callback_on_step_end=callback).images  # fmt: skip
+    after_step = pipe.transformer(pipe.prepare_latents(1, seeded()), labels, blocks=[3], guidance_scale=2.0, **options)
+    expected = pipe.transformer(after_step.sample, labels, blocks=[2, 1], guidance_scale=3.0, **options).sample
+    assert torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 0.5, 1.0])
+def test_guidance_of_one_and_less_is_off_as_in_diffusers(pipe, guidance_scale):
+    def callback(pipeline, step, block, tensors):
+        pipeline._guidance_scale = guidance_scale  # diffusers' own cutoff callbacks set 0.0
+
+    options = {"class_labels": [1], "output_type": "latent"}
+    expected = pipe(generator=seeded(), guidance_scale=1.0, **options).images
+    for option in ({}, {"callback_on_step_end": callback}):
+        images = pipe(generator=seeded(), guidance_scale=guidance_scale, **option, **options).images
+        assert torch.equal(images, expected)
+
+
+def test_a_callback_of_diffusers_brings_its_tensor_inputs(pipe):
+    class Zero(PipelineCallback):
+        tensor_inputs = ["latents"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            return {"latents": 0 * callback_kwargs["latents"]}
+
+    class Unknown(Zero):
+        tensor_inputs = ["prompt_embeds"]
+
+    options = {"class_labels": [1], "denoise": False, "output_type": "latent"}
+    assert not pipe(**options, callback_on_step_end=Zero(1.0)).images.any()
+    with pytest.raises(ValueError, match="must be among .* but holds \\['prompt_embeds'\\]"):
+        pipe(**options, callback_on_step_end=Unknown(1.0))
+
+
+def test_a_callback_that_fails_leaves_no_call_behind(pipe):
+    def callback(*_):
+        raise KeyError("callback")
+
+    with pytest.raises(KeyError):
+        pipe(class_labels=[1], callback_on_step_end=callback)
+    assert not pipe._running_calls
+    pipe._interrupt = True  # as the button of a page does from another thread: it is meant for running calls
+    images = [pipe(class_labels=[1], generator=seeded(), output_type="latent").images for _ in range(2)]
+    assert torch.equal(*images)
+
+
 def test_interrupt_stops_after_the_block(pipe):
     blocks = []
 
@@ -243,6 +296,17 @@ def test_overflow_is_reported_and_not_replaced(pipe, caplog):
     logger.removeHandler(caplog.handler)
     assert "Images [1] of this call overflowed" in caplog.text
     assert torch.isfinite(images[0]).all() and not torch.isfinite(images[1]).all()
+
+
+def test_a_vae_that_overflows_is_reported(randomised_model, tiny_vae):
+    pipeline = FlowBackPipeline(randomised_model(in_channels=4).float(), vae=tiny_vae)
+    tiny_vae.decoder.conv_out.bias.data.fill_(torch.inf)
+    with pytest.raises(OverflowError, match=r"Images \[0\] of this call overflowed .* Try another seed"):
+        pipeline(class_labels=[0], on_overflow="raise")
+    tiny_vae.half()
+    with pytest.raises(OverflowError, match="the VAE needs more than float16"):
+        pipeline(class_labels=[0], on_overflow="raise")
+    assert pipeline(class_labels=[0], on_overflow="raise", output_type="latent").images.isfinite().all()
 
 
 def test_overflow_raises_where_it_is_asked_to(pipe):
@@ -423,8 +487,8 @@ def test_same_images_in_a_new_process(pipe, tmp_path, dtype, max_shard_size):
         ({"class_labels": [1.5]}, "`class_labels` must be whole numbers or names, but one is 1.5"),
         ({"class_labels": "goldfinch"}, r"'goldfinch' is not one. The nearest known ones are \['goldfish'"),
         (
-            {"class_labels": [1], "guidance_scale": 0.5},
-            "`guidance_scale` must be a finite number of at least 1.0, but is 0.5",
+            {"class_labels": [1], "guidance_scale": -0.5},
+            "`guidance_scale` must be a finite number of at least 0.0, but is -0.5",
         ),
         ({"class_labels": [1], "guidance_rule": "cubic"}, "`guidance_rule` must be one of .*'cubic'"),
         ({"class_labels": [1], "guidance_schedule": "cosine"}, "`guidance_schedule` must be one of .*'cosine'"),

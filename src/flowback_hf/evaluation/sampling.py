@@ -142,7 +142,7 @@ def sample_into_folder(
     pipeline.check_inputs(class_labels, **arguments)
     scale = pipeline.config.guidance_scale if guidance_scale is None else guidance_scale
     temperature = arguments.get("guidance_temperature", 1.0)
-    if scale == 1.0 and temperature != 1.0:
+    if scale <= 1.0 and temperature != 1.0:
         raise ValueError(
             f"`guidance_temperature` is {temperature}, but guidance is off: give a `guidance_scale` above 1.0."
         )

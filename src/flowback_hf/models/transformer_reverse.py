@@ -484,6 +484,8 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             )
             for number in range(num_blocks, -1, -1)
         )
+        # With streams, diffusers' group offloading of blocks waits for copies only if there is a module beside them.
+        self.beside_stages = nn.Identity()
         nn.init.zeros_(self.stages[-1].proj_out.weight)
         nn.init.zeros_(self.stages[-1].proj_out.bias)
         self.heads: TarFlowReverseHeads | None = None
@@ -612,7 +614,7 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 )
             return None if class_labels is None else guidance_scale.to(sample.device) - 1.0
         self.check_guidance_scale(guidance_scale)
-        if class_labels is None or guidance_scale == 1.0:
+        if class_labels is None or guidance_scale <= 1.0:
             return None
         return torch.full((len(sample),), guidance_scale - 1.0, device=sample.device, dtype=self.stages[0].dtype)
 
@@ -620,7 +622,8 @@ class TarFlowReverseTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     def check_guidance_scale(self, guidance_scale: float, name: str = "guidance_scale"):
         """Raise ValueError unless this model was trained for a guidance scale, the value of the argument `name`."""
-        check_number(name, guidance_scale, float, at_least=1.0)
+        check_number(name, guidance_scale, float, at_least=0.0)
+        guidance_scale = max(guidance_scale, 1.0)  # as in diffusers, less is off, too
         lowest, highest = self.config.min_guidance_scale, self.config.max_guidance_scale
         if self.config.num_classes is None and guidance_scale != 1.0:
             raise ValueError(f"`{name}` must be 1.0 for a learned inverse without classes, but is {guidance_scale}.")

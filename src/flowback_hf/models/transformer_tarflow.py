@@ -395,7 +395,7 @@ class Guidance:
     How a block is guided. The fields mean what the `guidance_*` arguments of [`TarFlowTransformer2DModel`] mean.
 
     Args:
-        scale (`float`, defaults to 1.0): 1.0 is off.
+        scale (`float`, defaults to 1.0): 1.0 and less is off.
         rule (`str`, defaults to `"linear"`): `"linear"` or `"product"`, see [`apply_guidance`].
         schedule (`str`, defaults to `"constant"`): `"constant"` or `"linear"`, see [`guidance_weights`].
         temperature (`float`, defaults to 1.0): Divides the attention logits of the weak branch.
@@ -408,7 +408,7 @@ class Guidance:
 
     @property
     def is_on(self) -> bool:
-        return self.scale != 1.0
+        return self.scale > 1.0
 
     @property
     def num_branches(self) -> int:
@@ -418,7 +418,7 @@ class Guidance:
 
 def check_guidance(guidance: Guidance, inverse: bool, is_conditional: bool):
     """Raise ValueError for values out of range, for guidance of the forward pass, and for guidance without effect."""
-    check_number("guidance_scale", guidance.scale, float, at_least=1.0)
+    check_number("guidance_scale", guidance.scale, float, at_least=0.0)
     check_number("guidance_temperature", guidance.temperature, float, above=0.0)
     if guidance.rule not in GUIDANCE_RULES:
         raise ValueError(f"`guidance_rule` must be one of {GUIDANCE_RULES}, but is {guidance.rule!r}.")
@@ -746,6 +746,8 @@ def decode_token(block: "TarFlowBlock", state: InverseState, position: torch.Ten
     position += 1
 
 
+# `torch.compile(model)` would unroll the solvers' loops over tokens. Only what a step does is compiled.
+@torch.compiler.disable(recursive=False)
 def run_sequential_solver(block: "TarFlowBlock", state: InverseState, last: int):
     """Decode the tokens after position `last` one by one. Each is exact to rounding."""
     num_tokens, device = state.tokens.shape[1], state.tokens.device
@@ -828,6 +830,7 @@ def max_samples_per_sweep(block: "TarFlowBlock", state: InverseState, window_siz
     return max(1, undivided, batch_size * num_tokens * len(block.layers) // (35 * window_size))
 
 
+@torch.compiler.disable(recursive=False)
 def run_jacobi_solver(
     block: "TarFlowBlock", state: InverseState, settings: SolverSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1571,6 +1574,8 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
             )
             for index, layers in enumerate(layers_per_block)
         )
+        # With streams, diffusers' group offloading of blocks waits for copies only if there is a module beside them.
+        self.beside_blocks = nn.Identity()
         self.gradient_checkpointing = False
 
     @classmethod
@@ -1667,8 +1672,8 @@ class TarFlowTransformer2DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Co
                 `inverse=True` descending. Default: all.
             inverse (`bool`, defaults to `False`): Map latents to data. No gradient flows through it.
             guidance_scale (`float`, defaults to 1.0):
-                Classifier-free guidance as in diffusers: 1.0 is off. All arguments from here to `output_report` need
-                `inverse=True`.
+                Classifier-free guidance as in diffusers: 1.0 and less is off. All arguments from here to
+                `output_report` need `inverse=True`.
             guidance_rule (`str`, defaults to `"linear"`): `"linear"` or `"product"`, see [`apply_guidance`].
             guidance_schedule (`str`, defaults to `"constant"`):
                 `"constant"`, or `"linear"`: guidance grows from nothing at the first token of the block's own order to

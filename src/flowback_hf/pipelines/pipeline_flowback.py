@@ -22,6 +22,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 import torch.nn.functional as F
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.models import AutoencoderKL, ModelMixin
@@ -29,6 +30,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import is_peft_available, load_image, logging
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import HFValidationError
 
 
 logger = logging.get_logger(__name__)
@@ -439,8 +441,8 @@ class FlowBackLoraLoaderMixin(SanaLoraLoaderMixin):
             kwargs: As in diffusers: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
         Raises:
             ImportError: if PEFT is not installed.
-            ValueError: if there is no such file, or it holds something else or an adapter of another flow. Nothing is
-                attached then.
+            OSError: if there is no such file.
+            ValueError: if it holds something else or an adapter of another flow. Nothing is attached then.
         """
         if not is_peft_available():
             raise ImportError(
@@ -464,7 +466,9 @@ class FlowBackLoraLoaderMixin(SanaLoraLoaderMixin):
         try:
             return self.lora_state_dict(source, **{"use_safetensors": True, **kwargs, "return_lora_metadata": True})
         except Exception as error:  # of the file system, of the network or of safetensors
-            raise ValueError(
+            # A path that does not exist is taken for a repository's id, and is not one.
+            kind = OSError if isinstance(error, OSError | HFValidationError) else ValueError
+            raise kind(
                 "`pretrained_model_name_or_path_or_dict` must be a folder, a file or a repository on the Hub that"
                 f" holds an adapter's safetensors, but {str(source)!r} cannot be read: {error}"
             ) from error
@@ -523,7 +527,7 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         Args:
             pipeline ([`FlowBackPipeline`] or [`FlowBackClassificationPipeline`]):
                 The pipeline whose components, class names and default guidance are used.
-            kwargs: Components and other arguments that replace those of `pipeline`.
+            kwargs: Components and other arguments that replace those of `pipeline`; a `dtype` to cast all of them to.
         Returns:
             The new pipeline.
         Raises:
@@ -534,9 +538,84 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
                 f"`pipeline` must be a pipeline of a flow, with a `transformer`, but is a {type(pipeline).__name__}."
             )
         # By themselves, diffusers passes on components of the annotated classes only, without their subclasses, and
-        # casts them to float32.
+        # casts all of them to one dtype.
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         components = {name: pipeline.components.get(name) for name in ("transformer", *cls._optional_components)}
-        return super().from_pipe(pipeline, **{**components, "dtype": pipeline.transformer.dtype, **kwargs})
+        names = ("id2label", "guidance_scale", "guidance_rule")
+        config = {name: pipeline.config[name] for name in names if name in pipeline.config}
+        new = cls(**{**components, **config, **kwargs})
+        new.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return new if dtype is None else new.to(dtype=dtype)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
+        """
+        Save the pipeline to a folder, as every diffusers pipeline does.
+
+        Args:
+            save_directory (`str`): The folder. It is created if it does not exist.
+            push_to_hub (`bool`, defaults to `False`):
+                Also publish, to the repository `repo_id` or, without one, to a repository with the folder's name.
+            args, kwargs:
+                Arguments of [`~diffusers.DiffusionPipeline.save_pretrained`], such as `max_shard_size`, and `repo_id`,
+                `commit_message`, `private`, `token`, `create_pr` and `license` of `push_to_hub`.
+        Raises:
+            ValueError: if a `variant` is to be published, which `push_to_hub` does not do.
+        """
+        if push_to_hub and kwargs.get("variant") is not None:
+            raise ValueError(
+                "`variant` must be left out with `push_to_hub`, which publishes the weights as they are, but is"
+                f" {kwargs['variant']!r}."
+            )
+        names = ("repo_id", "commit_message", "private", "token", "create_pr", "license")
+        publishing = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub:
+            repo_id = publishing.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, **publishing)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        *,
+        run_dir: str | os.PathLike | None = None,
+        license: str = "apache-2.0",
+        force: bool = False,
+    ) -> str:
+        """
+        Publish weights, code and a model card. The repository loads with this package and without it.
+
+        The repository is the same for [`FlowBackPipeline`] and [`FlowBackClassificationPipeline`]: either loads it.
+
+        Args:
+            repo_id (`str`): `"name"` in the token's own namespace, or `"organization/name"`.
+            commit_message (`str`, *optional*): The message of the commit. By default, "Upload FlowBackPipeline".
+            private (`bool`, *optional*): Create a private repository. If true, an existing public one is refused.
+            token (`str`, *optional*): A token with write access. By default, that of `hf auth login` or `HF_TOKEN`.
+            create_pr (`bool`, defaults to `False`): Open a pull request with the files instead of committing them.
+            run_dir (`str`, *optional*):
+                An output folder of `training/train_rra.py`, whose files fill the card. By default, the folder that the
+                pipeline was loaded from, if it is such a folder.
+            license (`str`, defaults to `"apache-2.0"`): The license of the weights, for the card's metadata.
+            force (`bool`, defaults to `False`): Replace the repository's model even if its configuration differs.
+        Returns:
+            `str`: the repository's address.
+        Raises:
+            ValueError: if there is no token, if the token may not write there, or if the repository holds another
+                model and `force` is false.
+            ImportError: if the package flowback_hf, which writes the card, is not installed.
+        """
+        try:
+            # An import statement here would make diffusers warn those who load this file without the package.
+            hub = importlib.import_module("flowback_hf.hub")
+        except ImportError as error:
+            raise ImportError("Publishing a flow with its code and card needs the package flowback_hf.") from error
+        return hub.push_to_hub(
+            self, repo_id, commit_message, private, token, create_pr, run_dir=run_dir, license=license, force=force
+        )
 
     def compile(self):
         """
@@ -804,8 +883,12 @@ class FlowBackPipelineMixin(FlowBackLoraLoaderMixin):
         sample = self.image_processor.normalize(pixels.to(device, dtype))
         if self.vae is None:
             return sample
-        posterior = self.vae.encode(sample.to(self.vae.dtype)).latent_dist
-        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        encoded = self.vae.encode(sample.to(self.vae.dtype))
+        if hasattr(encoded, "latents"):  # AutoencoderTiny
+            latents = encoded.latents
+        else:
+            posterior = encoded.latent_dist
+            latents = posterior.mode() if generator is None else posterior.sample(generator)
         return scale_latents(latents.to(dtype), self.vae.config)
 
 
@@ -815,7 +898,7 @@ class CallState:
     What a callback can ask a running call of [`FlowBackPipeline`], and what it can tell it.
 
     Args:
-        guidance_scale (`float`, defaults to 1.0): Read before every flow block. 1.0 is off.
+        guidance_scale (`float`, defaults to 1.0): Read before every flow block. 1.0 and less is off.
         num_timesteps (`int`, defaults to 0): The number of steps. A step inverts one flow block.
         interrupt (`bool`, defaults to `False`): Whether to stop before the next block.
     """
@@ -924,72 +1007,6 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         super().__init__(transformer, vae, id2label, guidance_scale, guidance_rule)
         self.register_modules(reverse_transformer=reverse_transformer)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs):
-        """
-        Save the pipeline to a folder, as every diffusers pipeline does.
-
-        Args:
-            save_directory (`str`): The folder. It is created if it does not exist.
-            push_to_hub (`bool`, defaults to `False`):
-                Also publish with [`~FlowBackPipeline.push_to_hub`], to the repository `repo_id` or, without one, to a
-                repository with the folder's name.
-            args, kwargs:
-                Arguments of [`~diffusers.DiffusionPipeline.save_pretrained`], such as `max_shard_size`, and `repo_id`,
-                `commit_message`, `private`, `token`, `create_pr` and `license` of [`~FlowBackPipeline.push_to_hub`].
-        Raises:
-            ValueError: if a `variant` is to be published, which `push_to_hub` does not do.
-        """
-        if push_to_hub and kwargs.get("variant") is not None:
-            raise ValueError(
-                "`variant` must be left out with `push_to_hub`, which publishes the weights as they are, but is"
-                f" {kwargs['variant']!r}."
-            )
-        names = ("repo_id", "commit_message", "private", "token", "create_pr", "license")
-        publishing = {name: kwargs.pop(name) for name in names if name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if push_to_hub:
-            repo_id = publishing.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            self.push_to_hub(repo_id, **publishing)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        run_dir: str | os.PathLike | None = None,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        license: str = "apache-2.0",
-        force: bool = False,
-    ) -> str:
-        """
-        Publish weights, code and a model card. The repository loads with this package and without it.
-
-        Args:
-            repo_id (`str`): `"name"` in the token's own namespace, or `"organization/name"`.
-            run_dir (`str`, *optional*):
-                An output folder of `training/train_rra.py`, whose files fill the card. By default, the folder that the
-                pipeline was loaded from, if it is such a folder.
-            commit_message (`str`, *optional*): The message of the commit. By default, "Upload FlowBackPipeline".
-            private (`bool`, *optional*): Create a private repository. If true, an existing public one is refused.
-            token (`str`, *optional*): A token with write access. By default, that of `hf auth login` or `HF_TOKEN`.
-            create_pr (`bool`, defaults to `False`): Open a pull request with the files instead of committing them.
-            license (`str`, defaults to `"apache-2.0"`): The license of the weights, for the card's metadata.
-            force (`bool`, defaults to `False`): Replace the repository's model even if its configuration differs.
-        Returns:
-            `str`: the repository's address.
-        Raises:
-            ValueError: if there is no token, if the token may not write there, or if the repository holds another
-                model and `force` is false.
-            ImportError: if the package flowback_hf, which writes the card, is not installed.
-        """
-        try:
-            # An import statement here would make diffusers warn those who load this file without the package.
-            hub = importlib.import_module("flowback_hf.hub")
-        except ImportError as error:
-            raise ImportError("Publishing a flow with its code and card needs the package flowback_hf.") from error
-        return hub.push_to_hub(self, repo_id, run_dir, commit_message, private, token, create_pr, license, force)
-
     def save_class_embeddings(self, save_directory: str | os.PathLike):
         """
         Save the flow's class tables and class names, beside an adapter that was trained with them.
@@ -1020,8 +1037,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 A folder or a repository on the Hub that holds `class_embed.safetensors`. It may have more classes.
             kwargs: As in diffusers: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`.
         Raises:
-            ValueError: if there is no such file, if its tables do not fit the flow, or if the flow is unconditional.
-                Nothing is replaced then.
+            OSError: if there is no such file.
+            ValueError: if its tables do not fit the flow, or if the flow is unconditional. Nothing is replaced then.
         """
         source, own = pretrained_model_name_or_path_or_dict, self._class_tables()
         tables, metadata = self._read_tensors(source, weight_name=CLASS_EMBED_FILE, **kwargs)
@@ -1139,7 +1156,7 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
                 holds class weights, which blend classes. With `None`, images are sampled without a class. An
                 unconditional flow takes `None` only.
             guidance_scale (`float`, *optional*, defaults to the pipeline's):
-                The strength of classifier-free guidance, at least 1.0, which turns it off. More guidance makes classes
+                The strength of classifier-free guidance. 1.0 and less turns it off. More guidance makes classes
                 more distinct and images less varied.
             guidance_rule (`str`, *optional*, defaults to the pipeline's):
                 `"linear"` (TARFlow's) or `"product"` (STARFlow's product of Gaussians).
@@ -1175,6 +1192,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             ValueError: if an argument is out of its range, before any work is done.
             OverflowError: if an image is not finite and `on_overflow` is `"raise"`.
         """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             class_labels,
             guidance_scale,
@@ -1491,12 +1510,12 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
         Raises:
             OverflowError: if an image is not finite and `on_overflow` is `"raise"`.
         """
+        if output_type != "latent" and self.vae is not None:
+            latents = unscale_latents(sample, self.vae.config)
+            sample = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         self._report_overflow(sample, on_overflow)
         if output_type == "latent":
             return sample
-        if self.vae is not None:
-            latents = unscale_latents(sample, self.vae.config)
-            sample = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(sample, output_type=output_type)
 
     def _report_overflow(self, sample: torch.Tensor, on_overflow: str):
@@ -1508,6 +1527,8 @@ class FlowBackPipeline(FlowBackPipelineMixin, DiffusionPipeline):
             f"Images {overflowed} of this call overflowed and are not finite. Try another seed, a smaller"
             " `guidance_scale` or `guidance_rule='product'`."
         )
+        if self.vae is not None and self.vae.dtype == torch.float16:
+            message += " If latents are finite (`output_type='latent'`), the VAE needs more than float16."
         if on_overflow == "raise":
             self.maybe_free_model_hooks()
             raise OverflowError(message)
