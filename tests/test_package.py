@@ -33,7 +33,7 @@ def documented_functions():
     """Every public function with arguments, and the docstring that holds them: the class's for a constructor."""
     for public in PUBLIC:
         for name, function in inspect.getmembers(public, inspect.isroutine):
-            own = getattr(function, "__qualname__", "").startswith(f"{public.__name__}.")
+            own = (getattr(function, "__module__", None) or "").startswith("flowback_hf")
             docstring = public.__doc__ if name == "__init__" else function.__doc__
             if own and "Args:" in (docstring or ""):
                 yield pytest.param(function, docstring, id=function.__qualname__)

@@ -5,6 +5,7 @@ import torch
 
 from flowback_hf import TarFlowTransformer2DModel
 from flowback_hf.data import ImageDataset, RowGenerator, add_noise, make_generator
+from flowback_hf.training import reverse
 
 
 def test_an_item_is_in_range_cropped_and_replaces_a_broken_one():
@@ -58,3 +59,5 @@ def test_a_generator_is_a_function_of_its_numbers():
 
     assert torch.equal(draw(1, 2), draw(1, 2))
     assert not torch.equal(draw(1, 2), draw(2, 1)) and not torch.equal(draw(1, 2), draw(1, 3))
+    assert torch.equal(draw(1, 2), draw(1, 2, 0))  # so that a purpose must not be the number of a step
+    assert min(reverse.STATISTICS, reverse.PAIRS) > 1e9 and reverse.STATISTICS != reverse.PAIRS

@@ -733,6 +733,10 @@ def test_the_progress_bar_counts_images(pipe, capsys):
         ({"images": []}, "`images` must hold at least one image, but are empty"),
         ({"images": [1, 2]}, "Image 0 must be a PIL image, an array, a tensor or a path, but is of type int"),
         ({"images": [torch.rand(3, 4, 4), torch.rand(3, 4, 4) - 2]}, r"Image 1 must hold floats in \[0, 1\] or uint8"),
+        *[
+            ({"images": [np.zeros((4, 4, 3)), np.zeros((4, 4, 3), dtype)]}, r"Image 1 must hold floats in \[0, 1\] or")
+            for dtype in ("uint16", "complex64", ">f4", "object")
+        ],
         ({"images": torch.ones(1, 3, 4, 4, dtype=torch.int64)}, "or uint8, but holds torch.int64 from 1 to 1"),
         ({"images": torch.rand(2, 5, 4, 4)}, r"Image 0 must have 1 or 3 channels, but its shape is \(5, 4, 4\)"),
         ({"images": ["nowhere.png"]}, "Image 0, 'nowhere.png', cannot be read"),

@@ -17,7 +17,7 @@ def make_generator(*entropy: int, device: torch.device | str = "cpu") -> torch.G
     Whoever knows the numbers repeats the noise: resuming needs no random state.
 
     Args:
-        entropy (`int`): Any non-negative numbers.
+        entropy (`int`): Any non-negative numbers. Zeros at the end make no difference.
         device (`torch.device`, defaults to the CPU): Where it draws.
     """
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)

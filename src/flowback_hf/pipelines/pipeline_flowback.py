@@ -30,7 +30,6 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import is_peft_available, load_image, logging
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub.errors import HFValidationError
 
 
 logger = logging.get_logger(__name__)
@@ -275,7 +274,12 @@ def array_to_pixels(image: Any, number: int) -> torch.Tensor:
         pixels = image.detach().cpu()
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels
     elif hasattr(image, "__array__"):
-        pixels = torch.from_numpy(image.__array__().copy())  # torch has no negative strides, as of a mirrored array
+        try:
+            pixels = torch.from_numpy(
+                image.__array__().copy()
+            )  # torch has no negative strides, as of a mirrored array
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Image {number} must hold floats in [0, 1] or uint8, but {error}") from error
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(-1, 0)
     else:
         raise ValueError(
@@ -287,7 +291,9 @@ def array_to_pixels(image: Any, number: int) -> torch.Tensor:
         raise ValueError(f"Image {number} must have pixels, but its shape is {tuple(image.shape)}.")
     if pixels.dtype == torch.uint8:
         pixels = pixels.float() / 255
-    if not pixels.is_floating_point() or not ((pixels >= 0) & (pixels <= 1)).all():
+    if not pixels.is_floating_point():
+        raise ValueError(f"Image {number} must hold floats in [0, 1] or uint8, but holds {pixels.dtype}.")
+    if not ((pixels >= 0) & (pixels <= 1)).all():
         raise ValueError(
             f"Image {number} must hold floats in [0, 1] or uint8, but holds {pixels.dtype} from {pixels.min():.3g} to"
             f" {pixels.max():.3g}."
@@ -466,8 +472,8 @@ class FlowBackLoraLoaderMixin(SanaLoraLoaderMixin):
         try:
             return self.lora_state_dict(source, **{"use_safetensors": True, **kwargs, "return_lora_metadata": True})
         except Exception as error:  # of the file system, of the network or of safetensors
-            # A path that does not exist is taken for a repository's id, and is not one.
-            kind = OSError if isinstance(error, OSError | HFValidationError) else ValueError
+            # ValueError is of a path that does not exist, and is no repository's id either.
+            kind = OSError if isinstance(error, OSError | ValueError) else ValueError
             raise kind(
                 "`pretrained_model_name_or_path_or_dict` must be a folder, a file or a repository on the Hub that"
                 f" holds an adapter's safetensors, but {str(source)!r} cannot be read: {error}"

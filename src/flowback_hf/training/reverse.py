@@ -53,8 +53,9 @@ PAIRS_PER_FILE = 256
 # The share of a batch that is replaced by pairs of the sampler
 SAMPLED_SHARE = {"data": 0.0, "sampler": 1.0, "both": 0.5}
 NUM_STATISTICS_IMAGES = 512
-# Besides the trainer's seed, what random numbers are for
-STATISTICS, PAIRS = 1, 2
+# Besides the trainer's seed, what random numbers are for. The numbers of steps, which seed the noise of training, are
+# far from these.
+STATISTICS, PAIRS = 2**32 - 1, 2**32 - 2
 
 
 # What the flags build
