@@ -291,12 +291,13 @@ def array_to_pixels(image: Any, number: int) -> torch.Tensor:
         raise ValueError(f"Image {number} must have pixels, but its shape is {tuple(image.shape)}.")
     if pixels.dtype == torch.uint8:
         pixels = pixels.float() / 255
-    if not pixels.is_floating_point():
+    if pixels.is_complex():
         raise ValueError(f"Image {number} must hold floats in [0, 1] or uint8, but holds {pixels.dtype}.")
-    if not ((pixels >= 0) & (pixels <= 1)).all():
+    if not pixels.is_floating_point() or not ((pixels >= 0) & (pixels <= 1)).all():
+        values = pixels.double()
         raise ValueError(
-            f"Image {number} must hold floats in [0, 1] or uint8, but holds {pixels.dtype} from {pixels.min():.3g} to"
-            f" {pixels.max():.3g}."
+            f"Image {number} must hold floats in [0, 1] or uint8, but holds {pixels.dtype} from {values.min():.3g} to"
+            f" {values.max():.3g}."
         )
     return pixels
 
