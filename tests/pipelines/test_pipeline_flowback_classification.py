@@ -1,6 +1,7 @@
 import doctest
 import inspect
 import io
+import json
 import math
 import warnings
 
@@ -644,11 +645,10 @@ def test_a_reference_that_does_not_vary_is_refused(pipe, reference):
 # Repositories, latent flows, offloading
 
 
-def test_the_same_repository_serves_sampling_and_classification(randomised_model, tmp_path, caplog):
+def test_the_same_repository_serves_sampling_and_classification(randomised_model, tmp_path, library_log):
     sampler = FlowBackPipeline(randomised_model().float(), id2label=ID2LABEL, guidance_scale=1.5)
     sampler.save_pretrained(tmp_path / "sampler")
     classifier = FlowBackClassificationPipeline.from_pretrained(tmp_path / "sampler")
-    assert "not expected" not in caplog.text
     images = pil_images(2)
     expected = FlowBackClassificationPipeline.from_pipe(sampler)(images)
     assert classifier(images) == expected and expected[0][0]["label"] in ID2LABEL.values()
@@ -657,6 +657,12 @@ def test_the_same_repository_serves_sampling_and_classification(randomised_model
     assert FlowBackClassificationPipeline.from_pretrained(tmp_path / "classifier")(images) == expected
     again = FlowBackPipeline.from_pretrained(tmp_path / "classifier")
     assert again.config.guidance_scale == 1.5 and again.labels == sampler.labels
+
+    assert "not expected" not in library_log.text
+    index = json.loads((tmp_path / "classifier" / "model_index.json").read_text())
+    (tmp_path / "classifier" / "model_index.json").write_text(json.dumps(index | {"other_scale": 1.5}))
+    FlowBackClassificationPipeline.from_pretrained(tmp_path / "classifier")
+    assert "not expected" in library_log.text  # diffusers warns of any other setting
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
