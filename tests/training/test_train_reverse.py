@@ -235,7 +235,8 @@ def test_a_killed_run_goes_on_exactly(line, tmp_path):
         ({"supervision": "final"}, {"reconstruction"}, {}),
         ({"supervision": "data_space"}, {"hidden"}, {"through_data_space": True}),
         ({"no_denoising": True, "no_normalization": True}, {"hidden"}, {"denoises": False}),
-        ({"adaptive_power": 0.5, "adaptive_offset": 0.1, "hidden_weight": 0.3}, {"hidden"}, {}),
+        ({"hidden_weight": 0.3}, {"hidden"}, {}),
+        ({"adaptive_power": 1.0, "adaptive_offset": 1000.0, "hidden_weight": 0.3}, {"hidden"}, {}),
         ({"max_guidance_scale": 1.0}, {"hidden"}, {"max_guidance_scale": 1.0}),
         ({"patch_size": 2, "num_layers": 2, "attention_head_dim": 8}, {"hidden"}, {"patch_size": 2, "num_layers": 2}),
         (
@@ -256,8 +257,13 @@ def test_a_killed_run_goes_on_exactly(line, tmp_path):
 def test_options(train_reverse, line, tmp_path, options, logged, config):
     options = options | {"max_train_steps": 1}
     train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", **options)))
-    assert logged <= set(read_metrics(tmp_path / "run")[1])
-    assert ("hidden" in read_metrics(tmp_path / "run")[1]) == (options.get("supervision") != "final")
+    record = read_metrics(tmp_path / "run")[1]
+    assert logged <= set(record)
+    assert ("hidden" in record) == (options.get("supervision") != "final")
+    # next to so large an offset, all samples have the same adaptive weight
+    total = record["reconstruction"] + options.get("hidden_weight", 1.0) * record.get("hidden", 0.0)
+    rel = 1e-2 if "adaptive_offset" in options else 1e-5
+    assert record["loss"] * options.get("adaptive_offset", 1.0) == pytest.approx(total, rel=rel)
     pipeline = FlowBackPipeline.from_pretrained(tmp_path / "run")
     for name, value in config.items():
         assert pipeline.reverse_transformer.config[name] == value

@@ -12,11 +12,10 @@ import datasets
 import PIL.Image
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from flowback_hf import (
-    FlowBackPipeline,
-)
+from flowback_hf import FlowBackPipeline, TarFlowTransformer2DModel
 from flowback_hf.files import read_json_lines
 from flowback_hf.training import trainer
 from flowback_hf.training.checkpoints import is_sane, read_progress
@@ -159,25 +158,49 @@ def test_two_processes(arguments, tmp_path):
         ({"alignment_order": "exact"}, {"alignment", "neumann_growth/block1"}),
         ({"position_embedding": "rope", "activation_fn": "swiglu", "alignment_order": 1}, {"neumann_growth/block1"}),
         ({"alignment_blocks": [1], "alignment_layer": 1}, {"cosine_similarity/block1_layer1"}),
-        ({"gradient_checkpointing": True, "mixed_precision": "bf16"}, {"alignment"}),
         ({"scale_lr": True, "learning_rate": 1e-3, "lr_scheduler": "constant"}, {"loss"}),
         ({"unconditional": True, "label_column": "nothing", "validation_guidance_scale": 2.0}, {"alignment"}),
         ({"in_channels": 1, "num_layers": [1, 2], "use_ema": True}, {"alignment"}),
     ],
 )
 def test_options(train_rra, arguments, tmp_path, options, expected):
-    train_rra.main(train_rra.parse_args(arguments(output_dir=tmp_path / "run", max_train_steps=2, **options)))
+    train_rra.main(train_rra.parse_args(arguments(output_dir=tmp_path / "run", max_train_steps=3, **options)))
     metrics = read_metrics(tmp_path / "run")
     assert expected <= set(metrics[1])
     assert ("alignment" in metrics[1]) == (options.get("alignment") != "none")
+    # in the third step: the blocks of an untrained flow have no Jacobian, and the first step only warms up
+    growths = [metrics[3][name] for name in metrics[3] if name.startswith("neumann_growth")]
+    assert bool(growths) == ("alignment" not in options)
+    assert all((growth != 1) == ("alignment_order" in options) for growth in growths)
     pipeline = FlowBackPipeline.from_pretrained(tmp_path / "run")
     assert len(pipeline(num_images_per_prompt=2).images) == 2 and pipeline.config.guidance_scale == 1.0
     config = pipeline.transformer.config
     assert config.num_classes == (None if "unconditional" in options else 2)
-    for name, default in {"in_channels": 3, "position_embedding": "learned", "activation_fn": "gelu"}.items():
+    defaults = {"in_channels": 3, "num_layers": 2, "position_embedding": "learned", "activation_fn": "gelu"}
+    for name, default in defaults.items():
         assert config[name] == options.get(name, default)
     if options.get("scale_lr"):
         assert metrics[1]["learning_rate"] == pytest.approx(1e-3 * 4)
+
+
+def test_checkpointing_and_half_precision_reach_the_flow(train_rra, arguments, tmp_path, monkeypatch):
+    def first_loss(name, **options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        line = arguments(output_dir=tmp_path / name, max_train_steps=1, **options)
+        train_rra.main(train_rra.parse_args(line))
+        return read_metrics(tmp_path / name)[1]["loss"]
+
+    checkpointed, enable = [], TarFlowTransformer2DModel.enable_gradient_checkpointing
+    monkeypatch.setattr(
+        TarFlowTransformer2DModel,
+        "enable_gradient_checkpointing",
+        lambda flow, *arguments: checkpointed.append(flow) or enable(flow, *arguments),
+    )
+    plain = first_loss("plain")
+    assert not checkpointed
+    assert first_loss("checkpointed", gradient_checkpointing=True) == plain and len(checkpointed) == 1
+    halved = first_loss("halved", mixed_precision="bf16")
+    assert 1e-6 < abs(halved - plain) < 0.01
 
 
 def test_projector_and_normalization_change_the_alignment_and_are_saved(train_rra, arguments, tmp_path):
