@@ -1,5 +1,3 @@
-import doctest
-import inspect
 import io
 import json
 import math
@@ -546,13 +544,6 @@ def test_noise_is_applied_as_in_training():
     assert not torch.equal(noisy, ((sample + 1) * 127.5 + uniform) / 128 - 1)
     with pytest.raises(ValueError, match="`noise_type` must be 'gaussian' or 'uniform', but is 'pink'"):
         apply_noise(sample, gaussian, "pink", 0.3)
-
-
-@pytest.mark.parametrize("function", [fit_image, apply_noise])
-def test_the_functions_docstring_examples_run(function):
-    docstring = inspect.getdoc(function).replace("```py", "").replace("```", "")
-    example = doctest.DocTestParser().get_doctest(docstring, {}, function.__name__, None, None)
-    assert example.examples and doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_grey_flows_take_coloured_images_and_the_other_way_round(randomised_model, pipe):
