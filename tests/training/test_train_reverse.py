@@ -3,11 +3,8 @@
 import dataclasses
 import functools
 import json
-import os
 import shutil
 import signal
-import subprocess
-import time
 from types import SimpleNamespace
 
 import datasets
@@ -26,9 +23,9 @@ from flowback_hf.training import TrainingArguments, check_run_folder, reverse, v
 from flowback_hf_cli import reverse_training, training
 
 from ..conftest import REPOSITORY, command_line, load_script, randomise_weights
-from ..drills.runs import start_group
+from ..drills.runs import start, start_group, wait_until
 from .test_sharding import FSDP, set_environment
-from .test_train_rra import LAUNCH, names, read_metrics
+from .test_train_rra import names, read_metrics
 
 
 SCRIPT = REPOSITORY / "training" / "train_reverse.py"
@@ -200,27 +197,19 @@ def test_a_killed_run_goes_on_exactly(line, tmp_path):
     """With pairs of the sampler, which are drawn once."""
     options = {"max_train_steps": 12, "gradient_accumulation_steps": 2, "random_flip": True, "validation_steps": 3}
     options |= {"pairs": "both", "num_sampled_pairs": 6, "sampled_guidance_scale": 1.5}
-    command = [*LAUNCH, "--num_processes", "1", str(SCRIPT)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-
-    def start(**more):
-        return subprocess.Popen([*command, *line(**options, **more)], start_new_session=True, **quiet)
-
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference, process = start(output_dir=whole), start(output_dir=killed)
-    deadline = time.monotonic() + 300
-    while not (killed / "checkpoint-4").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    reference = start(tmp_path / "log-whole", line(output_dir=whole, **options), script=SCRIPT)
+    process = start(tmp_path / "log-killed", line(output_dir=killed, **options), script=SCRIPT)
+    wait_until(lambda: (killed / "checkpoint-4").exists(), process)
+    process.kill()
     assert not (killed / "model_index.json").exists(), "the run ended before it was killed"
     (pairs,) = (killed / reverse.PAIRS_FOLDER).iterdir()
     written = pairs.stat().st_mtime_ns
 
-    process = start(output_dir=killed, resume_from_checkpoint="latest")
-    assert process.wait(timeout=300) == 0 and reference.wait(timeout=300) == 0
+    resuming = line(output_dir=killed, resume_from_checkpoint="latest", **options)
+    process = start(tmp_path / "log-resumed", resuming, script=SCRIPT)
+    assert process.wait() == 0, process.log
+    assert reference.wait() == 0, reference.log
     expected, actual = state_of(whole), state_of(killed)
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():

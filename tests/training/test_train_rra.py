@@ -2,10 +2,8 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import datasets
@@ -22,6 +20,7 @@ from flowback_hf.training.checkpoints import is_sane, read_progress
 from flowback_hf.training.flow import add_classes
 
 from ..conftest import REPOSITORY, start_two_processes, write_images
+from ..drills.runs import assert_same_run, start, wait_until
 
 
 LAUNCH = [
@@ -106,31 +105,18 @@ def test_a_launched_run_leaves_a_pipeline_metrics_and_pictures(arguments, tmp_pa
 def test_a_killed_run_goes_on_exactly(arguments, tmp_path):
     # 5 batches an epoch, 2 batches a step: the kill comes in the middle of the third epoch
     options = {"max_train_steps": 16, "gradient_accumulation_steps": 2, "random_flip": True, "validation_steps": 3}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference = launch(arguments(output_dir=whole, **options), **quiet)
-
-    process = launch(arguments(output_dir=killed, **options), **quiet)
-    deadline = time.monotonic() + 300
-    while not (killed / "checkpoint-6").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    reference = start(tmp_path / "log-whole", arguments(output_dir=whole, **options))
+    process = start(tmp_path / "log-killed", arguments(output_dir=killed, **options))
+    wait_until(lambda: (killed / "checkpoint-6").exists(), process)
+    process.kill()
     assert not (killed / "model_index.json").exists(), "the run ended before it was killed"
 
-    process = launch(arguments(output_dir=killed, resume_from_checkpoint="latest", **options), **quiet)
-    assert process.wait(timeout=300) == 0 and reference.wait(timeout=300) == 0
-    expected, actual = state_of(whole), state_of(killed)
-    assert expected.keys() == actual.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(actual[name], tensor), name
-    timeless = [
-        [{name: value for name, value in record.items() if name != "images_per_second"} for record in records]
-        for records in (read_metrics(whole), read_metrics(killed))
-    ]
-    assert timeless[0] == timeless[1]
-    assert names(whole) == names(killed) and names(whole / "samples") == names(killed / "samples")
+    line = arguments(output_dir=killed, resume_from_checkpoint="latest", **options)
+    process = start(tmp_path / "log-resumed", line)
+    assert process.wait() == 0, process.log
+    assert reference.wait() == 0, reference.log
+    assert_same_run(killed, whole)
 
 
 def test_two_processes(arguments, tmp_path):
