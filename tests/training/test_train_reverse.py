@@ -197,10 +197,11 @@ def test_a_killed_run_goes_on_exactly(line, tmp_path):
     """With pairs of the sampler, which are drawn once."""
     options = {"max_train_steps": 12, "gradient_accumulation_steps": 2, "random_flip": True, "validation_steps": 3}
     options |= {"pairs": "both", "num_sampled_pairs": 6, "sampled_guidance_scale": 1.5}
+    options |= {"checkpointing_steps": 5}  # checkpoint-5 is in the middle of an epoch
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     reference = start(tmp_path / "log-whole", line(output_dir=whole, **options), script=SCRIPT)
     process = start(tmp_path / "log-killed", line(output_dir=killed, **options), script=SCRIPT)
-    wait_until(lambda: (killed / "checkpoint-4").exists(), process)
+    wait_until(lambda: (killed / "checkpoint-5").exists(), process)
     process.kill()
     assert not (killed / "model_index.json").exists(), "the run ended before it was killed"
     (pairs,) = (killed / reverse.PAIRS_FOLDER).iterdir()

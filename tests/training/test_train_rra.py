@@ -103,12 +103,13 @@ def test_a_launched_run_leaves_a_pipeline_metrics_and_pictures(arguments, tmp_pa
 
 
 def test_a_killed_run_goes_on_exactly(arguments, tmp_path):
-    # 5 batches an epoch, 2 batches a step: the kill comes in the middle of the third epoch
+    # 5 batches an epoch, 2 batches a step: checkpoint-5 is in the middle of the third epoch
     options = {"max_train_steps": 16, "gradient_accumulation_steps": 2, "random_flip": True, "validation_steps": 3}
+    options |= {"checkpointing_steps": 5}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     reference = start(tmp_path / "log-whole", arguments(output_dir=whole, **options))
     process = start(tmp_path / "log-killed", arguments(output_dir=killed, **options))
-    wait_until(lambda: (killed / "checkpoint-6").exists(), process)
+    wait_until(lambda: (killed / "checkpoint-5").exists(), process)
     process.kill()
     assert not (killed / "model_index.json").exists(), "the run ended before it was killed"
 
