@@ -9,11 +9,13 @@ from pathlib import Path
 from types import ModuleType
 
 import datasets
+import diffusers
 import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
@@ -144,6 +146,17 @@ def fresh_accelerator():
     """Accelerate's state is one a process: a test that makes an Accelerator would decide for all that follow."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def library_log(caplog):
+    """The log with what diffusers and transformers say: their loggers do not propagate, so `caplog` misses it."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    for library in libraries:
+        library.add_handler(caplog.handler)
+    yield caplog
+    for library in libraries:
+        library.remove_handler(caplog.handler)
 
 
 @pytest.fixture

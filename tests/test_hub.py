@@ -1,6 +1,4 @@
-import doctest
 import importlib.util
-import inspect
 import json
 import os
 import subprocess
@@ -304,12 +302,6 @@ def test_a_folder_without_a_pipeline_is_named(tmp_path):
     message = f"`--pretrained_model_name_or_path` must be a folder .* there is no model_index.json in {tmp_path}"
     with pytest.raises(ValueError, match=message):
         load_pipeline(FlowBackPipeline, tmp_path, "--pretrained_model_name_or_path")
-
-
-def test_the_docstring_example_runs():
-    docstring = inspect.getdoc(load_pipeline).replace("```py", "").replace("```", "")
-    example = doctest.DocTestParser().get_doctest(docstring, {}, "load_pipeline", None, None)
-    assert example.examples and doctest.DocTestRunner().run(example).failed == 0
 
 
 # Bad input

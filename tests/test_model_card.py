@@ -1,5 +1,3 @@
-import doctest
-import inspect
 import json
 
 import huggingface_hub
@@ -170,9 +168,3 @@ def test_an_edited_card_is_told_from_a_written_one(run_dir):
 def test_cards_signed_under_the_modules_earlier_name_count_as_written():
     card = sign("# A card").replace("model_card.py", "hub.py")
     assert "written by hub.py" in card and is_as_written(card)
-
-
-def test_the_docstring_example_runs():
-    docstring = inspect.getdoc(render_model_card).replace("```py", "").replace("```", "")
-    example = doctest.DocTestParser().get_doctest(docstring, {}, "render_model_card", None, None)
-    assert example.examples and doctest.DocTestRunner().run(example).failed == 0

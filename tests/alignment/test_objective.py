@@ -412,14 +412,27 @@ def test_nll_is_log_prob_per_dimension(flow, batch):
 
 
 def test_max_log_scale_and_growth_are_reported(flow, batch):
-    output = make_objective(flow, "reverse", 1)(**batch)
-    states = block_inputs(flow, batch)
+    objective = make_objective(flow, "reverse", 1)
+    output, states = objective(**batch), block_inputs(flow, batch)
     expected = max(
         block(state, batch["class_labels"]).log_scale.abs().max() for block, state in zip(flow.blocks, states)
     )
     torch.testing.assert_close(output.max_log_scale, expected, rtol=0, atol=1e-14)
     assert sorted(output.neumann_growth) == [2, 3, 4]
-    assert all(growth != 1 for growth in output.neumann_growth.values())
+    cotangent = 0.0
+    for number in (2, 3, 4):
+        block_input, latents = states[number - 1].detach().requires_grad_(), states[number].detach()
+        block = flow.blocks[number - 1](block_input, batch["class_labels"])
+        hidden_states = hidden_states_at(objective, number, block_input, batch)
+        if hidden_states:
+            cosines = -len(hidden_states) * alignment_of(objective, hidden_states, batch["teacher_features"])
+            cotangent = cotangent - torch.autograd.grad(cosines, block_input)[0]
+        inverse = block.shift + torch.exp(block.log_scale) * latents
+        once_repeated = cotangent + torch.autograd.grad(inverse, block_input, cotangent)[0]
+        growth = once_repeated.norm() / cotangent.norm()
+        assert abs(growth - 1) > 1e-3
+        torch.testing.assert_close(output.neumann_growth[number], growth, rtol=0, atol=1e-10)
+        cotangent = torch.exp(block.log_scale.detach()) * once_repeated
     first_order = make_objective(flow, "reverse", 0)(**batch).neumann_growth
     assert all(growth == 1 for growth in first_order.values())
 

@@ -191,6 +191,10 @@ def test_pairs_of_the_sampler_are_learned_as_they_are(make_objective, clean, noi
     # the other pairs may teach guidance at the same time
     both = objective(clean, noisy, labels, SCALES, sampled, guidance).loss
     assert (both - output.loss).abs() > 1e-5
+    # whose scales count, and not those of pairs of the sampler
+    for rows, counts in ((sampled, False), (~sampled, True)):
+        other = objective(clean, noisy, labels, torch.where(rows, 2.25, SCALES), sampled, guidance).loss
+        assert torch.equal(other, both) != counts
 
 
 def test_no_gradient_reaches_flow_and_teacher_and_every_weight_of_the_model_has_one(make_objective, clean, noisy):

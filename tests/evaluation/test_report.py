@@ -1,37 +1,16 @@
 import contextlib
-import doctest
-import inspect
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from flowback_hf import ablation, evaluation
-from flowback_hf.ablation import report as ablation_report
+from flowback_hf import ablation, evaluation, metrics
 from flowback_hf.evaluation import Level, ProbeCurve, draw_linear_probes, markdown, parts
 from flowback_hf.evaluation import report as evaluation_report
 from flowback_hf.reporting import figure_file
 
 
-PUBLIC = {
-    f"{module.__name__}.{name}": getattr(module, name)
-    for module in (evaluation, ablation)
-    for name in module.__all__
-    if ">>>" in (getattr(module, name).__doc__ or "")
-}
-PUBLIC["flowback_hf.ablation.report.format_figure"] = ablation_report.format_figure
-
-
-@pytest.mark.parametrize("name", PUBLIC)
-def test_examples_run(name):
-    # The closing fence of an example would be read as its expected output.
-    docstring = inspect.getdoc(PUBLIC[name]).replace("```py", "").replace("```", "")
-    example = doctest.DocTestParser().get_doctest(docstring, {}, name, None, None)
-    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
-    assert example.examples and runner.run(example).failed == 0
-
-
-@pytest.mark.parametrize("module", [evaluation, ablation])
+@pytest.mark.parametrize("module", [evaluation, ablation, metrics])
 def test_whatever_is_public_is_documented(module):
     assert all(getattr(module, name).__doc__ for name in module.__all__)
 

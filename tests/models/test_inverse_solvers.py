@@ -356,6 +356,33 @@ def test_auto_without_a_profile_stops_sweeping_if_sweeps_settle_too_few_tokens(r
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
 
 
+def test_auto_sweeps_windows_of_the_given_size_where_sweeps_pay(randomised_model, monkeypatch):
+    model = randomised_model(sample_size=8)
+    latents, class_labels = noise(model), torch.tensor([2, -1, 4])
+    sizes, sweep_window = [], transformer_tarflow.sweep_window
+
+    def recorded(block, state, last, window_size, *arguments):
+        sizes.append(window_size)
+        return sweep_window(block, state, last, window_size, *arguments)
+
+    for block in model.blocks:
+        monkeypatch.setattr(block, "sweep_window", recorded)
+
+    def used(**options):
+        sizes.clear()
+        sample = model(latents, class_labels, inverse=True, **options).sample
+        assert_close(sample, expected, atol=1e-9)
+        return set(sizes)
+
+    expected = model(latents, class_labels, inverse=True, solver="sequential").sample
+    for profile in (None, model.profile_inverse(latents, class_labels)):
+        model.register_to_config(inverse_profile=profile)
+        monkeypatch.setitem(STEP_COSTS, "cpu", {False: StepCosts(1e9, 1, 1e9)})  # rows cost nothing
+        assert used(window_size=5) == {5} and 5 not in used()
+        monkeypatch.setitem(STEP_COSTS, "cpu", {False: StepCosts(0, 1, 0)})  # only rows cost
+        assert used(window_size=5) == set()
+
+
 def test_profile_counts_the_sweeps_that_the_report_counts(randomised_model, monkeypatch):
     model = randomised_model(sample_size=8)
     latents, class_labels = noise(model), torch.tensor([2, -1, 4])

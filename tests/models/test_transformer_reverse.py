@@ -209,6 +209,7 @@ def test_a_variant_is_saved_beside_the_weights_and_shards_are_small(
 ):
     model = random_reverse_transformer().float()
     model.add_heads()
+    model.heads.std.copy_(torch.tensor([0.1, 0.2, 0.3]))  # which float16 rounds
     pipeline = FlowBackPipeline(randomised_model(num_blocks=3).float(), reverse_transformer=model)
     expected = model(noise.float(), LABELS["classes"], 2.0).sample
     pipeline.save_pretrained(tmp_path)
@@ -222,6 +223,7 @@ def test_a_variant_is_saved_beside_the_weights_and_shards_are_small(
     assert torch.equal(loaded(noise.float(), LABELS["classes"], 2.0).sample, expected)
     loaded.load_heads(tmp_path, variant="fp16")
     assert torch.equal(loaded.heads.std, model.heads.std.half())
+    assert not torch.equal(loaded.heads.std, model.heads.std)
 
     pipeline.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
     assert len(list((tmp_path / "sharded" / "reverse_transformer").glob("diffusion_*.safetensors"))) > 1
@@ -262,9 +264,14 @@ def test_precision_checkpointing_and_compilation(random_reverse_transformer, noi
         return [parameter.grad for parameter in model.parameters()]
 
     plain = gradients()
+    calls, layers = [], [layer for stage in model.stages for layer in stage.layers]
+    hooks = [layer.register_forward_pre_hook(lambda module, args: calls.append(module)) for layer in layers]
     model.enable_gradient_checkpointing()
     for checkpointed, gradient in zip(gradients(), plain, strict=True):
         assert_close(checkpointed, gradient, atol=1e-6)
+    assert sorted(map(calls.count, layers)) == [2] * len(layers)  # each ran again in the backward pass
+    for hook in hooks:
+        hook.remove()
     model.disable_gradient_checkpointing()
     model.compile_repeated_blocks(fullgraph=True)
     assert_close(model(noise, LABELS["classes"], 2.0).sample, expected, atol=1e-5)
@@ -274,9 +281,14 @@ def test_precision_checkpointing_and_compilation(random_reverse_transformer, noi
 
 
 def test_for_flow_takes_the_flows_sizes_and_is_no_larger(randomised_model):
-    flow = randomised_model(num_layers=[2, 2, 3])
+    flow = randomised_model(num_layers=[2, 3, 6], patch_size=1, mlp_ratio=3.0)
     model = TarFlowReverseTransformer2DModel.for_flow(flow, num_attention_heads=3, max_guidance_scale=2.0)
-    assert model.config.num_layers == 1 and model.config.num_attention_heads == 3 and len(model.stages) == 4
+    # 11 layers in four stages
+    assert [len(stage.layers) for stage in model.stages] == [2] * 4
+    sizes = {"num_layers": 2, "patch_size": 1, "mlp_ratio": 3.0, "attention_head_dim": 4, "num_attention_heads": 3}
+    assert sizes.items() <= model.config.items()
+    shallow = TarFlowReverseTransformer2DModel.for_flow(randomised_model(num_layers=1))
+    assert [len(stage.layers) for stage in shallow.stages] == [1] * 4
     assert model.config.flow_hash == hash_flow(flow)
     with pytest.raises(ValueError, match="`num_blocks` must be 3, as in the flow, but is 4"):
         TarFlowReverseTransformer2DModel.for_flow(flow, num_blocks=4)

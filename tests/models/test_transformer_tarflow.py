@@ -937,8 +937,8 @@ def precision_model(randomised_model, dtype, **architecture):
     return model, random_sample(model, dtype=torch.float32), torch.tensor([2, -1])
 
 
-def is_rounded_to_bfloat16(tensor):
-    return torch.equal(tensor, tensor.bfloat16().to(tensor.dtype))
+def is_rounded(tensor, *dtypes):
+    return any(torch.equal(tensor, tensor.to(dtype).to(tensor.dtype)) for dtype in dtypes)
 
 
 @each_architecture
@@ -958,7 +958,7 @@ def test_bfloat16_weights_compute_the_flow_in_float32(randomised_model, architec
         output = model.blocks[0](model.patchify(sample), class_labels, inverse=inverse)
         for value in (output.tokens, output.log_scale, output.shift):
             assert value.dtype == torch.float32
-            assert not is_rounded_to_bfloat16(value)
+            assert not is_rounded(value, torch.bfloat16)
 
 
 def test_bfloat16_sample_is_lifted_to_float32(randomised_model):
@@ -986,7 +986,7 @@ def test_autocast_computes_the_flow_in_float32(randomised_model):
     for output in blocks:
         for value in (output.tokens, output.log_scale, output.shift):
             assert value.dtype == torch.float32
-            assert not is_rounded_to_bfloat16(value)
+            assert not is_rounded(value, torch.bfloat16)
 
 
 def test_float64_model_samples_under_autocast(randomised_model):
@@ -1035,6 +1035,20 @@ def cast_layerwise(model, folder):
     return model
 
 
+def test_layerwise_casting_keeps_embeddings_norms_and_projections(randomised_model):
+    model = cast_layerwise(randomised_model().float(), None)
+    dtypes = {}
+    for block in model.blocks:
+        for name, parameter in block.named_parameters():
+            dtypes.setdefault(parameter.dtype, set()).add(name.removesuffix(".weight").removesuffix(".bias"))
+    assert dtypes == {
+        torch.float32: {"proj_in", "proj_out", "pos_embed", "class_embed", "layers.0.norm1", "layers.0.norm2"},
+        torch.float8_e4m3fn: {
+            "layers.0.attn.to_qkv", "layers.0.attn.to_out.0", "layers.0.ff.net.0.proj", "layers.0.ff.net.2",
+        },
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("position_embedding", ["learned", "rope"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("compress", [cast_layerwise, quantize_with_torchao, quantize_with_bitsandbytes])
@@ -1051,7 +1065,12 @@ def test_compressed_weights_compute_the_flow_in_float32(
         guided = model(encoded.sample, class_labels, inverse=True, guidance_scale=2.0, guidance_temperature=1.5)
     for output in (encoded, decoded, guided):
         assert output.sample.dtype == output.log_abs_det.dtype == torch.float32
-        assert not is_rounded_to_bfloat16(output.sample) and not is_rounded_to_bfloat16(output.log_abs_det)
+    for inverse in (False, True):
+        with torch.no_grad():
+            output = model.blocks[0](model.patchify(sample), class_labels, inverse=inverse)
+        for value in (output.tokens, output.log_scale, output.shift):
+            assert value.dtype == torch.float32
+            assert not is_rounded(value, torch.bfloat16, torch.float16)
     assert not torch.equal(encoded.sample, exact.sample)  # the weights are compressed
     assert_close(encoded.sample, exact.sample, atol=0.3)
     assert_close(decoded.sample, sample, atol=0.06)

@@ -1,5 +1,6 @@
 """Sampling with a learned inverse. Loading it from the Hub, with and without the package, is in tests/test_hub.py."""
 
+import json
 import threading
 
 import pytest
@@ -145,11 +146,16 @@ def test_saved_loaded_and_shared(make_pipe, tmp_path):
     assert torch.equal(sample(shared), sample(pipe, guidance_scale=2.0))
 
 
-def test_a_classifier_does_without_it(make_pipe, tmp_path, caplog):
+def test_a_classifier_does_without_it(make_pipe, tmp_path, library_log):
     pipe = make_pipe()
     pipe.save_pretrained(tmp_path)
     classifier = FlowBackClassificationPipeline.from_pretrained(tmp_path)
-    assert set(classifier.components) == {"transformer", "vae"} and "not expected" not in caplog.text
+    assert set(classifier.components) == {"transformer", "vae"} and "not expected" not in library_log.text
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    unknown = {"other_transformer": index["reverse_transformer"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index | unknown))
+    FlowBackClassificationPipeline.from_pretrained(tmp_path)
+    assert "not expected" in library_log.text  # diffusers warns of any other component
     classifier = FlowBackClassificationPipeline.from_pipe(pipe)
     assert classifier.transformer is pipe.transformer and set(classifier.components) == {"transformer", "vae"}
     assert FlowBackPipeline.from_pipe(classifier).reverse_transformer is None

@@ -1,6 +1,5 @@
-import doctest
-import inspect
 import io
+import json
 import math
 import warnings
 
@@ -547,13 +546,6 @@ def test_noise_is_applied_as_in_training():
         apply_noise(sample, gaussian, "pink", 0.3)
 
 
-@pytest.mark.parametrize("function", [fit_image, apply_noise])
-def test_the_functions_docstring_examples_run(function):
-    docstring = inspect.getdoc(function).replace("```py", "").replace("```", "")
-    example = doctest.DocTestParser().get_doctest(docstring, {}, function.__name__, None, None)
-    assert example.examples and doctest.DocTestRunner().run(example).failed == 0
-
-
 def test_grey_flows_take_coloured_images_and_the_other_way_round(randomised_model, pipe):
     grey = make_pipe(randomised_model(in_channels=1))
     image = PIL.Image.new("RGB", (4, 4), (90, 90, 90))
@@ -644,11 +636,10 @@ def test_a_reference_that_does_not_vary_is_refused(pipe, reference):
 # Repositories, latent flows, offloading
 
 
-def test_the_same_repository_serves_sampling_and_classification(randomised_model, tmp_path, caplog):
+def test_the_same_repository_serves_sampling_and_classification(randomised_model, tmp_path, library_log):
     sampler = FlowBackPipeline(randomised_model().float(), id2label=ID2LABEL, guidance_scale=1.5)
     sampler.save_pretrained(tmp_path / "sampler")
     classifier = FlowBackClassificationPipeline.from_pretrained(tmp_path / "sampler")
-    assert "not expected" not in caplog.text
     images = pil_images(2)
     expected = FlowBackClassificationPipeline.from_pipe(sampler)(images)
     assert classifier(images) == expected and expected[0][0]["label"] in ID2LABEL.values()
@@ -657,6 +648,12 @@ def test_the_same_repository_serves_sampling_and_classification(randomised_model
     assert FlowBackClassificationPipeline.from_pretrained(tmp_path / "classifier")(images) == expected
     again = FlowBackPipeline.from_pretrained(tmp_path / "classifier")
     assert again.config.guidance_scale == 1.5 and again.labels == sampler.labels
+
+    assert "not expected" not in library_log.text
+    index = json.loads((tmp_path / "classifier" / "model_index.json").read_text())
+    (tmp_path / "classifier" / "model_index.json").write_text(json.dumps(index | {"other_scale": 1.5}))
+    FlowBackClassificationPipeline.from_pretrained(tmp_path / "classifier")
+    assert "not expected" in library_log.text  # diffusers warns of any other setting
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -3,11 +3,8 @@
 import dataclasses
 import functools
 import json
-import os
 import shutil
 import signal
-import subprocess
-import time
 from types import SimpleNamespace
 
 import datasets
@@ -26,9 +23,9 @@ from flowback_hf.training import TrainingArguments, check_run_folder, reverse, v
 from flowback_hf_cli import reverse_training, training
 
 from ..conftest import REPOSITORY, command_line, load_script, randomise_weights
-from ..drills.runs import start_group
+from ..drills.runs import start, start_group, wait_until
 from .test_sharding import FSDP, set_environment
-from .test_train_rra import LAUNCH, names, read_metrics
+from .test_train_rra import names, read_metrics
 
 
 SCRIPT = REPOSITORY / "training" / "train_reverse.py"
@@ -200,27 +197,20 @@ def test_a_killed_run_goes_on_exactly(line, tmp_path):
     """With pairs of the sampler, which are drawn once."""
     options = {"max_train_steps": 12, "gradient_accumulation_steps": 2, "random_flip": True, "validation_steps": 3}
     options |= {"pairs": "both", "num_sampled_pairs": 6, "sampled_guidance_scale": 1.5}
-    command = [*LAUNCH, "--num_processes", "1", str(SCRIPT)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-
-    def start(**more):
-        return subprocess.Popen([*command, *line(**options, **more)], start_new_session=True, **quiet)
-
+    options |= {"checkpointing_steps": 5}  # checkpoint-5 is in the middle of an epoch
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference, process = start(output_dir=whole), start(output_dir=killed)
-    deadline = time.monotonic() + 300
-    while not (killed / "checkpoint-4").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    reference = start(tmp_path / "log-whole", line(output_dir=whole, **options), script=SCRIPT)
+    process = start(tmp_path / "log-killed", line(output_dir=killed, **options), script=SCRIPT)
+    wait_until(lambda: (killed / "checkpoint-5").exists(), process)
+    process.kill()
     assert not (killed / "model_index.json").exists(), "the run ended before it was killed"
     (pairs,) = (killed / reverse.PAIRS_FOLDER).iterdir()
     written = pairs.stat().st_mtime_ns
 
-    process = start(output_dir=killed, resume_from_checkpoint="latest")
-    assert process.wait(timeout=300) == 0 and reference.wait(timeout=300) == 0
+    resuming = line(output_dir=killed, resume_from_checkpoint="latest", **options)
+    process = start(tmp_path / "log-resumed", resuming, script=SCRIPT)
+    assert process.wait() == 0, process.log
+    assert reference.wait() == 0, reference.log
     expected, actual = state_of(whole), state_of(killed)
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
@@ -235,7 +225,8 @@ def test_a_killed_run_goes_on_exactly(line, tmp_path):
         ({"supervision": "final"}, {"reconstruction"}, {}),
         ({"supervision": "data_space"}, {"hidden"}, {"through_data_space": True}),
         ({"no_denoising": True, "no_normalization": True}, {"hidden"}, {"denoises": False}),
-        ({"adaptive_power": 0.5, "adaptive_offset": 0.1, "hidden_weight": 0.3}, {"hidden"}, {}),
+        ({"hidden_weight": 0.3}, {"hidden"}, {}),
+        ({"adaptive_power": 1.0, "adaptive_offset": 1000.0, "hidden_weight": 0.3}, {"hidden"}, {}),
         ({"max_guidance_scale": 1.0}, {"hidden"}, {"max_guidance_scale": 1.0}),
         ({"patch_size": 2, "num_layers": 2, "attention_head_dim": 8}, {"hidden"}, {"patch_size": 2, "num_layers": 2}),
         (
@@ -256,8 +247,13 @@ def test_a_killed_run_goes_on_exactly(line, tmp_path):
 def test_options(train_reverse, line, tmp_path, options, logged, config):
     options = options | {"max_train_steps": 1}
     train_reverse.main(train_reverse.parse_args(line(output_dir=tmp_path / "run", **options)))
-    assert logged <= set(read_metrics(tmp_path / "run")[1])
-    assert ("hidden" in read_metrics(tmp_path / "run")[1]) == (options.get("supervision") != "final")
+    record = read_metrics(tmp_path / "run")[1]
+    assert logged <= set(record)
+    assert ("hidden" in record) == (options.get("supervision") != "final")
+    # next to so large an offset, all samples have the same adaptive weight
+    total = record["reconstruction"] + options.get("hidden_weight", 1.0) * record.get("hidden", 0.0)
+    rel = 1e-2 if "adaptive_offset" in options else 1e-5
+    assert record["loss"] * options.get("adaptive_offset", 1.0) == pytest.approx(total, rel=rel)
     pipeline = FlowBackPipeline.from_pretrained(tmp_path / "run")
     for name, value in config.items():
         assert pipeline.reverse_transformer.config[name] == value

@@ -53,14 +53,18 @@ def test_it_returns_the_pipeline_that_it_saves(make_trainer, tmp_path):
 
 
 def test_it_goes_on_where_it_was_and_refuses_other_arguments(make_trainer, tmp_path):
-    make_trainer("whole").fit()
-    make_trainer(max_train_steps=2).fit()  # a shorter run of another schedule is not what would have been
+    make_trainer(max_train_steps=2).fit()
+    before = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     with pytest.raises(ValueError, match="already holds a run: add --resume_from_checkpoint latest"):
         make_trainer()
     with pytest.raises(ValueError, match=r"--adam_beta2 \(0.95 then, 0.5 now\)"):
         make_trainer(adam_beta2=0.5, resume_from_checkpoint="latest")
     trainer = make_trainer(resume_from_checkpoint="latest")
     trainer.fit()
+    # no step is repeated: the speeds of the first ones would not be
+    records = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in before] == [0, 1, 2, 2] and records[:4] == before
+    assert [record["step"] for record in records[4:]] == [3, 4, 4]
     assert trainer.global_step == 4 and (tmp_path / "run" / "checkpoint-4").exists()
 
 
