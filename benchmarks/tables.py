@@ -514,6 +514,8 @@ def ablation_differences() -> Table:
 
 # Classification
 
+CLASSIFICATION_METHODS = {"gradient": "one gradient", "ascent": "ascent", "shortlist": "shortlist", "bayes": "Bayes"}
+
 
 @table("classification-cost")
 def classification_cost() -> Table:
@@ -536,20 +538,40 @@ def classification_accuracy_shapes() -> Table:
     return classification_accuracy(["classification_accuracy_shapes_none", "classification_accuracy_shapes_reverse"])
 
 
-def classification_accuracy(reports: list[str]) -> Table:
-    """Accuracy by method, of reports with the same options."""
-    methods = {"gradient": "one gradient", "ascent": "ascent", "shortlist": "shortlist", "bayes": "Bayes"}
+@table("classification-accuracy-glyphs")
+def classification_accuracy_glyphs() -> Table:
+    """Means over the seeds of an alignment, a report each."""
+    reports = [file.stem for file in sorted((REPOSITORY / RESULTS).glob("classification_accuracy_glyphs_*.json"))]
     rows, header = [], []
     for report in reports:
         results = read(report)["results"]
-        header = [methods["gradient"], f"ascent, {results['num_steps']} steps"]
-        header += [f"shortlist of {results['shortlist_size']}", methods["bayes"]]
+        header = classification_header(results)
+        for draws in dict.fromkeys(case["num_noise_draws"] for case in results["methods"]):
+            cases = [case for case in results["methods"] if case["num_noise_draws"] == draws]
+            of_methods = [[c["accuracy"] for c in cases if c["method"] == method] for method in CLASSIFICATION_METHODS]
+            accuracies = [mean_and_error(over_seeds(accuracy), 1, 100) for accuracy in of_methods]
+            name = report.removeprefix("classification_accuracy_glyphs_")
+            rows.append([f"`{name}`", str(len(of_methods[0])), str(draws), *accuracies])
+    return Table(["flow", "seeds", "noise draws", *(f"{name}, %" for name in header)], rows, reports)
+
+
+def classification_header(results: dict[str, Any]) -> list[str]:
+    header = [CLASSIFICATION_METHODS["gradient"], f"ascent, {results['num_steps']} steps"]
+    return [*header, f"shortlist of {results['shortlist_size']}", CLASSIFICATION_METHODS["bayes"]]
+
+
+def classification_accuracy(reports: list[str]) -> Table:
+    """Accuracy by method, of reports with the same options."""
+    rows, header = [], []
+    for report in reports:
+        results = read(report)["results"]
+        header = classification_header(results)
         cases: dict[tuple[str, int], dict[str, float]] = {}
         for case in results["methods"]:
             cases.setdefault((case["flow"], case["num_noise_draws"]), {})[case["method"]] = case["accuracy"]
         for (flow, draws), accuracy in cases.items():
             row = [flow.replace("_", ", "), str(results["num_images"]), str(draws)]
-            rows.append([*row, *(percent(accuracy[method]) for method in methods)])
+            rows.append([*row, *(percent(accuracy[method]) for method in CLASSIFICATION_METHODS)])
     return Table(["flow", "images", "noise draws", *header], rows, reports)
 
 
