@@ -95,8 +95,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def draw(cases: list[dict[str, Any]], path: Path):
+    learned, *exact = cases
+    path.parent.mkdir(parents=True, exist_ok=True)
     with figure_file(path, figsize=(5, 3.2)) as (_, [[axis]]):
-        learned, *exact = cases
         axis.plot(
             [case["num_evaluations"] for case in exact],
             [case["frechet_distance"] for case in exact],
@@ -113,7 +114,6 @@ def draw(cases: list[dict[str, Any]], path: Path):
             side.set_major_formatter("{x:g}")
             side.set_minor_formatter("")
         axis.legend(frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def main(args: argparse.Namespace, arguments: list[str] | None = None):

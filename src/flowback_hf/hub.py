@@ -116,17 +116,17 @@ def is_repo_id(name: str) -> bool:
 def push_to_hub(
     pipeline: pipeline_flowback.FlowBackPipelineMixin,
     repo_id: str,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: str | None = None,
-    create_pr: bool = False,
+    commit_message: str | None,
+    private: bool | None,
+    token: str | None,
+    create_pr: bool,
     *,
-    run_dir: str | os.PathLike | None = None,
-    license: str = "apache-2.0",
-    force: bool = False,
+    run_dir: str | os.PathLike | None,
+    license: str,
+    force: bool,
 ) -> str:
     """
-    Publish a pipeline. [`FlowBackPipeline.push_to_hub`] calls this and documents the arguments.
+    Publish a pipeline. [`FlowBackPipeline.push_to_hub`] calls this, and documents the arguments and their defaults.
 
     It uploads weights, configurations, code, a sample grid and the card, and nothing else. It never overwrites a card
     that a person edited: an edited card on the Hub stays, and one in the run's folder is published as it is. Otherwise

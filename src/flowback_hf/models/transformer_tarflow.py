@@ -11,7 +11,7 @@ import math
 import numbers
 import os
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -425,10 +425,9 @@ def check_guidance(guidance: Guidance, inverse: bool, is_conditional: bool):
     if guidance.schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"`guidance_schedule` must be one of {GUIDANCE_SCHEDULES}, but is {guidance.schedule!r}.")
     if not inverse and guidance != Guidance():
-        values = {field.name: getattr(guidance, field.name) for field in fields(guidance)}
-        name = next(name for name, value in values.items() if value != getattr(Guidance(), name))
+        name, value = next(item for item in vars(guidance).items() if item not in vars(Guidance()).items())
         raise ValueError(
-            f"`guidance_{name}` is for `inverse=True`, but is {values[name]!r} with `inverse=False`: guidance changes"
+            f"`guidance_{name}` is for `inverse=True`, but is {value!r} with `inverse=False`: guidance changes"
             " how latents become data, not the density of the data."
         )
     if not guidance.is_on:

@@ -275,9 +275,8 @@ def array_to_pixels(image: Any, number: int) -> torch.Tensor:
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels
     elif hasattr(image, "__array__"):
         try:
-            pixels = torch.from_numpy(
-                image.__array__().copy()
-            )  # torch has no negative strides, as of a mirrored array
+            # A copy, because torch has no negative strides, as of a mirrored array.
+            pixels = torch.from_numpy(image.__array__().copy())
         except (TypeError, ValueError) as error:
             raise ValueError(f"Image {number} must hold floats in [0, 1] or uint8, but {error}") from error
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(-1, 0)
