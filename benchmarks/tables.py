@@ -459,6 +459,29 @@ def ablation_glyphs_samples() -> Table:
     return Table([*header, "accuracy, shortlist, %"], rows, reports)
 
 
+@table("ablation-glyphs-further")
+def ablation_glyphs_further() -> Table:
+    """What the baseline has to go on for, to where each variant ends: its steps over the variant's."""
+    from flowback_hf.ablation.statistics import reach_baseline
+
+    reports = glyphs_reports("glyphs")
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for report in reports:
+        row = read(report)["row"]
+        cells.setdefault(row["variant"], []).append(row)
+    longer = cells.pop("none-long", [])
+    rows = []
+    for name, own in cells.items() if longer else ():
+        last_step = own[0]["checkpoint_curve"]["step"][-1]
+        row = [f"`{name}`", str(len(own))]
+        for value in ("accuracy", "nll", "distance"):
+            (step,) = reach_baseline(longer, own, "checkpoint_curve", value).steps
+            row.append("not reached" if step is None else f"{step / last_step:.2f}")
+        rows.append(row)
+    header = ["variant", "seeds", "× steps of the baseline, accuracy", "nll", "FD, unguided"]
+    return Table(header, rows, reports if longer else [])
+
+
 @table("ablation-glyphs-confirmation")
 def ablation_glyphs_confirmation() -> Table:
     return glyphs_table("glyphs", confirmation=True)

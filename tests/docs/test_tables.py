@@ -109,6 +109,20 @@ def test_the_records_of_an_ablation_become_a_table(tables, copy):
     table = tables.TABLES["ablation-glyphs-confirmation"]()
     assert [row[0] for row in table.rows] == ["`reverse-0-late`"] and "120.0" in table.rows[0]
 
+    # the longer baseline reaches the accuracy of `none`, which ends after 800 steps, after 1200, and no other nll
+    assert tables.TABLES["ablation-glyphs-further"]().rows == []
+    curve = {"step": [0, 800, 1600], "accuracy": [0.0, 0.4, 0.6], "nll": [2.0] * 3, "distance": [2.0, 1.5, 0.5]}
+    row |= {"variant": "none-long", "seed": 0, "checkpoint_curve": curve}
+    (records / "none-long").mkdir()
+    content = {"command": command, "commit": "abc", "machine": machine, "row": row}
+    (records / "none-long" / "seed-0.json").write_text(json.dumps(content))
+    tables.read.cache_clear()
+    rows = tables.TABLES["ablation-glyphs-further"]().rows
+    assert rows == [
+        ["`none`", "2", "1.50", "not reached", "1.50"],
+        ["`reverse-0-late`", "1", "2.40", "not reached", "2.40"],
+    ]
+
 
 def test_an_unknown_table_is_refused(tables):
     with pytest.raises(ValueError, match="names a table 'speed', but there are only"):
