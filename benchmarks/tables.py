@@ -115,15 +115,22 @@ def describe_cells(command: str, reports: list[str], page: Path) -> str:
     """A line of Markdown on cells of an ablation, which ran by the same command, a part of the grid at a time."""
     rows = [read(report)["row"] for report in reports]
     hours = sum(sum(row["seconds"].values()) for row in rows) / 3600
-    commits: dict[str, list[str]] = {}
-    for row, report in zip(rows, reports):
-        folder = f"[{row['variant']}]({os.path.dirname(link_to(report, page))})"
-        commits.setdefault(folder, []).append(f"seed {row['seed']} at {read(report)['commit']}")
-    cells = "; ".join(f"{folder}, {', '.join(of_variant)}" for folder, of_variant in commits.items())
+    cells = []
+    for variant, own in by_variant(reports).items():
+        seeds = [f"seed {read(report)['row']['seed']} at {read(report)['commit']}" for report in own]
+        cells.append(", ".join([f"[{variant}]({os.path.dirname(link_to(own[0], page))})", *seeds]))
     return (
         f"- {hours:.1f} hours, {describe_run(reports[0])}: `{command}`, a part at a time (`--variants`, `--seeds`):"
-        f" {cells}"
+        f" {'; '.join(cells)}"
     )
+
+
+def by_variant(reports: list[str]) -> dict[str, list[str]]:
+    """The records of an ablation's cells, grouped by their variants."""
+    grouped: dict[str, list[str]] = {}
+    for report in reports:
+        grouped.setdefault(read(report)["row"]["variant"], []).append(report)
+    return grouped
 
 
 # How figures are written
@@ -440,13 +447,10 @@ def ablation_glyphs() -> Table:
 def ablation_glyphs_samples() -> Table:
     """Samples without guidance and at each cell's best scale, and the accuracy of a shortlist."""
     reports = glyphs_reports("glyphs")
-    cells: dict[str, list[dict[str, Any]]] = {}
-    for report in reports:
-        row = read(report)["row"]
-        cells.setdefault(row["variant"], []).append(row["evaluation"])
     metrics = {"precision": "precision, %", "recall": "recall, %", "classifier_reads_label": "read as the class, %"}
     rows = []
-    for name, evaluations in cells.items():
+    for name, own in by_variant(reports).items():
+        evaluations = [read(report)["row"]["evaluation"] for report in own]
         best = [evaluation["best_guidance_scale"] for evaluation in evaluations]
         row = [f"`{name}`", str(len(evaluations)), ", ".join(f"{scale:g}" for scale in sorted(set(best)))]
         for scales in ([1.0] * len(best), best):
@@ -465,22 +469,21 @@ def ablation_glyphs_further() -> Table:
     """What the baseline has to go on for, to where each variant ends: its steps over the variant's."""
     from flowback_hf.ablation.statistics import reach_baseline
 
+    header = ["variant", "seeds", "× steps of the baseline, accuracy", "nll", "FD, unguided"]
     reports = glyphs_reports("glyphs")
-    cells: dict[str, list[dict[str, Any]]] = {}
-    for report in reports:
-        row = read(report)["row"]
-        cells.setdefault(row["variant"], []).append(row)
-    longer = cells.pop("none-long", [])
+    cells = {name: [read(report)["row"] for report in own] for name, own in by_variant(reports).items()}
+    longer = cells.pop("none-long", None)
+    if longer is None:
+        return Table(header, [], [])
     rows = []
-    for name, own in cells.items() if longer else ():
+    for name, own in cells.items():
         last_step = own[0]["checkpoint_curve"]["step"][-1]
         row = [f"`{name}`", str(len(own))]
         for value in ("accuracy", "nll", "distance"):
             (step,) = reach_baseline(longer, own, "checkpoint_curve", value).steps
             row.append("not reached" if step is None else f"{step / last_step:.2f}")
         rows.append(row)
-    header = ["variant", "seeds", "× steps of the baseline, accuracy", "nll", "FD, unguided"]
-    return Table(header, rows, reports if longer else [])
+    return Table(header, rows, reports)
 
 
 @table("ablation-glyphs-confirmation")
@@ -919,9 +922,8 @@ def measured() -> Table:
     sampling = {name: timing["median_seconds"] for name, timing in sampling["samplers"].items()}
     steps = {step["step"]: step["times_none"] for step in step_rows("train_step")}
     ten, thousand = read("classification")["results"]
-    variant_of = {report: read(report)["row"]["variant"] for report in glyphs_reports("glyphs")}
-    not_aligned = [report for report, variant in variant_of.items() if variant == "none"]
-    aligned = [report for report, variant in variant_of.items() if variant == "reverse-0-late-irepa"]
+    variants = by_variant(glyphs_reports("glyphs"))
+    not_aligned, aligned = variants["none"], variants["reverse-0-late-irepa"]
     distance = [
         mean_and_error(over_seeds([read(report)["row"]["metrics"]["frechet_distance_guided"] for report in cells]), 2)
         for cells in (not_aligned, aligned)

@@ -244,35 +244,34 @@ def draw_pairs(
         ValueError: if a file holds pairs of another flow or other guidance, or an image overflows.
     """
     folder.mkdir(exist_ok=True)
+    origin = describe_origin(pipeline, guidance)
     num_files = math.ceil(num_pairs / PAIRS_PER_FILE)
     with tqdm(total=num_pairs, desc="Drawing pairs", disable=process_index > 0) as progress_bar:
         for first in range(0, num_files, num_processes):
             number = first + process_index
             if number < num_files:
-                count = min(PAIRS_PER_FILE, num_pairs - number * PAIRS_PER_FILE)
-                draw_file(pipeline, folder, number, count, guidance, batch_size, dropout, seed)
+                start = number * PAIRS_PER_FILE
+                path, count = folder / f"{start:08d}.safetensors", min(PAIRS_PER_FILE, num_pairs - start)
+                generator = make_generator(seed, PAIRS, number)
+                labels = draw_labels(start, count, pipeline.transformer.config.num_classes, dropout, generator)
+                draw_file(pipeline, path, origin, labels, guidance, batch_size, generator)
             progress_bar.update(min(num_processes * PAIRS_PER_FILE, num_pairs - progress_bar.n))
             after_file()
 
 
 def draw_file(
     pipeline: FlowBackPipeline,
-    folder: Path,
-    number: int,
-    count: int,
+    path: Path,
+    origin: dict[str, str],
+    labels: torch.Tensor,
     guidance: Guidance,
     batch_size: int,
-    dropout: float,
-    seed: int,
+    generator: torch.Generator,
 ):
-    """Draw one file of [`draw_pairs`], the one with this number, unless it is there."""
-    start = number * PAIRS_PER_FILE
-    path, origin = folder / f"{start:08d}.safetensors", describe_origin(pipeline, guidance)
+    """Draw the pairs of one file of [`draw_pairs`] and save them, unless it is there."""
     if path.exists():
         check_origin(path, origin)
         return
-    generator = make_generator(seed, PAIRS, number)
-    labels = draw_labels(start, count, pipeline.transformer.config.num_classes, dropout, generator)
     tensors = draw_pairs_of_labels(pipeline, labels, guidance, batch_size, generator)
     with write_whole(path) as partial:
         save_file(tensors, partial, metadata=origin)
