@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -131,6 +132,13 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step(run, whole, tmp_path)
     assert "SIGTERM: saved up to step 3" in processes[0].log and "Traceback" not in processes[1].log
     end(run("two", "run", resume_from_checkpoint="latest"))
     assert_same_weights(folder, whole)
+
+
+def test_the_end_of_training_frees_the_reducer_before_the_group():
+    script = Path(__file__).with_name("ddp_end.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_process_that_is_killed_ends_the_others(run, tmp_path):

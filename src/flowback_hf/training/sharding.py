@@ -188,6 +188,7 @@ class ShardingAccelerator(Accelerator):
 
     def __init__(self, sharding: Sharding | None, kwargs_handlers: list[Any], **kwargs):
         self.sharding = sharding
+        self._replicas: list[DistributedDataParallel] = []  # Accelerate keeps what is inside them
         if sharding is not None:
             # The cache would keep a copy of all gathered weights until the end of the forward pass.
             kwargs_handlers = [*kwargs_handlers, AutocastKwargs(cache_enabled=False)]
@@ -210,18 +211,20 @@ class ShardingAccelerator(Accelerator):
     def prepare_model(self, model: torch.nn.Module, *args, **kwargs) -> torch.nn.Module:
         """Prepare an objective, before an optimizer of its parameters is made. Takes the arguments of Accelerate's."""
         if self.sharding is None:
-            return super().prepare_model(model, *args, **kwargs)
+            prepared = super().prepare_model(model, *args, **kwargs)
+            if isinstance(prepared, DistributedDataParallel):
+                self._replicas.append(prepared)
+            return prepared
         self.sharding.shard(model, self)
         # Autocast and nothing else, as for a model that is not trained.
         return super().prepare_model(model, evaluation_mode=True)
 
     def end_training(self):
         """Finish trackers and leave the group of processes, which nothing can be trained with any more."""
-        for model in self._models:
-            if isinstance(model, DistributedDataParallel):
-                # As the last owner of the group, a reducer would hold Python's lock while it waits for a thread of the
-                # group that needs it: now and then, a process would never end.
-                model.reducer = model.logger = None
+        # As the last owner of the group, a reducer would hold Python's lock while it waits for a thread of the group
+        # that needs it: now and then, a process would never end.
+        for replica in self._replicas:
+            replica.reducer = replica.logger = None
         super().end_training()
 
     def clip_grad_norm_(self, *args, **kwargs) -> torch.Tensor:
