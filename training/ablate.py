@@ -23,8 +23,8 @@ run: finished cells are kept, a killed one goes on from its last checkpoint, and
 folder holds.
 
 A named variant may name its `baseline`, another variant that is not aligned; the others are compared with `none`.
---time_steps times a step of each variant, so that reports compare times, too. --confirm repeats the best variant and
-the baseline with the grid's `confirmation_seeds`, which were not used to pick it.
+--time_steps times a step of each variant, so that reports compare times, too. --confirm repeats the best variant,
+those of --variants and the baseline with the grid's `confirmation_seeds`, which were not used to pick it.
 """
 
 import argparse
@@ -87,15 +87,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--confirm",
         action="store_true",
-        help="Run the baseline and the variant that is best on the validation split with the grid's"
-        " confirmation_seeds.",
+        help="Run the baseline, the variant that is best on the validation split, and those of --variants with the"
+        " grid's confirmation_seeds.",
     )
     add_debug_argument(parser)
     args = parser.parse_args(arguments)
     args.command = sys.argv[1:] if arguments is None else arguments
     check_one_source(parser, args, "dataset_name", "data_dir")
-    if args.confirm and (args.variants or args.seeds):
-        parser.error("--confirm picks the variant and takes the grid's seeds: leave --variants and --seeds out.")
+    if args.confirm and args.seeds:
+        parser.error("--confirm takes the grid's confirmation_seeds: leave --seeds out.")
     if args.threads is None:
         args.threads = max(1, (os.cpu_count() or 1) // args.jobs)
     return args

@@ -411,9 +411,12 @@ def test_the_best_variant_is_picked_on_the_validation_split_and_confirmed(ablate
 
     with pytest.raises(ValueError, match=r"The seeds \[7\] are for --confirm, which runs what the others picked"):
         run(ablate, command, "--seeds", "7")
+    run(ablate, command, "--confirm", "--variants", "faster", "fast")
+    report = read_results(tmp_path / "out" / "confirmation")
+    assert [(row["variant"], row["seed"]) for row in report["cells"]] == [("none", 7), ("fast", 7), ("faster", 7)]
     with pytest.raises(SystemExit):
-        ablate.parse_args([*command, "--confirm", "--variants", "fast"])
-    assert "leave --variants and --seeds out" in capsys.readouterr().err
+        ablate.parse_args([*command, "--confirm", "--seeds", "7"])
+    assert "leave --seeds out" in capsys.readouterr().err
     for row in rows[2:4]:
         row["curve"]["nll"] = [9.0, 9.0, 9.0]
     write_records(ablate.parse_args(command), rows, tmp_path / "records")

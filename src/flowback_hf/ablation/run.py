@@ -66,7 +66,7 @@ def run_ablation(
         teacher (`str`): The vision encoder to align with: a Hub id or a folder.
         judge (`str`): The independent classifier or encoder that samples are compared by.
         output_dir (`pathlib.Path`): Where cells and report are written.
-        variant_names (`Sequence[str]`, *optional*): Which variants are run. Default: all.
+        variant_names (`Sequence[str]`, *optional*): Which variants are run. Default: all; see also `confirm`.
         seeds (`Sequence[int]`, *optional*): Default: the grid's.
         jobs (`int`, defaults to 1): Cells that run side by side.
         threads (`int`, defaults to 1): Threads of each cell.
@@ -74,8 +74,8 @@ def run_ablation(
         time_steps (`bool`, defaults to `False`):
             Only time a step of each variant, in turn. Later reports then compare times, too.
         confirm (`bool`, defaults to `False`):
-            Run `none` and the variant that its seeds show to be best on the validation split with the grid's
-            `confirmation_seeds`. Their report goes to `confirmation/`.
+            Run `none`, the variant that its seeds show to be best on the validation split, and those of
+            `variant_names` with the grid's `confirmation_seeds`. Their report goes to `confirmation/`.
         command (`Sequence[str]`): The command line that the report says it came from.
         records_dir (`pathlib.Path`, *optional*):
             A small record of each finished cell is kept here. Cells with a record never run again, also where
@@ -99,7 +99,8 @@ def run_ablation(
     if confirm:
         cells = make_cells(variants, grid["seeds"], output_dir, records_dir=records_dir)
         check_records(cells, checksums)
-        variant_names, seeds = [BASELINE, pick_variant(cells)], confirmation_seeds
+        variant_names = list(dict.fromkeys([BASELINE, pick_variant(cells), *(variant_names or [])]))
+        seeds = confirmation_seeds
     elif set(seeds or []) & set(confirmation_seeds):
         raise ValueError(f"The seeds {confirmation_seeds} are for --confirm, which runs what the others picked.")
     cells = make_cells(variants, grid["seeds"] if seeds is None else seeds, output_dir, variant_names, records_dir)
