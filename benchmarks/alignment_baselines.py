@@ -6,6 +6,7 @@ import torch
 from baselines import embed_classes, predict_next
 
 from flowback_hf import AlignedFlowObjective
+from flowback_hf.alignment.objective import standardize_over_patches
 from flowback_hf.models.transformer_tarflow import TarFlowBlock
 from flowback_hf.places import Place, place_name
 
@@ -120,4 +121,6 @@ def mean_negative_cosine(
     objective: AlignedFlowObjective, place: Place, hidden_states: torch.Tensor, teacher_features: torch.Tensor
 ) -> torch.Tensor:
     projected = objective.projectors[place_name(place)](hidden_states)
+    if objective.normalize_teacher_features:
+        teacher_features = standardize_over_patches(teacher_features)
     return -torch.cosine_similarity(projected, teacher_features, dim=-1).mean()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from alignment_baselines import likelihood_pass, sequential_alignment
-from reporting import add_run_arguments, write_report
+from reporting import PAPERS_ALIGNMENT, add_run_arguments, write_report
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
@@ -84,7 +84,7 @@ def random_case(std: float, batch_size: int) -> Case:
     for block in flow.blocks:
         torch.nn.init.normal_(block.proj_out.weight, std=std)
     batch = torch.randn(batch_size, 1, 8, 8), torch.arange(batch_size) % 10, torch.randn(batch_size, 16, 64)
-    arguments = {"places": [(3, 2), (4, 2)], "teacher_dim": 64, "projector_dim": 128}
+    arguments = {"places": [(3, 2), (4, 2)], "teacher_dim": 64, "projector_dim": 128} | PAPERS_ALIGNMENT
     return Case(f"random, output std {std}", flow, {}, arguments, batch)
 
 
@@ -111,6 +111,8 @@ def trained_case(run: Path, batch_size: int) -> Case:
         "teacher_dim": teacher.feature_dim,
         "projector_dim": settings.projector_dim,
     }
+    # Earlier runs do not name these two.
+    arguments |= {name: getattr(settings, name, None) or paper for name, paper in PAPERS_ALIGNMENT.items()}
     state_dict = load_file(list_checkpoints(run)[-1] / "model.safetensors")
     batch = noisy_sample, batch["class_labels"], teacher(batch["images"])
     return Case(run.name, flow, state_dict, arguments, batch)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from flow_costs import activation_bytes, count_step_flops, count_teacher, load_config, make_objective
-from reporting import add_alignment_sizes, add_run_arguments, write_report
+from reporting import PAPERS_ALIGNMENT, add_alignment_sizes, add_run_arguments, write_report
 
 from flowback_hf import AlignedFlowObjective
 from flowback_hf.reporting import markdown_table
@@ -95,7 +95,7 @@ def alignment_of(args: argparse.Namespace) -> dict[str, Any]:
         return {}
     places = [(block, args.aligned_layer) for block in args.aligned_blocks]
     sizes = {"teacher_dim": args.teacher_dim, "projector_dim": args.projector_dim}
-    return {"strategy": args.alignment, "places": places} | sizes
+    return {"strategy": args.alignment, "places": places} | sizes | PAPERS_ALIGNMENT
 
 
 # What is sent

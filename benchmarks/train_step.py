@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from alignment_baselines import sequential_loss, two_evaluation_loss
 from reporting import (
+    PAPERS_ALIGNMENT,
     add_alignment_sizes,
     add_flow_sizes,
     add_run_arguments,
@@ -120,7 +121,13 @@ def build_steps(flow: TarFlowTransformer2DModel, args: argparse.Namespace) -> di
     def build(strategy: str, order: int | str | None, arrangement: str) -> Step:
         torch.manual_seed(2)
         objective = AlignedFlowObjective(
-            flow, strategy, places, order, teacher_dim=args.teacher_dim, projector_dim=args.projector_dim
+            flow,
+            strategy,
+            places,
+            order,
+            teacher_dim=args.teacher_dim,
+            projector_dim=args.projector_dim,
+            **PAPERS_ALIGNMENT,
         ).to(args.device)
 
         def step() -> AlignedFlowObjective:

@@ -303,19 +303,19 @@ def add_alignment_arguments(group: argparse._ArgumentGroup):
     group.add_argument(
         "--projector_dim", type=COUNT, default=1024, help="Hidden width of MLP projectors. Default: %(default)s."
     )
-    # The defaults of these two are None, as in the settings of earlier runs, which do not name them.
     group.add_argument(
         "--projector_type",
         choices=PROJECTOR_TYPES,
-        help="What maps a hidden state to the teacher's features: mlp, three layers on each token, or conv, a"
-        " convolution of 3x3 tokens. Default: mlp.",
+        default="conv",
+        help="What maps a hidden state to the teacher's features: conv, a convolution of 3x3 tokens, or mlp, three"
+        " layers on each token, as in the paper. Default: %(default)s.",
     )
     group.add_argument(
         "--normalize_teacher_features",
-        action="store_true",
-        default=None,
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="Standardize the teacher's features over the patches of each image, so that only differences between"
-        " patches count.",
+        " patches count. The paper does not. Default: %(default)s.",
     )
 
 

@@ -21,8 +21,9 @@ TEACHER_DIM = 5
 
 def make_objective(flow, strategy, order=None, places=PLACES, weight=0.3, **options):
     torch.manual_seed(7)
+    options = {"projector_dim": 6, "projector_type": "mlp", "normalize_teacher_features": False, **options}
     objective = AlignedFlowObjective(
-        flow, strategy, places=places, order=order, weight=weight, teacher_dim=TEACHER_DIM, projector_dim=6, **options
+        flow, strategy, places=places, order=order, weight=weight, teacher_dim=TEACHER_DIM, **options
     )
     return objective.to(next(flow.parameters()).dtype)
 
@@ -572,7 +573,14 @@ def test_two_processes_and_accumulation(flow, batch, tmp_path):
     setting = {
         "config": {key: value for key, value in flow.config.items() if not key.startswith("_")},
         "state_dict": objective.state_dict(),
-        "arguments": {"places": PLACES, "weight": 0.3, "teacher_dim": TEACHER_DIM, "projector_dim": 6},
+        "arguments": {
+            "places": PLACES,
+            "weight": 0.3,
+            "teacher_dim": TEACHER_DIM,
+            "projector_dim": 6,
+            "projector_type": "mlp",
+            "normalize_teacher_features": False,
+        },
         "strategies": {name: NAIVE[name][0] for name in TRAINED},
         "batch": batch,
     }

@@ -42,7 +42,7 @@ CASES = {
 
 def build_objective(name: str) -> AlignedFlowObjective:
     flow = TarFlowTransformer2DModel(**SIZES)
-    return AlignedFlowObjective(flow, teacher_dim=TEACHER_DIM, projector_dim=9, **CASES[name])
+    return AlignedFlowObjective(flow, teacher_dim=TEACHER_DIM, projector_dim=9, projector_type="mlp", **CASES[name])
 
 
 class TrafficCounter(TorchDispatchMode):

@@ -132,7 +132,7 @@ def test_operations_of_a_step_are_those_of_its_products(benchmark_script):
     assert step == 3 * forward - 2 * num_tokens * token_dim * width
     assert flow_costs.count_step_flops(config, gradient_checkpointing=True) > 1.2 * step
     # In units of a block's forward pass: the likelihood's gradient in two blocks, two of three layers at both places.
-    alignment = {"places": [(3, 2), (4, 2)], "teacher_dim": 8, "projector_dim": 1}
+    alignment = {"places": [(3, 2), (4, 2)], "teacher_dim": 8, "projector_dim": 1, "projector_type": "mlp"}
     aligned = flow_costs.count_step_flops(config, **alignment)
     assert aligned - step == pytest.approx((2 + 2 * 2 / 3) * forward / 4, rel=0.05)
 

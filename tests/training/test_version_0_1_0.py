@@ -1,5 +1,6 @@
 """What version 0.1.0 saved still loads and resumes: a run of four steps, killed after its checkpoint at the second."""
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 from flowback_hf import FlowBackPipeline
 from flowback_hf.files import read_json_lines
-from flowback_hf.training import load_averaged_parameters
+from flowback_hf.training import check_run_folder, load_averaged_parameters
 
 from ..conftest import REPOSITORY
 
@@ -19,9 +20,9 @@ SAVED = REPOSITORY / "tests" / "version_0_1_0"
 COMMAND = """
     --train_data_dir images --teacher_model_name_or_path teacher --cache_dir cache --resolution 8 --patch_size 2
     --num_blocks 2 --num_layers 1 --num_attention_heads 1 --attention_head_dim 8 --projector_dim 8
-    --train_batch_size 4 --max_train_steps 4 --lr_warmup_steps 1 --learning_rate 1e-2 --logging_steps 1
-    --validation_steps 4 --checkpointing_steps 2 --random_flip --ema_decay 0.5 --output_dir run
-    --resume_from_checkpoint latest
+    --projector_type mlp --no-normalize_teacher_features --train_batch_size 4 --max_train_steps 4 --lr_warmup_steps 1
+    --learning_rate 1e-2 --logging_steps 1 --validation_steps 4 --checkpointing_steps 2 --random_flip --ema_decay 0.5
+    --output_dir run --resume_from_checkpoint latest
 """
 
 
@@ -58,6 +59,29 @@ def test_a_run_resumes_and_ends_as_it_would_have(train_rra, killed_run):
         assert record.keys() == old.keys()
         assert record.get("loss") == pytest.approx(old.get("loss"), abs=1e-5)
     assert (killed_run / "checkpoint-4" / "ema.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "options, difference",
+    [
+        ("--projector_type mlp", r"--projector_type \('mlp' then, 'conv' now\)"),
+        ("--no-normalize_teacher_features", r"--normalize_teacher_features \(False then, True now\)"),
+    ],
+)
+def test_a_resumed_run_keeps_its_alignment(train_rra, killed_run, options, difference):
+    with pytest.raises(ValueError, match=f"holds a different run; it differs in {difference}"):
+        train_rra.main(train_rra.parse_args(COMMAND.replace(options, "").split()))
+
+
+@pytest.mark.parametrize("saved", [{}, {"projector_type": None, "normalize_teacher_features": None}])
+def test_a_run_without_alignment_goes_on_whatever_the_projectors(saved, tmp_path):
+    settings = {"train_batch_size": 2, "num_processes": 1, "gradient_accumulation_steps": 1, "total_batch_size": 2}
+    settings |= {"sharding": None, "alignment": "none"}
+    (tmp_path / "training_args.json").write_text(json.dumps(settings | saved))
+    now = settings | {"projector_type": "conv", "normalize_teacher_features": True}
+    assert check_run_folder(tmp_path, now, "latest") == now
+    with pytest.raises(ValueError, match=r"it differs in --alignment \('none' then, 'detach' now\)"):
+        check_run_folder(tmp_path, now | {"alignment": "detach"}, "latest")
 
 
 def test_averaged_weights_are_read_without_running_code(killed_run):

@@ -34,6 +34,9 @@ OWN_TRAIN_ARGUMENTS |= {"output_dir", "seed", "resume_from_checkpoint"}
 OWN_TRAIN_ARGUMENTS -= {"alignment_weight"}
 OWN_EVALUATE_ARGUMENTS = {"model", "output_dir", "data_dir", "dataset_name", "features", "seed", "write_best_guidance"}
 
+# The flags that have a --no- form.
+ON_BY_DEFAULT = ("use_ema", "normalize_teacher_features")
+
 BASELINE = "none"
 RANDOM_TEACHER = "random_teacher"
 
@@ -136,7 +139,7 @@ class Cell:
 
 def command_line(options: dict[str, Any]) -> list[str]:
     """
-    Options as a command line: true ones are flags, false ones and `None` are left out.
+    Options as a command line: true ones are flags. False ones that are off by default and `None` are left out.
 
     Example:
         ```py
@@ -148,8 +151,8 @@ def command_line(options: dict[str, Any]) -> list[str]:
     """
     line = []
     for name, value in options.items():
-        if value is False and name == "use_ema":  # the one flag that is on by default
-            line.append("--no-use_ema")
+        if value is False and name in ON_BY_DEFAULT:
+            line.append(f"--no-{name}")
         elif value is not None and value is not False:
             line.append(f"--{name}")
             if value is not True:

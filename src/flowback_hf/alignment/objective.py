@@ -207,12 +207,13 @@ class AlignedFlowObjective(nn.Module):
             `num_tokens - 1`. `None` is 0.
         weight (`float`, defaults to 0.1): lambda, the weight of the alignment.
         teacher_dim (`int`): Dimension of the teacher's features. Ignored for `"none"`.
-        projector_dim (`int`, defaults to 1024): Hidden dimension of the MLP projectors.
-        projector_type (`str`, defaults to `"mlp"`):
-            `"mlp"`, three linear layers with SiLU on each token, as in the paper, or `"conv"`, one convolution of 3x3
-            tokens, as in iREPA.
-        normalize_teacher_features (`bool`, defaults to `False`):
-            Whether to standardize the teacher's features over the patches of each image, as in iREPA.
+        projector_dim (`int`, defaults to 1024): Hidden dimension of the MLP projectors. `"conv"` has none.
+        projector_type (`str`, defaults to `"conv"`):
+            `"conv"`, one convolution of 3x3 tokens, as in iREPA, or `"mlp"`, three linear layers with SiLU on each
+            token, as in the paper.
+        normalize_teacher_features (`bool`, defaults to `True`):
+            Whether to standardize the teacher's features over the patches of each image, as in iREPA. The paper does
+            not.
 
     Raises:
         ValueError: for an unknown strategy or projector, a place outside the flow, an order that does not fit the
@@ -227,7 +228,7 @@ class AlignedFlowObjective(nn.Module):
         ...     sample_size=8, patch_size=2, in_channels=1, num_blocks=2, num_layers=2, num_attention_heads=2,
         ...     attention_head_dim=16, num_classes=10,
         ... )
-        >>> objective = AlignedFlowObjective(flow, places=[(2, 1)], teacher_dim=24, projector_dim=32)
+        >>> objective = AlignedFlowObjective(flow, places=[(2, 1)], teacher_dim=24)
         >>> output = objective(torch.randn(4, 1, 8, 8), torch.tensor([3, 1, 4, 1]), torch.randn(4, 16, 24))
         >>> output.loss.backward()
         >>> list(output.cosine_similarity)
@@ -248,8 +249,8 @@ class AlignedFlowObjective(nn.Module):
         weight: float = 0.1,
         teacher_dim: int | None = None,
         projector_dim: int = 1024,
-        projector_type: str = "mlp",
-        normalize_teacher_features: bool = False,
+        projector_type: str = "conv",
+        normalize_teacher_features: bool = True,
     ):
         super().__init__()
         if strategy not in STRATEGIES:

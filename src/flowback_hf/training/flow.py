@@ -247,7 +247,7 @@ def make_objective(
             "places": choose_places(num_layers, args.alignment_blocks, args.alignment_layer),
             "teacher_dim": teacher_dim,
             "projector_dim": args.projector_dim,
-            "projector_type": args.projector_type or "mlp",
-            "normalize_teacher_features": bool(args.normalize_teacher_features),
+            "projector_type": args.projector_type,
+            "normalize_teacher_features": args.normalize_teacher_features,
         }
     return AlignedFlowObjective(flow, **arguments)

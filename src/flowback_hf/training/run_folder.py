@@ -79,6 +79,9 @@ DIVISION_SETTINGS = ("train_batch_size", "num_processes", "gradient_accumulation
 BRANCH_SETTINGS = ("learning_rate", "lr_warmup_steps", "max_grad_norm")
 BRANCHES = "branches"
 
+# What aligned runs of earlier versions did, whose settings do not say it.
+EARLIER_ALIGNMENT = {"projector_type": "mlp", "normalize_teacher_features": False}
+
 
 def describe_processes(arguments: TrainingArguments, accelerator: Accelerator) -> dict[str, Any]:
     """
@@ -158,6 +161,9 @@ def check_run_folder(
         return None
     if "flow_hash" in settings:  # runs of learned inverses that began before it was recorded
         earlier = {"flow_hash": settings["flow_hash"], **earlier}
+    for name, value in EARLIER_ALIGNMENT.items():
+        if name in settings and earlier.get(name) is None:
+            earlier = {**earlier, name: settings[name] if settings["alignment"] == "none" else value}
     different = compare_settings(
         earlier, settings, {*RESUMABLE_SETTINGS, *DIVISION_SETTINGS, *BRANCH_SETTINGS, "sharding", BRANCHES}
     )
