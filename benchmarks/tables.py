@@ -525,7 +525,7 @@ def ablation_glyphs_differences() -> Table:
     names = dict.fromkeys(cell["variant"] for cell in cells)
     pairs = [(name, "none") for name in names if not name.startswith("none")]
     pairs += [(name, "reverse-0-late") for name in names if not name.startswith("none") and name != "reverse-0-late"]
-    others = ("forward-late", "detach-late-irepa", "forward-late-irepa")
+    others = ("reverse-0-late-conv", "forward-late", "detach-late-irepa", "forward-late-irepa")
     pairs += [("reverse-0-late-irepa", other) for other in others if other in names]
     return differences_table(cells, pairs, reports)
 
