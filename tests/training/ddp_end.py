@@ -1,4 +1,6 @@
-"""Run by test_processes.py in two processes: the end of training frees the reducer before it leaves the group."""
+"""Run by test_processes.py in two processes: the end of training frees the reducer, then the group."""
+
+import weakref
 
 import torch
 
@@ -10,7 +12,7 @@ def main():
     model = accelerator.prepare_model(torch.nn.Linear(2, 1))
     assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
     accelerator.backward(model(torch.ones(3, 2)).sum())
-    destroy, reducers = accelerator.state.destroy_process_group, []
+    group, destroy, reducers = weakref.ref(model.process_group), accelerator.state.destroy_process_group, []
 
     def destroy_process_group():
         reducers.append(model.reducer)
@@ -19,7 +21,7 @@ def main():
     accelerator.state.destroy_process_group = destroy_process_group
     accelerator.end_training()
     assert reducers == [None]
-    assert not torch.distributed.is_initialized()
+    assert group() is None and not torch.distributed.is_initialized()
 
 
 if __name__ == "__main__":

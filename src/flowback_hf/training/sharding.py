@@ -221,10 +221,11 @@ class ShardingAccelerator(Accelerator):
 
     def end_training(self):
         """Finish trackers and leave the group of processes, which nothing can be trained with any more."""
-        # As the last owner of the group, a reducer would hold Python's lock while it waits for a thread of the group
-        # that needs it: now and then, a process would never end.
+        # The group goes here, and its threads end. As its last owner, a reducer would hold Python's lock while it waits
+        # for a thread that needs it: now and then, a process would never end. If a thread still ran when Python ends,
+        # the process would abort.
         for replica in self._replicas:
-            replica.reducer = replica.logger = None
+            replica.reducer = replica.logger = replica.process_group = None
         super().end_training()
 
     def clip_grad_norm_(self, *args, **kwargs) -> torch.Tensor:
