@@ -18,6 +18,10 @@ from flowback_hf.files import write_json, write_text
 from flowback_hf.reporting import current_commit, describe_machine
 
 
+# What the benchmarks count and time is the paper's alignment.
+PAPERS_ALIGNMENT = {"projector_type": "mlp", "normalize_teacher_features": False}
+
+
 def add_flow_sizes(
     parser: argparse.ArgumentParser, sample_size: int, num_blocks: int, num_layers: int, num_heads: int
 ):
@@ -32,10 +36,6 @@ def add_flow_sizes(
     add("num_layers", num_layers, "Transformer layers in every flow block.")
     add("num_attention_heads", num_heads, "Attention heads.")
     add("attention_head_dim", 64, "Width of an attention head. The flow is heads times this wide.")
-
-
-# With a projector_dim. The benchmarks of the alignment count and time the paper's.
-PAPERS_ALIGNMENT = {"projector_type": "mlp", "normalize_teacher_features": False}
 
 
 def add_alignment_sizes(parser: argparse.ArgumentParser):

@@ -26,6 +26,7 @@ from flowback_hf.data import ImageDataset, RowGenerator, add_noise, collate, loa
 from flowback_hf.places import choose_places
 from flowback_hf.reporting import markdown_table
 from flowback_hf.training import list_checkpoints
+from flowback_hf.training.run_folder import EARLIER_ALIGNMENT
 
 
 # Standard deviation of the output projections' weights of the random flows.
@@ -111,8 +112,7 @@ def trained_case(run: Path, batch_size: int) -> Case:
         "teacher_dim": teacher.feature_dim,
         "projector_dim": settings.projector_dim,
     }
-    # Earlier runs do not name these two.
-    arguments |= {name: getattr(settings, name, None) or paper for name, paper in PAPERS_ALIGNMENT.items()}
+    arguments |= {option: getattr(settings, option, None) or value for option, value in EARLIER_ALIGNMENT.items()}
     state_dict = load_file(list_checkpoints(run)[-1] / "model.safetensors")
     batch = noisy_sample, batch["class_labels"], teacher(batch["images"])
     return Case(run.name, flow, state_dict, arguments, batch)

@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
+from flowback_hf import ablation
 from flowback_hf.models.transformer_reverse import TarFlowReverseTransformer2DModel
 from flowback_hf.models.transformer_tarflow import TarFlowTransformer2DModel
 
@@ -49,15 +50,8 @@ def end_of_command(path: Path, line: list[str], monkeypatch) -> str:
 
 
 def command_line(**options) -> list[str]:
-    """Flags and values; `None` and `False` are left out, `True` is a flag without a value."""
-    line = []
-    for name, value in options.items():
-        if value is None or value is False:
-            continue
-        line.append(f"--{name}")
-        if value is not True:
-            line += [str(part) for part in (value if isinstance(value, list) else [value])]
-    return line
+    """Options as flags and values, as an ablation gives them to its scripts."""
+    return ablation.command_line(options)
 
 
 def start_two_processes(script: Path, arguments: list[str], **options) -> subprocess.Popen:

@@ -307,8 +307,8 @@ def add_alignment_arguments(group: argparse._ArgumentGroup):
         "--projector_type",
         choices=PROJECTOR_TYPES,
         default="conv",
-        help="What maps a hidden state to the teacher's features: conv, a convolution of 3x3 tokens, or mlp, three"
-        " layers on each token, as in the paper. Default: %(default)s.",
+        help="The network that maps hidden states to the teacher's features: conv, a convolution of 3x3 tokens, or"
+        " mlp, three layers on each token, as in the paper. Default: %(default)s.",
     )
     group.add_argument(
         "--normalize_teacher_features",

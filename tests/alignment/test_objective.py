@@ -1,7 +1,6 @@
 import gc
 import itertools
 import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -14,17 +13,19 @@ from hypothesis import strategies as st
 
 from flowback_hf import AlignedFlowObjective
 
+from ..conftest import start_two_processes
+
 
 PLACES = [(2, 1), (2, 2), (3, 1)]
 TEACHER_DIM = 5
+# The paper's projector and features. What is not said otherwise is tested with these.
+PAPERS = {"projector_dim": 6, "projector_type": "mlp", "normalize_teacher_features": False}
 
 
 def make_objective(flow, strategy, order=None, places=PLACES, weight=0.3, **options):
     torch.manual_seed(7)
-    options = {"projector_dim": 6, "projector_type": "mlp", "normalize_teacher_features": False, **options}
-    objective = AlignedFlowObjective(
-        flow, strategy, places=places, order=order, weight=weight, teacher_dim=TEACHER_DIM, **options
-    )
+    options = {"teacher_dim": TEACHER_DIM, **PAPERS, **options}
+    objective = AlignedFlowObjective(flow, strategy, places=places, order=order, weight=weight, **options)
     return objective.to(next(flow.parameters()).dtype)
 
 
@@ -573,22 +574,15 @@ def test_two_processes_and_accumulation(flow, batch, tmp_path):
     setting = {
         "config": {key: value for key, value in flow.config.items() if not key.startswith("_")},
         "state_dict": objective.state_dict(),
-        "arguments": {
-            "places": PLACES,
-            "weight": 0.3,
-            "teacher_dim": TEACHER_DIM,
-            "projector_dim": 6,
-            "projector_type": "mlp",
-            "normalize_teacher_features": False,
-        },
+        "arguments": {"places": PLACES, "weight": 0.3, "teacher_dim": TEACHER_DIM, **PAPERS},
         "strategies": {name: NAIVE[name][0] for name in TRAINED},
         "batch": batch,
     }
     torch.save(setting, tmp_path / "setting.pt")
     script = Path(__file__).with_name("ddp_gradients.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    run = subprocess.run([*command, tmp_path / "setting.pt", tmp_path / "gradients"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    process = start_two_processes(script, [tmp_path / "setting.pt", tmp_path / "gradients"], stderr=subprocess.PIPE)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
     for process in range(2):
         found = torch.load(tmp_path / f"gradients.{process}", weights_only=True)
         for name in TRAINED:

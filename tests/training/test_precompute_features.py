@@ -132,7 +132,7 @@ def test_training_reads_them_and_no_teacher(
     run(precompute_features, features_arguments())
     options = {"random_flip": True, "dataloader_num_workers": 1}
     # the alignment in which an image and its mirror image differ most
-    options |= {"projector_type": "mlp", "no-normalize_teacher_features": True}
+    options |= {"projector_type": "mlp", "normalize_teacher_features": False}
     train_rra.main(train_rra.parse_args(arguments(output_dir=tmp_path / "with teacher", **options)))
     monkeypatch.setattr(flow, "load_teacher", None)
     options |= {"teacher_model_name_or_path": None, "teacher_features": tmp_path / "features"}

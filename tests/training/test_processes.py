@@ -15,6 +15,7 @@ from flowback_hf.files import read_json, read_metrics_log
 from flowback_hf.training import list_checkpoints
 from flowback_hf.training.checkpoints import check_files, read_progress
 
+from ..conftest import start_two_processes
 from ..drills.runs import Process, send_at_line, start_group, state_of, wait_until
 
 
@@ -136,9 +137,9 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step(run, whole, tmp_path)
 
 def test_the_end_of_training_frees_the_reducer_before_the_group():
     script = Path(__file__).with_name("ddp_end.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert run.returncode == 0, run.stderr
+    process = start_two_processes(script, [], stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
 
 
 def test_a_process_that_is_killed_ends_the_others(run, tmp_path):

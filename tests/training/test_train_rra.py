@@ -192,8 +192,7 @@ def test_checkpointing_and_half_precision_reach_the_flow(train_rra, arguments, t
 
 
 def test_projector_and_normalization_change_the_alignment_and_are_saved(train_rra, arguments, tmp_path):
-    options = {"plain": {}, "mlp": {"projector_type": "mlp"}, "raw": {"no-normalize_teacher_features": True}}
-    saved = {"plain": ("conv", True), "mlp": ("mlp", True), "raw": ("conv", False)}
+    options = {"plain": {}, "mlp": {"projector_type": "mlp"}, "raw": {"normalize_teacher_features": False}}
     alignments, projectors = {}, {}
     for name, own in options.items():
         line = arguments(output_dir=tmp_path / name, max_train_steps=2, **own)
@@ -204,10 +203,10 @@ def test_projector_and_normalization_change_the_alignment_and_are_saved(train_rr
             key: tuple(state[key].shape) for key in state if key.startswith("projectors.block2_layer2")
         }
         settings = json.loads((tmp_path / name / "training_args.json").read_text())
-        assert (settings["projector_type"], settings["normalize_teacher_features"]) == saved[name]
+        assert ({"projector_type": "conv", "normalize_teacher_features": True} | own).items() <= settings.items()
         line = arguments(output_dir=tmp_path / name, resume_from_checkpoint="latest", **options["plain"])
         if own:
-            with pytest.raises(ValueError, match=f"it differs in --{next(iter(own)).removeprefix('no-')}"):
+            with pytest.raises(ValueError, match=f"it differs in --{next(iter(own))}"):
                 train_rra.main(train_rra.parse_args(line))
     assert len(set(alignments.values())) == 3
     assert projectors["raw"] == projectors["plain"] and len(projectors["mlp"]) == 6
