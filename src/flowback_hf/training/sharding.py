@@ -221,9 +221,9 @@ class ShardingAccelerator(Accelerator):
 
     def end_training(self):
         """Finish trackers and leave the group of processes, which nothing can be trained with any more."""
-        # The group goes here, and its threads end. As its last owner, a reducer would hold Python's lock while it waits
-        # for a thread that needs it: now and then, a process would never end. If a thread still ran when Python ends,
-        # the process would abort.
+        # The group goes here, and its threads end. As its last owner, a reducer would hold Python's lock while it
+        # waits for a thread that needs it: now and then, a process would never end. If a thread still ran when Python
+        # ends, the process would abort.
         for replica in self._replicas:
             replica.reducer = replica.logger = replica.process_group = None
         super().end_training()
