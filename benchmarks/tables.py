@@ -16,6 +16,7 @@ Below each table stand the file, the command and the machine its figures come fr
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import re
@@ -528,6 +529,15 @@ def ablation_glyphs_differences() -> Table:
     others = ("reverse-0-late-conv", "forward-late", "detach-late-irepa", "forward-late-irepa")
     pairs += [("reverse-0-late-irepa", other) for other in others if other in names]
     pairs.append(("reverse-0-late-irepa-layer1", "reverse-0-late-irepa"))
+    return differences_table(cells, pairs, reports)
+
+
+@table("ablation-glyphs-confirmation-differences")
+def ablation_glyphs_confirmation_differences() -> Table:
+    reports = glyphs_reports("glyphs", confirmation=True)
+    cells = [read(report)["row"] for report in reports]
+    names = [name for name in dict.fromkeys(cell["variant"] for cell in cells) if name != "none"]
+    pairs = [(name, "none") for name in names] + list(itertools.combinations(names, 2))
     return differences_table(cells, pairs, reports)
 
 
