@@ -527,7 +527,7 @@ def ablation_glyphs_differences() -> Table:
     pairs = [(name, "none") for name in names if not name.startswith("none")]
     pairs += [(name, "reverse-0-late") for name in names if not name.startswith("none") and name != "reverse-0-late"]
     others = ("reverse-0-late-conv", "forward-late", "detach-late-irepa", "forward-late-irepa")
-    pairs += [("reverse-0-late-irepa", other) for other in others if other in names]
+    pairs += [("reverse-0-late-irepa", other) for other in others]
     pairs.append(("reverse-0-late-irepa-layer1", "reverse-0-late-irepa"))
     return differences_table(cells, pairs, reports)
 
