@@ -481,6 +481,7 @@ def test_the_error_of_a_script_is_found_in_the_log(tmp_path):
         ("strategies", ["none", "forward", "detach", "reverse-0", "reverse-1", "reverse-exact"]),
         ("weights", ["none", *(f"reverse-weight{weight}" for weight in (0.03, 0.1, 0.3, 1.0))]),
         ("teachers", ["none", "reverse-given-teacher", "reverse-random-teacher"]),
+        ("projectors", ["none", "reverse-0", "reverse-0-irepa"]),
         ("places", None),
     ],
 )
