@@ -376,6 +376,11 @@ def ablation_digits() -> Table:
     return ablation_table(DIGITS_REPORTS, COLUMNS)
 
 
+@table("ablation-projectors")
+def ablation_projectors() -> Table:
+    return ablation_table(["ablation_digits_projectors/results"], COLUMNS)
+
+
 @table("ablation-shapes")
 def ablation_shapes() -> Table:
     return ablation_table(["ablation_shapes/results"], COLUMNS)
