@@ -522,7 +522,7 @@ def test_the_grids_of_the_glyphs(ablate, line):
         assert baseline.train["alignment"] == "none" and baseline.baseline == baseline.name
         for name in ("num_attention_heads", "max_train_samples", "max_train_steps", "learning_rate"):
             assert variant.train.get(name) == baseline.train.get(name)
-    assert len({variant.baseline for variant in reasons.values()}) == 6
+    assert len({variant.baseline for variant in reasons.values()}) == 7
     assert reasons["reverse-0-late-mae"].train["teacher_model_name_or_path"] == "mae"
     assert reasons["reverse-0-late-shuffled-all"].shuffle == "all"
 
